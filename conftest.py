@@ -1,0 +1,22 @@
+"""Doctests see torch, nn, math and penult, and draw from a fixed seed that they do not leave behind."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import penult
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> Iterator[None]:
+    if not isinstance(request.node, pytest.DoctestItem):
+        yield
+        return
+    doctest_namespace.update(math=math, nn=nn, penult=penult, torch=torch)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

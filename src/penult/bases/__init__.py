@@ -1,0 +1,6 @@
+"""Base measures: what all classes of a head share."""
+
+from penult.bases.base import Base, BaseInfo
+from penult.bases.sphere import Sphere
+
+__all__ = ["Base", "BaseInfo", "Sphere"]

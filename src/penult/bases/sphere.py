@@ -1,0 +1,469 @@
+"""The sphere: von Mises-Fisher activations, as they are or through a chart."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from penult import special
+from penult.bases._moments import mean_posterior, tilted_gaussian
+from penult.bases._radii import RadialHistogram
+from penult.bases.base import Base, BaseInfo
+from penult.distributions import _sampling
+from penult.head import Head
+
+__all__ = ["Sphere"]
+
+_PAIRS = 1 << 20  # (row, radius) pairs evaluated at a time
+_DRAWS = 64  # of each of at most 64 classes, when the radius is sought from a confidence
+
+
+class Sphere(Base):
+    r"""Uniform measure on concentric spheres, seen through a chart h = loc + U'L u, ‖u‖ = r.
+
+    Its tilts are von Mises-Fisher in u: with w' = L'U w, κ = r ‖w'‖ and
+
+    .. math:: M(w) = e^{w \cdot loc} \sum_r \omega_r e^{F_m(r \|w'\|)}, \qquad
+              \log p(h|w) = w' \cdot u - \log \sum_r \omega_r e^{F_m(r\|w'\|)}
+              - \log \mathrm{area}(S^{m-1}) - (m-1) \log r .
+
+    Densities refer to ω(dr) × the surface measure of radius r in the chart's m dimensions, and are evaluated
+    for every h at its own radius: radii need not be atoms, and parts of h outside the subspace are dropped.
+    ``Sphere(radius)`` is the base of Seo, Lee and Kwak ("On The Distribution of Penultimate Activations of
+    Classification Networks", UAI 2021). In one dimension the sphere is two points.
+
+    Args:
+        radius: Radii (R,) or a number, positive.
+        loc: Centre (d,); its part outside the subspace is the class-independent mean. Zero when left out.
+        scale_tril: Lower triangular L (m, m) with positive diagonal. The identity when left out.
+        subspace: Orthonormal rows U (m, d). The whole space when left out.
+        log_weights: Log weights log ω (R,), normalised here. Equal when left out.
+
+    Raises:
+        ValueError: If a shape does not fit, a radius is not positive and finite, rows of ``subspace`` are not
+            orthonormal, or ``scale_tril`` is not lower triangular with a positive diagonal.
+
+    Example:
+        >>> base = Sphere(2.0)
+        >>> base.log_mgf(torch.tensor([[0.0, 0.0, 1.5]]))  # log(sinh 3 / 3)
+        tensor([1.2058])
+        >>> base.tilt(torch.tensor([0.0, 0.0, 1.5])).sample((4,)).norm(dim=-1)
+        tensor([2., 2., 2., 2.])
+    """
+
+    radius: Tensor
+    log_weights: Tensor
+    loc: Tensor | None
+    scale_tril: Tensor | None
+    subspace: Tensor | None
+
+    def __init__(
+        self,
+        radius: Tensor | float,
+        loc: Tensor | None = None,
+        scale_tril: Tensor | None = None,
+        subspace: Tensor | None = None,
+        log_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        radius = torch.as_tensor(radius)
+        radius = radius.to(torch.promote_types(radius.dtype, torch.float32)).reshape(-1)
+        if log_weights is None:
+            log_weights = torch.zeros_like(radius)
+        if radius.numel() == 0 or not bool(((radius > 0) & radius.isfinite()).all()):
+            raise ValueError(f"radius must hold positive, finite numbers (R,); got {radius.tolist()[:8]}")
+        if log_weights.shape != radius.shape or bool(log_weights.isnan().any()):
+            raise ValueError(
+                f"log_weights must have the shape {tuple(radius.shape)} of radius and no NaN; "
+                f"got {tuple(log_weights.shape)}"
+            )
+        self.register_buffer("radius", radius)
+        self.register_buffer("log_weights", log_weights.log_softmax(-1))
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale_tril", scale_tril)
+        self.register_buffer("subspace", subspace)
+        self._check_chart()
+
+    def _check_chart(self) -> None:
+        loc, tril, rows = self.loc, self.scale_tril, self.subspace
+        if loc is not None and loc.dim() != 1:
+            raise ValueError(f"loc must have shape (d,); got {tuple(loc.shape)}")
+        if rows is not None:
+            if rows.dim() != 2 or not 1 <= rows.shape[0] <= rows.shape[1]:
+                raise ValueError(f"subspace must hold m <= d rows (m, d); got {tuple(rows.shape)}")
+            if loc is not None and loc.shape[0] != rows.shape[1]:
+                raise ValueError(f"loc has dimension {loc.shape[0]}, but subspace lies in dimension {rows.shape[1]}")
+            gram = rows.double() @ rows.double().T
+            off = float((gram - torch.eye(rows.shape[0]).to(gram)).abs().max())
+            if not off < 1e-4:
+                raise ValueError(
+                    f"the rows of subspace are not orthonormal (off by {off:.2g}); take them from "
+                    "Head.span() or torch.linalg.qr"
+                )
+        if tril is not None:
+            m = rows.shape[0] if rows is not None else loc.shape[0] if loc is not None else tril.shape[0]
+            if tril.shape != (m, m):
+                raise ValueError(f"scale_tril must have shape {(m, m)} here; got {tuple(tril.shape)}")
+            if not bool((tril.diagonal() > 0).all()) or bool((tril.triu(1) != 0).any()):
+                raise ValueError(
+                    "scale_tril must be lower triangular with a positive diagonal: see torch.linalg.cholesky"
+                )
+
+    # --- construction ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_head(cls, head: Head, confidence: float = 0.95, ambient: bool = False) -> Sphere:
+        """The sphere that a head implies without any data.
+
+        Its radius is the one at which the uniform mean over classes of E[max_k p(k|h)], h ~ p(h|y), equals
+        ``confidence``: by bisection, with the same random numbers at each step. It lies in span(W), the only
+        part of space that the softmax sees. The radius is not identifiable from a head alone: expect it
+        within 30 to 40 per cent on small networks and within a factor of two to four on ImageNet-sized
+        ones; with even one batch of activations use :meth:`fit`.
+
+        Args:
+            head: The head.
+            confidence: Mean confidence to reach, between that of the biases alone and 1. The known accuracy of
+                the model is a good choice.
+            ambient: Put the sphere in all of R^d rather than in span(W). For a head whose normalisation was
+                folded this is the true support, and the radius is the norm's own, not sought.
+
+        Raises:
+            ValueError: If ``confidence`` cannot be reached, or two rows of the head are equal.
+
+        Example:
+            >>> head = Head(4 * torch.eye(3))
+            >>> base = Sphere.from_head(head, confidence=0.9)
+            >>> base.subspace.shape
+            torch.Size([2, 3])
+        """
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+        if ambient and head.norm is not None:
+            radius = torch.tensor([head.radius], dtype=dtype, device=head.weight.device)
+            hyperplane = _zero_sum_basis(head.in_features).to(radius) if head.norm == "layer" else None
+            return cls(radius, subspace=hyperplane)
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
+        subspace = None if ambient else head.span().to(dtype)
+        rows = _directions(head)
+        generator = torch.Generator(device=rows.device)
+        index = torch.arange(len(rows), device=rows.device).repeat_interleave(_DRAWS)
+
+        def reached(radius: float) -> float:
+            base = cls(torch.tensor([radius], dtype=dtype, device=rows.device), subspace=subspace)
+            h = base.draw(rows, index, generator.manual_seed(0)).to(head.weight.dtype)
+            parts = h.split(_DRAWS)  # one class at a time: (64, K) logits
+            return float(torch.stack([head(part).double().softmax(-1).amax(-1).mean() for part in parts]).mean())
+
+        scale = 1 / float(torch.linalg.vector_norm(rows, dim=-1).mean())
+        low, high = 0.0, scale
+        if reached(1e-6 * scale) >= confidence:
+            raise ValueError(
+                f"the biases alone already give a mean confidence of {reached(1e-6 * scale):.3f} >= {confidence}; "
+                "ask for a higher confidence or fit the radius to activations with Sphere.fit"
+            )
+        while reached(high) < confidence:
+            low, high = high, 2 * high
+            if high > 1e6 * scale:
+                raise ValueError(
+                    f"no radius reaches a mean confidence of {confidence}: at {high:.3g} it is {reached(high):.4f}; "
+                    "ask for less, or fit the radius to activations with Sphere.fit"
+                )
+        for _ in range(20):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if reached(middle) < confidence else (low, middle)
+        return cls(torch.tensor([0.5 * (low + high)], dtype=dtype, device=rows.device), subspace=subspace)
+
+    @classmethod
+    def fit(
+        cls,
+        head: Head,
+        activations: Tensor,
+        shape: Literal["round", "centered", "elliptic"] = "round",
+        ambient: bool = True,
+        shrinkage: float = 0.02,
+        radii: int = 256,
+    ) -> Sphere:
+        r"""The sphere closest to unlabelled activations.
+
+        The observed law of radii p(r) becomes the radial law: quantile atoms with weights
+        ω(r) ∝ p(r) / Σ_y exp(b'_y + F(r ‖w'_y‖)), so that the pair's own marginal of r is the observed one.
+
+        Args:
+            head: The head; its soft labels take the place of labels.
+            activations: Activations (N, d), N ≥ 2.
+            shape: ``"round"`` (about the origin), ``"centered"`` (about the centre of the label-free spherical
+                Gaussian fit) or ``"elliptic"`` (centre and covariance of the full one).
+            ambient: In all of R^d, or in span(W) with the class-independent mean outside it.
+            shrinkage: Share of the covariance replaced by a multiple of the identity (elliptic only).
+            radii: How many radii to keep at most.
+
+        Raises:
+            ValueError: If ``activations`` is empty, has a wrong shape, is not finite or constant, or an option
+                is unknown.
+
+        Example:
+            >>> head = Head(torch.eye(3))
+            >>> h = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+            >>> Sphere.fit(head, h, shape="elliptic", radii=64).radius.shape
+            torch.Size([64])
+        """
+        if shape not in ("round", "centered", "elliptic"):
+            raise ValueError(f"shape must be 'round', 'centered' or 'elliptic'; got {shape!r}")
+        if activations.dim() != 2 or activations.shape[1] != head.in_features or activations.shape[0] < 2:
+            raise ValueError(
+                f"activations has shape {tuple(activations.shape)}; expected (N, {head.in_features}) with N >= 2"
+            )
+        if not bool(activations.isfinite().all()):
+            bad = int((~activations.isfinite().all(-1)).sum())
+            raise ValueError(f"{bad} of {len(activations)} activations hold NaN or infinity; leave them out first")
+        if not 0 <= shrinkage <= 1 or radii < 1:
+            raise ValueError(f"shrinkage must lie in [0, 1] and radii be at least 1; got {shrinkage} and {radii}")
+        device = head.weight.device
+        work = activations.detach().to(device)
+        rows = head.centered_weight().double()
+        outside: Tensor | None = None
+        subspace = None
+        if not ambient:
+            subspace = head.span().double()
+            mean = work.double().mean(0)
+            outside = mean - subspace.T @ (subspace @ mean)
+            work, rows = work.double() @ subspace.T, rows @ subspace.T
+        loc = scale_tril = None
+        if shape != "round":
+            kind: Literal["full", "spherical"] = "full" if shape == "elliptic" else "spherical"
+            posterior = mean_posterior(head, activations.detach().to(device))
+            loc, covariance = tilted_gaussian(rows, posterior, work, kind, shrinkage)
+            if shape == "elliptic":
+                scale_tril = torch.linalg.cholesky(covariance)
+        if subspace is not None and outside is not None:
+            loc = outside if loc is None else outside + subspace.T @ loc
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+        chart = {"loc": loc, "scale_tril": scale_tril, "subspace": subspace}
+        base = cls(torch.ones(1, device=device).double(), **chart)
+        histogram = RadialHistogram()
+        for block in activations.detach().split(_PAIRS // head.in_features + 1):
+            histogram.update(torch.linalg.vector_norm(base.read(block.to(device).double()), dim=-1).clamp_min(1e-18))
+        radius, share = (a.to(device) for a in histogram.atoms(radii))
+        log_total = torch.full_like(radius, -torch.inf)
+        bias = rows.new_zeros(head.num_classes) if head.bias is None else head.bias.double()
+        for part, block in head.centered_blocks():
+            pulled, offset = base._pull(block.double())
+            norms = torch.linalg.vector_norm(pulled, dim=-1)
+            growth = special.log_sphere_mgf(base._dim(block), radius * norms.unsqueeze(-1))
+            log_total = torch.logaddexp(log_total, ((bias[part] + offset).unsqueeze(-1) + growth).logsumexp(0))
+        log_weights = share.log() - log_total
+        return cls(radius, log_weights=log_weights.log_softmax(-1), **chart).to(dtype)
+
+    # --- the base's contract --------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> BaseInfo:
+        """Facts about this measure."""
+        kind = "elliptic sphere" if self.scale_tril is not None else "sphere"
+        place = "the subspace" if self.subspace is not None else "R^d"
+        return BaseInfo(
+            name=kind,
+            reference="radial law x surface measure of the chart",
+            support=f"{self.radius.numel()} concentric {kind}s in {place}",
+            needs_data=False,
+            exact_mgf=True,
+            source="Seo, Lee, Kwak, UAI 2021; Mardia and Jupp, Directional Statistics, 2000",
+        )
+
+    @property
+    def in_features(self) -> int | None:
+        """The dimension d of activations; None without a chart, when any d ≥ 1 serves."""
+        for part in (self.subspace, self.loc, self.scale_tril):
+            if part is not None:
+                return part.shape[-1]
+        return None
+
+    def log_mgf(self, weight: Tensor) -> Tensor:
+        """Log M(w) for rows (*B, d), shape (*B,)."""
+        self._check_features(weight, "weight")
+        rows = weight.reshape(-1, weight.shape[-1])
+        step = max(1, _PAIRS // self.radius.numel())
+        parts = []
+        for block in rows.split(step):
+            pulled, offset = self._pull(block)
+            norms = torch.linalg.vector_norm(pulled, dim=-1)
+            parts.append(offset + self._log_radial(norms, block.shape[-1])[0])
+        result = torch.cat(parts) if parts else rows.new_zeros(0)
+        return result.reshape(weight.shape[:-1]).to(weight.dtype)
+
+    def log_prob(self, h: Tensor) -> Tensor:
+        """Log m(h) = −log area − (m − 1) log r at h's own radius, (*S, d) → (*S,)."""
+        m = self._dim(h)
+        r = torch.linalg.vector_norm(self.read(h), dim=-1)
+        return -special.log_sphere_area(m) - ((m - 1) * r.log() if m > 1 else torch.zeros_like(r))
+
+    def project(self, h: Tensor) -> Tensor:
+        """H without its deviation from ``loc`` outside the subspace, (*S, d)."""
+        if self.subspace is None:
+            return h
+        rows = self.subspace.to(h.dtype)
+        if self.loc is None:
+            return h @ rows.T @ rows
+        return self.loc.to(h.dtype) + (h - self.loc.to(h.dtype)) @ rows.T @ rows
+
+    def read(self, h: Tensor) -> Tensor:
+        """Chart coordinates u = L⁻¹U(h − loc) of activations (*S, d), shape (*S, m)."""
+        self._check_features(h, "h")
+        u = h.to(torch.promote_types(h.dtype, torch.float32))
+        u = u if self.loc is None else u - self.loc.to(u.dtype)
+        if self.subspace is not None:
+            u = u @ self.subspace.T.to(u.dtype)
+        if self.scale_tril is not None:
+            flat = u.reshape(-1, u.shape[-1])
+            u = torch.linalg.solve_triangular(self.scale_tril.T.to(u.dtype), flat, upper=True, left=False).reshape(
+                u.shape
+            )
+        return u
+
+    def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One activation for each i of ``index`` (N,): a radius, then von Mises-Fisher around L'U weight[i]."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        pulled, _ = self._pull(weight.to(dtype))
+        norms = torch.linalg.vector_norm(pulled, dim=-1)
+        pole = torch.zeros_like(pulled)
+        pole[:, 0] = 1.0  # a zero row tilts nothing: any mean direction serves
+        mean = torch.where(norms.unsqueeze(-1) > 0, pulled / norms.unsqueeze(-1), pole)
+        radius = self.radius.to(dtype)
+        if radius.numel() == 1:
+            r = radius.expand(index.shape)
+        else:
+            # One sorted table of all rows' cumulative weights, row b shifted by b: a look-up of b + uniform.
+            share = self._log_radial(norms, weight.shape[-1])[1].softmax(-1)
+            table = share.cumsum(-1).clamp_max(1) + torch.arange(len(share), device=index.device).unsqueeze(-1)
+            key = index + torch.rand(index.shape, dtype=table.dtype, device=index.device, generator=generator)
+            r = radius[
+                (torch.searchsorted(table.reshape(-1), key) - index * radius.numel()).clamp(0, radius.numel() - 1)
+            ]
+        alone = len(weight) == 1
+        y = _sampling.cosine_complement(mean.shape[-1], r * (norms if alone else norms[index]), dtype, generator)
+        u = _sampling.around(mean[0] if alone else mean[index], y, generator) * r.unsqueeze(-1)
+        return self._push(u).to(weight.dtype)
+
+    def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
+        """A product rule on the sphere in chart dimension at most 3, at every radius."""
+        m = self._chart_dim()
+        if m is None or m > 3:
+            return None
+        turn = 2 * math.pi * torch.arange(nodes, dtype=torch.float64) / nodes
+        circle = torch.stack([turn.cos(), turn.sin()], dim=-1)
+        if m == 1:
+            unit, log_area = torch.tensor([[1.0], [-1.0]]).double(), torch.zeros(2).double()
+        elif m == 2:
+            unit, log_area = circle, torch.full((nodes,), math.log(2 * math.pi / nodes), dtype=torch.float64)
+        else:
+            x, weight = (torch.tensor(a, dtype=torch.float64) for a in zip(*special.gauss_legendre(nodes), strict=True))
+            t = (2 * x - 1).unsqueeze(-1).expand(-1, nodes).unsqueeze(-1)
+            ring = circle.expand(nodes, nodes, 2) * (1 - t * t).sqrt()
+            unit = torch.cat([t, ring], dim=-1).reshape(-1, 3)
+            log_area = (2 * weight * 2 * math.pi / nodes).log().repeat_interleave(nodes)
+        radius, log_weights = self.radius.double(), self.log_weights.double()
+        points = unit.to(radius) * radius[:, None, None]
+        logs = log_area.to(radius) + (log_weights + (m - 1) * radius.log()).unsqueeze(-1)
+        return self._push(points.reshape(-1, m).to(self.radius.dtype)), logs.reshape(-1)
+
+    def extra_repr(self) -> str:
+        """Radii and chart, for ``print``."""
+        low, high = float(self.radius.min()), float(self.radius.max())
+        parts = [
+            f"radius={low:.4g}"
+            if self.radius.numel() == 1
+            else f"radii={self.radius.numel()} in [{low:.4g}, {high:.4g}]"
+        ]
+        parts += [
+            f"{name}={tuple(part.shape)}"
+            for name, part in (
+                ("loc", self.loc),
+                ("scale_tril", self.scale_tril),
+                ("subspace", self.subspace),
+            )
+            if part is not None
+        ]
+        return ", ".join(parts)
+
+    # --- the chart ------------------------------------------------------------------------------------------
+
+    def _chart_dim(self) -> int | None:
+        return self.subspace.shape[0] if self.subspace is not None else self.in_features
+
+    def _dim(self, h: Tensor) -> int:
+        m = self._chart_dim()
+        return h.shape[-1] if m is None else m
+
+    def _pull(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (B, d) as w' = L'U w (B, m), and their products with ``loc`` (B,)."""
+        offset = weight.new_zeros(len(weight)) if self.loc is None else weight @ self.loc.to(weight.dtype)
+        pulled = weight if self.subspace is None else weight @ self.subspace.T.to(weight.dtype)
+        if self.scale_tril is not None:
+            pulled = pulled @ self.scale_tril.to(weight.dtype)
+        return pulled, offset
+
+    def _push(self, u: Tensor) -> Tensor:
+        """Activations h = loc + U'L u of chart coordinates (*S, m)."""
+        h = u if self.scale_tril is None else u @ self.scale_tril.T.to(u.dtype)
+        h = h if self.subspace is None else h @ self.subspace.to(u.dtype)
+        return h if self.loc is None else h + self.loc.to(u.dtype)
+
+    def _log_radial(self, norms: Tensor, features: int) -> tuple[Tensor, Tensor]:
+        """Log Σ_r ω_r e^{F(r ρ)} for norms ρ (B,), and its terms (B, R), in working precision."""
+        work = special.working_dtype(norms.device)
+        m = self._chart_dim() or features
+        growth = special.log_sphere_mgf(m, norms.to(work).unsqueeze(-1) * self.radius.to(work))
+        terms = self.log_weights.to(work) + growth
+        return terms.logsumexp(-1), terms
+
+
+def _directions(head: Head) -> Tensor:
+    """At most 64 centered rows (C, d) of a head, after a look at how they stand to the others."""
+    k = head.num_classes
+    classes = list(range(k)) if k <= _DRAWS else [round(i * (k - 1) / (_DRAWS - 1)) for i in range(_DRAWS)]
+    rows = head.centered_weight(torch.tensor(classes, device=head.weight.device))
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    best = rows.new_full((len(classes),), -torch.inf)
+    beaten: dict[int, int] = {}
+    own = rows.square().sum(-1)
+    for part, block in head.centered_blocks():
+        inner = rows @ block.to(rows).T
+        gaps = own.unsqueeze(-1) - 2 * inner + block.to(rows).square().sum(-1)
+        for i, y in enumerate(classes):
+            same = (gaps[i] <= 1e-10 * own[i].clamp_min(torch.finfo(own.dtype).tiny)).nonzero().flatten() + part.start
+            twin = next(
+                (int(j) for j in same if int(j) != y and torch.equal(head.weight[int(j)], head.weight[y])),
+                None,
+            )
+            if twin is not None:
+                raise ValueError(
+                    f"rows {y} and {twin} of the head are equal, so no radius can tell these classes apart; "
+                    "merge them into one class, or give a radius: Sphere(radius, subspace=head.span())"
+                )
+        top, at = inner.max(-1)
+        for i in (top > best).nonzero().flatten().tolist():
+            beaten[i] = int(at[i]) + part.start
+        best = torch.maximum(best, top)
+    lost = [y for i, y in enumerate(classes) if beaten[i] != y]
+    if lost:
+        shown = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        warnings.warn(
+            f"classes {shown} are not the largest in their own direction: another row of the head projects "
+            "further onto theirs, so activations drawn for them are mostly classified as others",
+            UserWarning,
+            stacklevel=3,
+        )
+    return rows
+
+
+def _zero_sum_basis(d: int) -> Tensor:
+    """Orthonormal rows (d − 1, d) of the hyperplane Σ h = 0 (Helmert's)."""
+    i = torch.arange(1, d, dtype=torch.float64)
+    rows = torch.tril(torch.ones(d - 1, d, dtype=torch.float64))
+    rows[torch.arange(d - 1), torch.arange(1, d)] = -i
+    return rows / (i * (i + 1)).sqrt().unsqueeze(-1)

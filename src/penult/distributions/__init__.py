@@ -1,0 +1,7 @@
+"""Distributions of activations, as citizens of torch.distributions."""
+
+from penult.distributions.constraints import NormalizeTransform, sphere
+from penult.distributions.tilt import Tilt
+from penult.distributions.von_mises_fisher import VonMisesFisher
+
+__all__ = ["NormalizeTransform", "Tilt", "VonMisesFisher", "sphere"]

@@ -1,0 +1,61 @@
+"""The unit sphere as a constraint of torch.distributions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, constraints
+from torch.distributions.constraint_registry import transform_to
+
+__all__ = ["NormalizeTransform", "sphere"]
+
+
+class _Sphere(constraints.Constraint):
+    """Unit vectors along the last dimension, to the accuracy of their dtype."""
+
+    is_discrete = False
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        tolerance = max(1e-6, 20 * torch.finfo(value.dtype).eps)
+        return torch.le((torch.linalg.vector_norm(value, dim=-1) - 1).abs(), tolerance)
+
+    def __repr__(self) -> str:
+        return "Sphere()"
+
+
+sphere = _Sphere()
+
+
+class NormalizeTransform(Transform):
+    """Projection of real vectors onto the unit sphere, x ↦ x / ‖x‖; not bijective.
+
+    ``torch.distributions.transform_to`` finds it for the constraint :data:`sphere`.
+
+    Example:
+        >>> from torch.distributions import transform_to
+        >>> transform_to(sphere)(torch.tensor([3.0, 4.0]))
+        tensor([0.6000, 0.8000])
+    """
+
+    domain = constraints.real_vector
+    codomain = sphere
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NormalizeTransform)
+
+    def __hash__(self) -> int:
+        return hash(NormalizeTransform)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(x, dim=-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y
+
+
+@transform_to.register(_Sphere)
+def _transform_to_sphere(constraint: Any) -> NormalizeTransform:
+    return NormalizeTransform()

@@ -1,0 +1,518 @@
+"""The head as a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from penult.head._certificate import HeadCertificate
+from penult.head._rows import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of
+
+__all__ = ["Head", "check_finite", "check_labels"]
+
+
+@final
+class Head(nn.Module):
+    """A softmax head: logits = W h + b.
+
+    W and b are held by reference, detached: a head takes no memory beside the model's own, and follows the
+    model if it is trained further. Loading a state dict into it writes into the model, too; `clone` first if
+    that is not wanted. ``version`` counts the changes of W.
+
+    Args:
+        weight: (K, d), one row w_y a class, K >= 2; any floating dtype.
+        bias: (K,), or None for no bias.
+        certificate: How the head was found, see `find_head`.
+        norm: ``"layer"`` or ``"rms"`` if h is the output of a LayerNorm or RMSNorm without affine part, so
+            that it lies on the sphere of radius sqrt(d) (for ``"layer"``, where sum(h) = 0); None if not.
+
+    Attributes:
+        weight: (K, d).
+        bias: (K,) or None.
+        mean_row: (d,), the mean of the rows, which is the part of W that no softmax sees; as it was when the
+            head was built or last loaded.
+        certificate: As given.
+        norm: As given.
+        radius: Radius of the sphere on which h lies when `norm` is given, else None.
+        temperature: Product of the temperatures that the head was divided by; 1 at first.
+
+    Raises:
+        TypeError: `weight` or `bias` is no floating tensor.
+        ValueError: A wrong shape, fewer than two classes, NaN or infinity, an all-zero row, or a bias that
+            differs from the weight in dtype or device.
+
+    Example:
+        >>> head = Head(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.tensor([0.0, 1.0, 0.0]))
+        >>> head(torch.tensor([2.0, 3.0]))
+        tensor([ 2.,  4., -2.])
+        >>> head
+        Head(num_classes=3, in_features=2, bias=True)
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    mean_row: Tensor
+    certificate: HeadCertificate | None
+    norm: Literal["layer", "rms"] | None
+    radius: float | None
+    temperature: float
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        certificate: HeadCertificate | None = None,
+        *,
+        norm: Literal["layer", "rms"] | None = None,
+    ) -> None:
+        super().__init__()
+        _check_weight(weight)
+        _check_bias(bias, weight)
+        if norm not in ("layer", "rms", None):
+            raise ValueError(f"norm is {norm!r}; it must be 'layer', 'rms' or None")
+        self._hold(weight, bias)
+        self.certificate = certificate
+        self.norm = norm
+        self.radius = None if norm is None else math.sqrt(self.in_features)
+        self.temperature = 1.0
+
+    def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("mean_row", mean_row_of(self.weight).to(self.weight), persistent=False)
+        self._span: tuple[Tensor, tuple[int, int], Tensor] | None = None
+
+    def _derive(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, temperature: float = 1.0) -> Head:
+        """A head of the same classes with other numbers, which are not checked: centered rows may be zero."""
+        head = Head.__new__(Head)
+        nn.Module.__init__(head)
+        head._hold(weight, bias)
+        # Where h is scaled, the model's own activations are no longer what the head consumes.
+        head.certificate = self.certificate if scale == 1.0 else None
+        head.norm = self.norm
+        head.radius = None if self.radius is None else self.radius * scale
+        head.temperature = self.temperature * temperature
+        return head
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of classes."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """The dimension d of h."""
+        return self.weight.shape[1]
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever W or b is changed in place, be it by the model that shares them."""
+        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The logits of activations.
+
+        Args:
+            h: (..., d).
+
+        Returns:
+            W h + b, (..., K).
+
+        Raises:
+            ValueError: The last dimension of `h` is not d.
+        """
+        if h.ndim == 0 or h.shape[-1] != self.in_features:
+            raise ValueError(
+                f"h has shape {tuple(h.shape)}; the head takes activations of shape (..., {self.in_features})"
+            )
+        return F.linear(h, self.weight, self.bias)
+
+    def centered_logits(self, h: Tensor) -> Tensor:
+        """The logits that the centered rows give: the same softmax, and no second W.
+
+        Args:
+            h: (..., d).
+
+        Returns:
+            (W - mean row) h + b, (..., K).
+
+        Raises:
+            ValueError: The last dimension of `h` is not d.
+
+        Example:
+            >>> head = Head(torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
+            >>> head.centered_logits(torch.tensor([1.0, 5.0]))
+            tensor([ 1., -1.])
+        """
+        return self.forward(h) - (h @ self.mean_row).unsqueeze(-1)
+
+    def centered_weight(self, index: Tensor | slice | int | None = None) -> Tensor:
+        """Centered rows w_y - mean row.
+
+        Args:
+            index: Which rows, as one indexes a tensor; None means all, which costs a second W.
+
+        Returns:
+            (K, d), or (*index.shape, d).
+
+        Example:
+            >>> Head(torch.tensor([[3.0, 0.0], [1.0, 0.0]])).centered_weight(torch.tensor([1]))
+            tensor([[-1.,  0.]])
+        """
+        rows = self.weight if index is None else self.weight[index]
+        return rows - self.mean_row
+
+    def centered_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The centered rows in blocks, so that all of them can be looked at without a second W.
+
+        Yields:
+            The classes as a slice, and their rows (block, d).
+
+        Example:
+            >>> [part for part, rows in Head(torch.eye(3)).centered_blocks()]
+            [slice(0, 3, None)]
+        """
+        start = 0
+        for rows in blocks(self.weight):
+            part = slice(start, start + len(rows))
+            yield part, rows - self.mean_row
+            start = part.stop
+
+    def centered(self) -> Head:
+        """The same classifier with rows w_y - mean row and biases b_y - mean bias.
+
+        Returns:
+            A new head with its own storage.
+
+        Example:
+            >>> Head(torch.tensor([[3.0, 0.0], [1.0, 0.0]])).centered().weight
+            tensor([[ 1.,  0.],
+                    [-1.,  0.]])
+        """
+        bias = None if self.bias is None else self.bias - mean_row_of(self.bias[:, None]).to(self.bias)
+        return self._derive(self.centered_weight(), bias)
+
+    def rescaled(self, row_norm: float = 1 / math.sqrt(3)) -> tuple[Head, float]:
+        """The same classifier in another unit of h: head(h) equals new(scale * h).
+
+        Args:
+            row_norm: What the mean norm of the new head's centered rows shall be.
+
+        Returns:
+            The new head (W / scale, b), and scale. The new head has no certificate, because the model's
+            activations fit it only after they are multiplied by scale.
+
+        Raises:
+            ValueError: `row_norm` is not positive and finite, or all rows of W are equal.
+
+        Example:
+            >>> head = Head(torch.tensor([[3.0, 0.0], [1.0, 0.0]]))
+            >>> new, scale = head.rescaled(row_norm=0.5)
+            >>> new.weight, scale
+            (tensor([[1.5000, 0.0000],
+                    [0.5000, 0.0000]]), 2.0)
+        """
+        _check_positive("row_norm", row_norm)
+        mean = mean_row_of(self.weight)
+        norms = torch.cat([(rows - mean).norm(dim=1) for rows in rows_in_double(self.weight)])
+        norm = norms.mean().item()
+        if norm <= rounding(self.weight) * mean.norm().item():
+            raise ValueError("all rows of weight are equal, so no scale gives the centered rows a norm")
+        scale = norm / row_norm
+        return self._derive(self.weight / scale, self.bias, scale=scale), scale
+
+    def with_temperature(self, temperature: float) -> Head:
+        """The head of softmax(logits / temperature).
+
+        Args:
+            temperature: Above 1 makes the head less sure of itself, below 1 more.
+
+        Returns:
+            A new head (W / T, b / T) with its own storage; its ``temperature`` is the product of all.
+
+        Raises:
+            ValueError: `temperature` is not positive and finite.
+
+        Example:
+            >>> Head(torch.eye(2)).with_temperature(2.0).with_temperature(2.0).temperature
+            4.0
+        """
+        _check_positive("temperature", temperature)
+        bias = None if self.bias is None else self.bias / temperature
+        return self._derive(self.weight / temperature, bias, temperature=float(temperature))
+
+    def with_bias(self, bias: Tensor | None) -> Head:
+        """The same rows, shared, with another bias: what a change of the class prior does to a head.
+
+        Args:
+            bias: (K,), or None for no bias.
+
+        Returns:
+            A new head. It has no certificate, since the model's own logits are no longer its logits.
+
+        Raises:
+            TypeError: `bias` is no tensor.
+            ValueError: `bias` has a wrong shape, dtype or device, or is not finite.
+
+        Example:
+            >>> Head(torch.eye(2)).with_bias(torch.tensor([0.0, 1.0]))(torch.zeros(2))
+            tensor([0., 1.])
+        """
+        _check_bias(bias, self.weight)
+        head = self._derive(self.weight, bias)
+        head.certificate = None
+        return head
+
+    def config(self) -> dict[str, Any]:
+        """JSON facts that, with the buffers, rebuild this head in `from_config`.
+
+        Example:
+            >>> Head.from_config(Head(torch.eye(2)).config(), {"weight": torch.eye(2)})
+            Head(num_classes=2, in_features=2, bias=False)
+        """
+        certificate = None if self.certificate is None else asdict(self.certificate)
+        return {
+            "certificate": certificate,
+            "norm": self.norm,
+            "radius": self.radius,
+            "temperature": self.temperature,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
+        """Rebuild a head from `config` and its buffers ``weight`` and, if it has one, ``bias``.
+
+        Raises:
+            KeyError: A part is missing.
+            TypeError: A part is of the wrong kind.
+            ValueError: The tensors are no head's.
+        """
+        weight, bias = tensors["weight"], tensors.get("bias")
+        check_finite("weight", weight)
+        _check_bias(bias, weight)
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head._hold(weight, bias)
+        facts = config["certificate"]
+        head.certificate = None
+        if facts is not None:
+            parts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
+            head.certificate = HeadCertificate(**parts)
+        head.norm, head.radius = config["norm"], config["radius"]
+        head.temperature = config["temperature"]
+        return head
+
+    @torch.no_grad()
+    def calibrate(self, logits: Tensor, labels: Tensor) -> Head:
+        """The head at the temperature that makes held-out labels most likely.
+
+        The mean negative log-likelihood is convex in 1/T; its minimum in [0.01, 100] is found by Newton's
+        method, safeguarded by bisection, in float64.
+
+        Args:
+            logits: (N, K), what this head gives on held-out data.
+            labels: (N,), integers in 0..K-1.
+
+        Returns:
+            ``with_temperature(T)`` for the best T.
+
+        Raises:
+            TypeError: `labels` are no integers.
+            ValueError: Wrong shapes, no data, logits that are not finite, a label out of range, or a best T
+                outside of [0.01, 100].
+
+        Example:
+            >>> head = Head(torch.tensor([[1.0], [-1.0]]))
+            >>> h = torch.ones(4, 1)  # logits (1, -1), but a quarter of the labels is 1
+            >>> round(head.calibrate(head(h), torch.tensor([0, 0, 0, 1])).temperature, 4)
+            1.8205
+        """
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes or len(logits) == 0:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; they must have (N, {self.num_classes}), N >= 1")
+        check_labels(labels, logits.shape)
+        check_finite("logits", logits)
+        return self.with_temperature(1 / _best_inverse_temperature(logits, labels.to(logits.device, torch.int64)))
+
+    @property
+    def rank(self) -> int:
+        """The dimension q of the span of the centered rows, which is all that the softmax sees; <= K - 1."""
+        return len(self.span())
+
+    @torch.no_grad()
+    def span(self) -> Tensor:
+        """An orthonormal basis of the span of the centered rows, the widest direction first.
+
+        Computed in float64 in blocks of rows, so that a large W needs no second copy, and kept until W
+        changes. Directions whose singular value is below 8 eps ||W||_F, more than the rounding of W's entries
+        brings about, do not count (eps of W's dtype; float32's for half precision, whose entries are taken
+        as they are). Signs are such that the largest entry of a row is positive.
+
+        Returns:
+            (q, d), in W's dtype and on its device.
+
+        Example:
+            >>> Head(torch.tensor([[3.0, 5.0], [1.0, 5.0]])).span()
+            tensor([[1., 0.]])
+        """
+        kept = self._span
+        if kept is None or kept[0] is not self.weight or kept[1] != self.version:
+            self._span = kept = (self.weight, self.version, span_of(self.weight))
+        return kept[2]
+
+    def clone(self) -> Head:
+        """The same head with its own storage, so that it no longer follows the model.
+
+        Example:
+            >>> head = Head(torch.eye(2))
+            >>> head.clone().weight.data_ptr() == head.weight.data_ptr()
+            False
+        """
+        return self._derive(self.weight.clone(), None if self.bias is None else self.bias.clone())
+
+    def extra_repr(self) -> str:
+        """The part of ``repr(head)`` between the brackets."""
+        text = f"num_classes={self.num_classes}, in_features={self.in_features}, bias={self.bias is not None}"
+        text += "" if self.norm is None else f", norm={self.norm!r}"
+        return text if self.temperature == 1 else f"{text}, temperature={self.temperature:.4g}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Head:
+        super()._apply(fn, recurse)
+        self._span = None  # it holds on to the weight as it was
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.mean_row = mean_row_of(self.weight).to(self.weight)
+
+
+def check_labels(labels: Tensor, logits_shape: torch.Size, offset: int = 0) -> None:
+    """Raise unless labels are integers, one for each row of logits (..., K), in 0..K-1.
+
+    `offset` is added to the index that an error names.
+    """
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        what = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels are {what}; they must be a tensor of integer class indices")
+    if labels.shape != logits_shape[:-1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but the logits have shape {tuple(logits_shape)}: "
+            f"labels must have shape {tuple(logits_shape[:-1])}, one class index for each row"
+        )
+    flat = labels.flatten()
+    wrong = (flat < 0) | (flat >= logits_shape[-1])
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"labels[{offset + first}] is {int(flat[first])}, outside of 0..{logits_shape[-1] - 1} "
+            f"({int(wrong.sum())} such labels); the head has {logits_shape[-1]} classes"
+        )
+
+
+def _best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
+    size = max(1, 2**22 // logits.shape[1])
+
+    def derivatives(beta: float) -> tuple[float, float]:
+        slope = curvature = 0.0
+        for part, label in zip(rows_in_double(logits, size), labels.split(size), strict=True):
+            probabilities = torch.softmax(beta * part, dim=1)
+            mean = (probabilities * part).sum(1, keepdim=True)
+            slope += float((mean - part.gather(1, label.to(part.device)[:, None])).sum())
+            curvature += float((probabilities * (part - mean).square()).sum())
+        return slope, curvature
+
+    low, high = 0.01, 100.0
+    if derivatives(high)[0] <= 0:
+        right = (logits.argmax(1) == labels).float().mean().item()
+        raise ValueError(
+            f"the likelihood of the {len(labels)} held-out labels still grows at T = 0.01, so no temperature "
+            f"fits them: {right:.1%} are predicted right, with room to spare. Give more held-out data (data "
+            "that the model was trained on will not do)"
+        )
+    if derivatives(low)[0] >= 0:
+        raise ValueError(
+            f"the likelihood of the {len(labels)} held-out labels still grows at T = 100: the logits say "
+            "nothing about these labels. Check that labels and logits are in the same order"
+        )
+    beta, step = 1.0, high
+    for _ in range(200):
+        slope, curvature = derivatives(beta)
+        low, high = (beta, high) if slope < 0 else (low, beta)
+        newton = -slope / curvature if curvature > 0 else math.inf
+        # Newton's steps may leave the bracket or crawl in the flat tail; halving log T then does better.
+        if low < beta + newton < high and abs(newton) <= abs(step) / 2:
+            step = newton
+        else:
+            step = math.sqrt(low * high) - beta
+        beta += step
+        if abs(step) <= 1e-12 * beta:
+            break
+    return beta
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight is {what}; a head needs a floating-point tensor (K, d)")
+    if weight.ndim != 2 or weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs (K, d), one row a class")
+    if weight.shape[0] == 1:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, one row (K = 1): a single-logit (sigmoid) head is no "
+            "softmax head. The two-class head of the same sigmoid, for row w and bias c, is "
+            "Head(torch.stack([-w / 2, w / 2]), torch.stack([-c / 2, c / 2]))"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs at least two classes")
+    check_finite("weight", weight)
+    zero = torch.cat([~rows.any(dim=1) for rows in blocks(weight)]).nonzero().flatten().tolist()
+    if zero:
+        names = ", ".join(map(str, zero[:8])) + (f" and {len(zero) - 8} more" if len(zero) > 8 else "")
+        raise ValueError(
+            f"the rows of weight for class {names} are all zero: such classes were never trained (padding, "
+            "say). Drop them from weight and bias"
+        )
+
+
+def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias is a {type(bias).__name__}; give a tensor (K,) or None")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; for a weight of shape {tuple(weight.shape)} it must be "
+            f"{tuple(weight.shape[:1])}"
+        )
+    if bias.dtype != weight.dtype or bias.device != weight.device:
+        raise ValueError(
+            f"bias is {bias.dtype} on {bias.device}, weight {weight.dtype} on {weight.device}: use bias.to(weight)"
+        )
+    check_finite("bias", bias)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    count, first, start = 0, [0], 0
+    for block in blocks(tensor):
+        wrong = (~block.isfinite()).nonzero()
+        if len(wrong) and not count:
+            first = [start + int(wrong[0, 0]), *wrong[0, 1:].tolist()]
+        count += len(wrong)
+        start += len(block)
+    if count:
+        raise ValueError(f"{name} holds {count} values that are NaN or infinite, the first at index {first}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}; it must be positive and finite")

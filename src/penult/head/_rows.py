@@ -1,0 +1,57 @@
+"""What is computed from W block by block, since W may fill most of the memory and a copy would not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["blocks", "mean_row_of", "rounding", "rows_in_double", "span_of", "version_of"]
+
+
+def version_of(tensor: Tensor) -> int:
+    """The tensor's change counter; -1 under inference mode, where torch keeps none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def blocks(tensor: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:
+    """Blocks of rows, since W may fill most of the memory and a copy of it would not fit."""
+    blocks: tuple[Tensor, ...] = tensor.detach().split(rows or max(1, 2**22 // max(1, tensor[:1].numel())))
+    return blocks
+
+
+def rows_in_double(weight: Tensor, rows: int | None = None) -> Iterator[Tensor]:
+    """The blocks in float64 (on the CPU where the device has none)."""
+    for block in blocks(weight, rows):
+        yield block.cpu().double() if block.device.type == "mps" else block.double()
+
+
+def mean_row_of(weight: Tensor) -> Tensor:
+    """The mean of the rows, (d,), in float64."""
+    total = torch.stack([rows.sum(0) for rows in rows_in_double(weight)]).sum(0)
+    return total.div(weight.shape[0])
+
+
+def rounding(weight: Tensor) -> float:
+    """Relative accuracy of W's entries; those of a half-precision W count as exact, as in `Head.span`."""
+    return min(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def span_of(weight: Tensor) -> Tensor:
+    """Orthonormal rows (q, d) of the span of the centered rows, see `Head.span`."""
+    mean = mean_row_of(weight)
+    triangle = mean.new_empty(0, weight.shape[1])
+    squares = 0.0
+    for rows in rows_in_double(weight, max(weight.shape[1], 1024)):
+        squares += float(rows.square().sum())
+        # R of a QR decomposition has the singular values and right vectors of all rows seen so far.
+        triangle = torch.cat([triangle, rows - mean])
+        if triangle.shape[0] > triangle.shape[1]:
+            triangle = torch.linalg.qr(triangle, mode="r").R
+    _, values, vectors = torch.linalg.svd(triangle, full_matrices=False)
+    rank = min(int((values > 8 * rounding(weight) * math.sqrt(squares)).sum()), weight.shape[0] - 1)
+    basis = vectors[:rank]
+    largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
+    return torch.mul(basis, largest.sign()).to(weight)

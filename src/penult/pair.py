@@ -1,0 +1,309 @@
+"""The generative-discriminative pair: a head, a base measure, and the exact law of activations they define."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
+from torch.distributions import Categorical, Distribution
+
+from penult import io
+from penult.bases import Base, Sphere
+from penult.head import Head
+from penult.special import working_dtype
+
+__all__ = ["GenerativePair", "load"]
+
+
+@final
+class GenerativePair(nn.Module):
+    r"""A softmax head read as the Bayes posterior of a generative model of its activations.
+
+    With a base measure m and the centered rows w_y of the head,
+
+    .. math:: p(h|y) = \frac{e^{w_y \cdot h}\, m(h)}{M(w_y)}, \quad
+              p(y) = \frac{e^{b_y} M(w_y)}{Z}, \quad
+              p(h) = \frac{m(h)}{Z} \sum_y e^{w_y \cdot h + b_y}, \quad
+              M(w) = \int e^{w \cdot h} m(dh),
+
+    so that p(y|h) is exactly softmax(W h + b), whatever the base. Exactness is a theorem and says nothing of
+    how closely the activations of a network follow the base: that has to be measured.
+
+    References:
+        Seo, Lee and Kwak, "On The Distribution of Penultimate Activations of Classification Networks", UAI 2021.
+
+    Args:
+        head: The head. Its weights are held by reference; when they change under the pair, the pair says so.
+        base: The base measure; ``Sphere.from_head(head)``, which needs no data, when left out.
+
+    Raises:
+        TypeError: If ``head`` is not a :class:`Head` or ``base`` not a :class:`penult.bases.Base`.
+        ValueError: If the base is for activations of another dimension, or M is infinite at a row.
+
+    Example:
+        >>> head = Head(torch.tensor([[3.0, 0.0], [0.0, 3.0], [-3.0, -3.0]]))
+        >>> pair = GenerativePair(head, Sphere(2.0))
+        >>> g = torch.Generator().manual_seed(0)
+        >>> h, y = pair.sample((1000,), generator=g)
+        >>> h.shape, pair.given(y[:5]).log_prob(h[:5]).shape
+        (torch.Size([1000, 2]), torch.Size([5]))
+        >>> torch.allclose(pair.posterior(h).probs, head(h).softmax(-1), atol=1e-6)
+        True
+    """
+
+    def __init__(self, head: Head, base: Base | None = None) -> None:
+        super().__init__()
+        if not isinstance(head, Head):
+            raise TypeError(
+                f"head must be a penult.Head, got {type(head).__name__}; "
+                "make one with penult.find_head(model, inputs) or penult.Head(weight, bias)"
+            )
+        if base is not None and not isinstance(base, Base):
+            raise TypeError(f"base must be a penult.bases.Base, got {type(base).__name__}")
+        self.head = head
+        self.base = Sphere.from_head(head) if base is None else base
+        d = self.base.in_features
+        if d is not None and d != head.in_features:
+            raise ValueError(
+                f"the base is for activations of dimension {d}, but the head takes {head.in_features}; "
+                "fit or build the base with this head"
+            )
+        self._remember()
+
+    # --- laws -----------------------------------------------------------------------------------------------
+
+    @property
+    def prior(self) -> Categorical:
+        """p(y), which W, b and the base imply: Categorical over K classes."""
+        return Categorical(logits=self._log_evidence().to(self._dtype), validate_args=False)
+
+    def given(self, y: Tensor | int) -> Distribution:
+        """The law p(h|y) of the activations of classes.
+
+        Args:
+            y: Labels, any shape (*B,).
+
+        Returns:
+            Distribution of batch shape (*B,) and event shape (d,).
+
+        Raises:
+            ValueError: If a label is not an integer in 0..K−1.
+        """
+        return self.base.tilt(self.head.centered_weight(self._labels(y)))
+
+    def posterior(self, h: Tensor) -> Categorical:
+        """p(y|h) by Bayes' rule, equal to softmax(head(h)): Categorical of batch shape (*S,) for h (*S, d)."""
+        return Categorical(logits=self._log_joint(h), validate_args=False)
+
+    def log_joint(self, h: Tensor) -> Tensor:
+        """Log p(y) + log p(h|y) for every class, (*S, d) → (*S, K)."""
+        return self._log_joint(h).to(h.dtype)
+
+    def log_prob(self, h: Tensor) -> Tensor:
+        """Marginal log density log p(h) = log m(h) + logsumexp(logits) − log Z, (*S, d) → (*S,).
+
+        Relative to ``base.info.reference``; no (S, K, d) tensor is formed.
+        """
+        return self._log_joint(h).logsumexp(-1).to(h.dtype)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Joint draws: y from the prior, then h from p(h|y).
+
+        Args:
+            sample_shape: Shape (*S,) of the draws.
+            generator: Source of randomness, or None for torch's default.
+
+        Returns:
+            Activations (*S, d) and labels (*S,).
+        """
+        shape = Size(sample_shape)
+        weights = self._log_evidence().softmax(-1)
+        count = shape.numel()
+        y = (
+            torch.multinomial(weights, count, replacement=True, generator=generator)
+            if count
+            else (torch.empty(0, dtype=torch.long, device=weights.device))
+        )
+        classes, index = y.unique(return_inverse=True)
+        h = self.base.draw(self.head.centered_weight(classes), index, generator)
+        return h.reshape(*shape, self.head.in_features), y.reshape(shape)
+
+    def with_prior(self, prior: Tensor | Categorical) -> GenerativePair:
+        """The same p(h|y) under another class prior: b_y + log p_y − log p(y), for label shift.
+
+        Args:
+            prior: Positive class weights (K,), normalised here, or a Categorical.
+
+        Returns:
+            A new pair that shares W and the base.
+
+        Raises:
+            ValueError: If the weights have a wrong shape or are not positive and finite.
+
+        Example:
+            >>> pair = GenerativePair(Head(torch.eye(3)), Sphere(2.0)).with_prior(torch.tensor([0.6, 0.3, 0.1]))
+            >>> pair.prior.probs
+            tensor([0.6000, 0.3000, 0.1000])
+        """
+        p = prior.probs if isinstance(prior, Categorical) else prior
+        k = self.head.num_classes
+        if p.shape != (k,) or not bool(((p > 0) & p.isfinite()).all()):
+            raise ValueError(
+                f"prior must hold {k} positive, finite class weights ({k},); got shape {tuple(p.shape)}"
+                + (f" with values from {float(p.min()):.4g}" if p.numel() else "")
+                + "; a class that cannot occur belongs out of the head"
+            )
+        evidence = self._log_evidence()
+        shift = p.to(evidence).log() - p.to(evidence).sum().log() - evidence.log_softmax(-1)
+        bias = self._bias().to(evidence) + shift
+        return GenerativePair(self.head.with_bias(bias.to(self.head.weight.dtype)), self.base)
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write head and base to one safetensors file; :func:`penult.load` reads it without the model.
+
+        The file appears under its name only when it is whole.
+        """
+        tensors = {f"head.{name}": t for name, t in self.head.state_dict().items()}
+        tensors |= {f"base.{name}": t for name, t in self.base.state_dict().items()}
+        base = {"class": type(self.base).__name__, "config": self.base.config()}
+        return io.write(path, tensors, "pair", {"head": self.head.config(), "base": base})
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.head.weight.dtype, torch.float32)
+
+    def _remember(self) -> None:
+        self._head_version: tuple[int, int] | None = self.head.version
+        self._evidence: Tensor | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GenerativePair:
+        self._check_current()
+        super()._apply(fn, recurse)
+        self._remember()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._head_version = None  # children load after this; the first use remembers what they hold
+        self._evidence = None
+
+    def _check_current(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._head_version is None:
+            self._remember()
+        elif self.head.version != self._head_version:
+            raise RuntimeError(
+                "the head's weights changed after this pair was made, so its prior and densities no longer "
+                "belong to them; make a new GenerativePair, or build it on head.clone() to keep the old weights"
+            )
+
+    def _bias(self) -> Tensor:
+        bias = self.head.bias
+        return self.head.weight.new_zeros(self.head.num_classes) if bias is None else bias
+
+    def _labels(self, y: Tensor | int) -> Tensor:
+        y = torch.as_tensor(y, device=self.head.weight.device)
+        k = self.head.num_classes
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, got {y.dtype}")
+        if not torch.compiler.is_compiling() and y.numel() and not bool(((y >= 0) & (y < k)).all()):
+            bad = y[(y < 0) | (y >= k)].flatten()[0]
+            raise ValueError(f"label {int(bad)} is out of range: the head has {k} classes, 0..{k - 1}")
+        return y
+
+    @torch.no_grad()
+    def _log_evidence(self) -> Tensor:
+        """b_y + log M(w_y), (K,) in working precision."""
+        self._check_current()
+        if self._evidence is None:
+            work = working_dtype(self.head.weight.device)
+            parts = [self.base.log_mgf(rows.to(work)) for _, rows in self.head.centered_blocks()]
+            evidence = self._bias().to(work) + torch.cat(parts)
+            if not bool(evidence.isfinite().all()):
+                y = int((~evidence.isfinite()).nonzero()[0])
+                raise ValueError(
+                    f"log M of class {y} is {float(evidence[y])}: the base gives this head's rows no finite mass; "
+                    "check the radius or scale of the base against the norm of W"
+                )
+            self._evidence = evidence
+        return self._evidence
+
+    def _log_joint(self, h: Tensor) -> Tensor:
+        if h.dim() < 1 or h.shape[-1] != self.head.in_features or not h.is_floating_point():
+            raise ValueError(
+                f"h is {h.dtype} of shape {tuple(h.shape)}; "
+                f"expected floating activations (..., {self.head.in_features})"
+            )
+        h = self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
+        log_z = self._log_evidence().logsumexp(-1)
+        return self._logits(h) + (self.base.log_prob(h) - log_z.to(h.dtype)).unsqueeze(-1)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """Logits of the centered rows; a W of another precision is converted block by block."""
+        if self.head.weight.dtype == h.dtype:
+            return self.head.centered_logits(h)
+        parts = [F.linear(h, rows.to(h.dtype)) for _, rows in self.head.centered_blocks()]
+        return torch.cat(parts, dim=-1) + self._bias().to(h.dtype)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    bases: Sequence[type[Base]] = (),
+    device: str | torch.device = "cpu",
+) -> GenerativePair:
+    """Read a pair that :meth:`GenerativePair.save` wrote. Neither the model nor any pickle is needed.
+
+    Args:
+        path: The file.
+        bases: Your own base classes that the file may hold, beside penult's.
+        device: Where to put the tensors.
+
+    Returns:
+        The pair.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        penult.io.FileFormatError: If the file is damaged, foreign, of a newer schema, or holds a base class
+            that is neither penult's nor among ``bases``.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> pair = GenerativePair(Head(torch.eye(3)), Sphere(2.0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pair.save(pathlib.Path(folder) / "toy.penult.safetensors")
+        ...     print(load(path).base)
+        Sphere(radius=2)
+    """
+    file = io.read(path, kind="pair", device=device)
+    known: dict[str, type[Base]] = {"Sphere": Sphere} | {cls.__name__: cls for cls in bases}
+    try:
+        description = file.metadata["base"]
+        head_config, name, config = file.metadata["head"], description["class"], description["config"]
+    except (KeyError, TypeError) as error:
+        raise io.FileFormatError(f"{path}: the metadata of the pair lacks {error}; the file is damaged") from error
+    if name not in known:
+        raise io.FileFormatError(
+            f"{path} holds the base {name!r}, which penult does not know; pass its class: load(path, bases=[{name}])"
+        )
+    parts: dict[str, dict[str, Tensor]] = {"head": {}, "base": {}}
+    for key, tensor in file.tensors.items():
+        room, _, rest = key.partition(".")
+        parts.setdefault(room, {})[rest] = tensor
+    try:
+        head = Head.from_config(head_config, parts["head"])
+        base = known[name].from_config(config, parts["base"])
+        return GenerativePair(head, base)
+    except (KeyError, TypeError, ValueError) as error:
+        raise io.FileFormatError(f"{path}: head and base cannot be rebuilt from the file: {error}") from error

@@ -1,0 +1,386 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import penult
+from heads import random_head
+from penult import GenerativePair, Head, Sphere, special
+from penult.testing import check_base
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def charted(dim, m, seed=0, radii=3, dtype=torch.float64):
+    """A sphere with everything: radii, centre, shape and subspace."""
+    g = seeded(seed)
+    basis = torch.linalg.qr(torch.randn(dim, m, generator=g, dtype=torch.float64)).Q.T
+    factor = torch.randn(m, m, generator=g, dtype=torch.float64)
+    tril = torch.linalg.cholesky(factor @ factor.T + torch.eye(m, dtype=torch.float64))
+    return Sphere(
+        torch.linspace(0.5, 2, radii, dtype=torch.float64),
+        loc=torch.randn(dim, generator=g, dtype=torch.float64),
+        scale_tril=tril / m**0.5,
+        subspace=basis,
+        log_weights=torch.randn(radii, generator=g, dtype=torch.float64),
+    ).to(dtype)
+
+
+# --- laws ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radii", [1, 3])
+@pytest.mark.parametrize(("dim", "m"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (5, 3), (64, 9), (1280, 20)])
+def test_laws_through_every_chart(dim, m, radii):
+    report = check_base(charted(dim, m, seed=m, radii=radii), random_head(3, dim, seed=dim, norm=2.0), samples=50_000)
+    names = " ".join(law.name for law in report.laws)
+    assert ("integrates to one" in names) == (m <= 3)
+    assert ("radii" in names) == (radii > 1)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize("dim", [2, 64, 1280])
+def test_laws_of_the_data_free_sphere(classes, dim):
+    head = random_head(classes, dim, seed=classes, norm=3.0)
+    with pytest.MonkeyPatch.context():
+        base = quiet_from_head(head)
+    assert base.subspace.shape == (head.rank, dim)
+    check_base(base, head, samples=20_000 if classes < 1000 else 4_000)
+
+
+def quiet_from_head(head, **kwargs):
+    """``from_head`` where random rows may well be dominated by others, which is warned of."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "classes .* are not the largest", UserWarning)
+        return Sphere.from_head(head, **kwargs)
+
+
+@pytest.mark.parametrize("shape", ["round", "centered", "elliptic"])
+@pytest.mark.parametrize("ambient", [True, False])
+def test_laws_of_fitted_spheres(shape, ambient):
+    head = random_head(5, 12, seed=1, norm=1.5)
+    h = torch.randn(4000, 12, generator=seeded(), dtype=torch.float64) * torch.logspace(-0.5, 0.5, 12) + 1
+    base = Sphere.fit(head, h, shape=shape, ambient=ambient, radii=32)
+    check_base(base, head, samples=50_000)
+
+
+class Miscounted(Sphere):
+    """A sphere whose log M is off by one per cent."""
+
+    def log_mgf(self, weight):
+        return 1.01 * super().log_mgf(weight)
+
+
+@pytest.mark.parametrize(("dim", "norm"), [(2, 2.0), (3, 2.0), (64, 20.0)])
+def test_a_base_whose_log_m_is_off_by_one_per_cent_fails(dim, norm):
+    head = random_head(3, dim, norm=norm)
+    check_base(Sphere(torch.tensor([1.5], dtype=torch.float64)), head)
+    with pytest.raises(AssertionError, match="FAIL"):
+        check_base(Miscounted(torch.tensor([1.5], dtype=torch.float64)), head)
+
+
+class Skewed(Sphere):
+    """A sphere that draws with a concentration two per cent too large."""
+
+    def draw(self, weight, index, generator):
+        return super().draw(1.02 * weight, index, generator)
+
+
+def test_a_base_that_draws_from_another_law_fails():
+    with pytest.raises(AssertionError, match="FAIL.*gradient of log M"):
+        check_base(Skewed(torch.tensor([1.5], dtype=torch.float64)), random_head(3, 8, norm=10.0))
+
+
+def test_log_mgf_is_the_sphere_mgf_and_differentiable():
+    base, head = charted(6, 4), random_head(3, 6)
+    rows = head.centered_weight()
+    assert torch.autograd.gradcheck(base.log_mgf, rows.clone().requires_grad_())
+    points = base.tilt(torch.zeros(6, dtype=torch.float64)).sample((200_000,), generator=seeded())
+    estimate = (points @ rows.T).exp().mean(0).log()
+    assert torch.allclose(estimate, base.log_mgf(rows), atol=0.05)
+
+
+def test_one_sphere_is_von_mises_fisher():
+    w = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    tilt = Sphere(torch.tensor(2.5, dtype=torch.float64)).tilt(w)
+    law = penult.VonMisesFisher(w / w.norm(), 2.5 * w.norm())
+    x = law.sample((10,), generator=seeded())
+    assert torch.allclose(tilt.log_prob(2.5 * x), law.log_prob(x) - 2 * math.log(2.5))
+    assert torch.allclose(tilt.mean, 2.5 * law.mean)
+
+
+def test_zero_rows_tilt_nothing():
+    base = Sphere(torch.tensor([1.0, 3.0]))
+    tilt = base.tilt(torch.zeros(2, 5))
+    x = tilt.sample((20_000,), generator=seeded())
+    assert torch.equal(tilt.mean, torch.zeros(2, 5))
+    assert float(x.mean(0).abs().max()) < 0.05
+    assert {round(r, 4) for r in x.norm(dim=-1).flatten().tolist()} == {1.0, 3.0}
+
+
+def test_parts_outside_the_subspace_are_dropped():
+    base = charted(6, 3)
+    h = torch.randn(7, 6, generator=seeded(), dtype=torch.float64)
+    outside = h - base.loc
+    outside = outside - outside @ base.subspace.T @ base.subspace
+    assert torch.allclose(base.log_prob(h), base.log_prob(h + outside))
+    assert torch.allclose(base.project(h), base.project(h + outside))
+    assert torch.allclose(base.project(h), h - outside)
+
+
+def test_kl_between_tilts():
+    base = charted(5, 3)
+    rows = random_head(2, 5).weight
+    p, q = base.tilt(rows[0]), base.tilt(rows[1])
+    x = p.sample((100_000,), generator=seeded())
+    ratio = p.log_prob(x) - q.log_prob(x)
+    kl = torch.distributions.kl_divergence(p, q)
+    assert abs(float(ratio.mean() - kl)) < 4 * float(ratio.std()) / math.sqrt(len(x))
+    with pytest.raises(ValueError, match="one base object"):
+        torch.distributions.kl_divergence(p, charted(5, 3).tilt(rows[1]))
+
+
+# --- from a head alone --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("confidence", [0.6, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("ambient", [False, True])
+def test_radius_reaches_the_confidence(confidence, ambient):
+    head = random_head(6, 20, norm=3.0)
+    base = Sphere.from_head(head, confidence=confidence, ambient=ambient)
+    h = GenerativePair(head, base).given(torch.arange(6)).sample((5000,), generator=seeded(7))
+    reached = head(h).softmax(-1).amax(-1).mean()
+    assert float(reached) == pytest.approx(confidence, abs=0.012)
+
+
+def test_two_classes_are_two_points():
+    head = Head(torch.tensor([[2.0, 1.0, 0.0], [-2.0, 1.0, 0.0]], dtype=torch.float64))
+    base = Sphere.from_head(head, confidence=0.9)
+    assert base.subspace.shape == (1, 3)
+    h, y = GenerativePair(head, base).sample((1000,), generator=seeded())
+    assert len(h[:, 0].abs().round(decimals=8).unique()) == 1
+    assert float(head(h).softmax(-1).amax(-1).mean()) == pytest.approx(0.9, abs=1e-3)
+    assert 0.85 < float((head(h).argmax(-1) == y).double().mean()) < 0.95
+
+
+def test_radius_is_deterministic_and_leaves_the_rng_alone():
+    head = random_head(4, 8, norm=3.0)
+    state = torch.random.get_rng_state()
+    first, second = Sphere.from_head(head), Sphere.from_head(head)
+    assert torch.equal(first.radius, second.radius)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_scaling_the_head_scales_the_radius():
+    head = random_head(4, 8, norm=3.0, bias=False)
+    scaled, scale = head.rescaled()
+    ratio = Sphere.from_head(scaled).radius / Sphere.from_head(head).radius
+    assert float(ratio) == pytest.approx(scale, rel=1e-4)
+
+
+def test_dominated_class_is_named():
+    weight = torch.tensor([[3.0, 0.0], [0.3, 0.1], [-3.0, 0.5], [0.0, -3.0]], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="classes 1 are not the largest"):
+        base = Sphere.from_head(Head(weight))
+    check_base(base, Head(weight), samples=20_000)
+
+
+@pytest.mark.parametrize("classes", [3, 100])
+def test_tied_rows_are_an_error(classes):
+    weight = random_head(classes, 8).weight
+    weight[2] = weight[0]
+    with pytest.raises(ValueError, match="rows 0 and 2 of the head are equal"):
+        Sphere.from_head(Head(weight))
+
+
+def test_unreachable_confidence():
+    head = Head(torch.eye(3), torch.tensor([6.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match="biases alone"):
+        Sphere.from_head(head, confidence=0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Sphere.from_head(head, confidence=1.0)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_folded_normalisation_gives_the_true_sphere(norm):
+    layer = nn.LayerNorm(16) if norm == "layer" else nn.RMSNorm(16)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 1.5, generator=seeded())
+    model = nn.Sequential(nn.Linear(4, 16), layer, nn.Linear(16, 5))
+    x = torch.randn(64, 4, generator=seeded())
+    head = penult.find_head(model, x)
+    base = Sphere.from_head(head, ambient=True)
+    assert float(base.radius) == pytest.approx(4.0)
+    h, logits = penult.Tap(model, head)(x)
+    assert torch.allclose(head(h), logits, atol=1e-5)
+    assert torch.allclose(base.read(h).norm(dim=-1), torch.full((64,), 4.0), atol=1e-2)
+    if norm == "layer":
+        assert base.subspace.shape == (15, 16)
+        draws, _ = GenerativePair(head, base).sample((100,), generator=seeded())
+        assert float(draws.sum(-1).abs().max()) < 1e-4
+    check_base(base, head, samples=20_000)
+
+
+# --- fitted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["round", "centered", "elliptic"])
+@pytest.mark.parametrize("ambient", [True, False])
+def test_fit_reproduces_the_radial_law(shape, ambient):
+    head = random_head(6, 10, norm=2.0)
+    h = torch.randn(5000, 10, generator=seeded(), dtype=torch.float64) * 1.5 + 0.5
+    base = Sphere.fit(head, h, shape=shape, ambient=ambient)
+    drawn, _ = GenerativePair(head, base).sample((50_000,), generator=seeded(1))
+    real, ours = base.read(h).norm(dim=-1), base.read(drawn).norm(dim=-1)
+    grid = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+    assert torch.allclose(real.quantile(grid), ours.quantile(grid), rtol=0.04)
+
+
+def test_fit_recovers_the_pair_it_came_from():
+    # of a large elliptic sphere in many dimensions the Gaussian fit finds centre and shape
+    head = random_head(8, 24, norm=1.0)
+    factor = torch.randn(24, 24, generator=seeded(3), dtype=torch.float64)
+    tril = torch.linalg.cholesky(factor @ factor.T / 24 + torch.eye(24, dtype=torch.float64))
+    truth = Sphere(torch.tensor(24.0**0.5, dtype=torch.float64), loc=torch.full((24,), 0.7).double(), scale_tril=tril)
+    h, _ = GenerativePair(head, truth).sample((40_000,), generator=seeded())
+    fitted = Sphere.fit(head, h, shape="elliptic", shrinkage=0.0)
+    assert float((fitted.loc - truth.loc).norm() / truth.loc.norm()) < 0.15
+    covariance = tril @ tril.T
+    assert float((fitted.scale_tril @ fitted.scale_tril.T - covariance).norm() / covariance.norm()) < 0.1
+    assert float(fitted.radius.mean()) == pytest.approx(24.0**0.5, rel=0.05)
+
+
+def test_gaussian_moments_satisfy_their_equation():
+    from penult.bases._moments import tilted_gaussian
+
+    head = random_head(5, 6, norm=2.0)
+    h = torch.randn(3000, 6, generator=seeded(), dtype=torch.float64) @ torch.randn(6, 6, generator=seeded(1)).double()
+    p = head(h).softmax(-1).mean(0)
+    rows = head.centered_weight()
+    centre, sigma = tilted_gaussian(rows, p, h, "full", 0.0)
+    w = rows - p @ rows
+    c = w.T @ (p.unsqueeze(-1) * w)
+    total = torch.cov(h.T, correction=0)
+    assert torch.allclose(sigma + sigma @ c @ sigma, total, atol=1e-10)
+    assert torch.allclose(centre + sigma @ (p @ rows), h.mean(0), atol=1e-12)
+
+
+def test_fit_in_span_keeps_the_mean_outside():
+    head = random_head(4, 9)
+    h = torch.randn(500, 9, generator=seeded(), dtype=torch.float64) + 5
+    for shape in ("round", "centered", "elliptic"):
+        base = Sphere.fit(head, h, shape=shape, ambient=False)
+        away = h.mean(0) - base.loc
+        assert torch.allclose(away - away @ base.subspace.T @ base.subspace, torch.zeros(9, dtype=torch.float64), atol=1e-9)
+
+
+def test_fit_accepts_other_precisions_and_leaves_the_rng_alone():
+    state = torch.random.get_rng_state()
+    head = random_head(3, 5, dtype=torch.float32)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        base = Sphere.fit(head, torch.randn(100, 5, generator=seeded()).to(dtype), shape="elliptic")
+        assert base.radius.dtype == torch.float32
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("activations", "kwargs", "message"),
+    [
+        (torch.zeros(0, 5), {}, r"shape \(0, 5\)"),
+        (torch.ones(1, 5), {}, "N >= 2"),
+        (torch.ones(9, 4), {}, r"expected \(N, 5\)"),
+        (torch.full((9, 5), math.nan), {}, "9 of 9 activations hold NaN"),
+        (torch.ones(9, 5), {"shape": "elliptic"}, "all 9 activations are equal"),
+        (torch.eye(5), {"shape": "oval"}, "'round', 'centered' or 'elliptic'"),
+        (torch.eye(5), {"shrinkage": 2.0}, "shrinkage"),
+        (torch.eye(5), {"radii": 0}, "radii"),
+    ],
+)
+def test_fit_refuses(activations, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Sphere.fit(random_head(3, 5, dtype=torch.float32), activations, **kwargs)
+
+
+def test_radii_histograms_merge():
+    from penult.bases._radii import RadialHistogram
+
+    r = torch.rand(1000, generator=seeded()) * 10 + 1e-3
+    whole, left, right = RadialHistogram(), RadialHistogram(), RadialHistogram()
+    whole.update(r)
+    left.update(r[:300])
+    right.update(r[300:])
+    left.merge(right)
+    for a, b in zip(whole.atoms(64), left.atoms(64), strict=True):
+        assert torch.allclose(a, b)
+    radius, share = whole.atoms(64)
+    assert len(radius) <= 64
+    assert float(share.sum()) == pytest.approx(1)
+    assert float((radius * share).sum()) == pytest.approx(float(r.double().mean()))
+    assert bool((radius.diff() > 0).all())
+
+
+# --- construction -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"radius": -1.0}, "positive, finite"),
+        ({"radius": torch.tensor([])}, "positive, finite"),
+        ({"radius": math.inf}, "positive, finite"),
+        ({"radius": 1.0, "log_weights": torch.zeros(2)}, "log_weights must have the shape"),
+        ({"radius": 1.0, "loc": torch.zeros(2, 2)}, r"loc must have shape \(d,\)"),
+        ({"radius": 1.0, "subspace": torch.ones(1, 3)}, "not orthonormal"),
+        ({"radius": 1.0, "subspace": torch.eye(4)[:, :3]}, "m <= d rows"),
+        ({"radius": 1.0, "subspace": torch.eye(3)[:2], "loc": torch.zeros(4)}, "loc has dimension 4"),
+        ({"radius": 1.0, "subspace": torch.eye(3)[:2], "scale_tril": torch.eye(3)}, r"shape \(2, 2\)"),
+        ({"radius": 1.0, "scale_tril": torch.ones(2, 2)}, "lower triangular"),
+        ({"radius": 1.0, "scale_tril": -torch.eye(2)}, "positive diagonal"),
+    ],
+)
+def test_bad_construction(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Sphere(**kwargs)
+
+
+def test_wrong_dimension_of_activations():
+    base = charted(5, 3)
+    for call in (base.log_prob, base.read, base.tilt, base.log_mgf):
+        with pytest.raises(ValueError, match=r"dimension 5: expected \(\.\.\., 5\)"):
+            call(torch.zeros(2, 4, dtype=torch.float64))
+
+
+def test_repr_info_and_moves():
+    base = charted(5, 3)
+    assert "radii=3" in repr(base)
+    assert "subspace=(3, 5)" in repr(base)
+    assert base.info.exact_mgf
+    assert base.info.name == "elliptic sphere"
+    assert Sphere(1.0).in_features is None
+    assert base.to(torch.float32).radius.dtype == torch.float32
+    again = Sphere.from_config(base.config(), base.state_dict())
+    h = torch.randn(3, 5, generator=seeded())
+    assert torch.equal(again.log_prob(h), base.log_prob(h))
+
+
+def test_single_precision_sphere_on_other_precisions():
+    base = charted(5, 3, dtype=torch.float32)
+    h = torch.randn(3, 5, generator=seeded(), dtype=torch.float64)
+    assert base.log_prob(h).dtype == torch.float64
+    assert torch.allclose(base.log_prob(h.half()).float(), base.log_prob(h).float(), atol=0.05)
+
+
+def test_marginal_of_radii_with_special_weights():
+    # ω(r) ∝ p(r) / Σ_y e^{b'_y + F(r ρ_y)}: solved by hand for two atoms
+    head = Head(torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64))
+    h = torch.tensor([[1.0, 0.0]] * 30 + [[0.0, 2.0]] * 70, dtype=torch.float64)
+    base = Sphere.fit(head, h, radii=2)
+    f = special.log_sphere_mgf(2, torch.tensor([1.0, 2.0], dtype=torch.float64))
+    want = torch.tensor([0.3, 0.7], dtype=torch.float64).log() - f
+    assert torch.allclose(base.radius, torch.tensor([1.0, 2.0], dtype=torch.float64))
+    assert torch.allclose(base.log_weights, want.log_softmax(-1))

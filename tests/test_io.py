@@ -1,0 +1,208 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from penult import io
+
+
+def leftovers(folder):
+    return [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "a.penult.safetensors"
+    tensors = {
+        "f": torch.randn(3, 4),
+        "d": torch.randn(2, dtype=torch.float64),
+        "h": torch.randn(5).half(),
+        "b": torch.randn(5).bfloat16(),
+        "i": torch.arange(3),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 7),
+        "scalar": torch.tensor(2.5),
+    }
+    metadata = {"names": ["a", "b"], "depth": {"x": 1.5, "y": None}, "flag": True, "text": "κ ≥ 0"}
+    assert io.write(path, tensors, "pair", metadata) == path
+    file = io.read(path, kind="pair")
+    assert file.kind == "pair"
+    assert file.metadata == metadata
+    assert file.versions["torch"] == torch.__version__
+    assert set(file.versions) == {"penult", "torch"}
+    assert list(sorted(file.tensors)) == sorted(tensors)
+    for name, value in tensors.items():
+        assert file.tensors[name].dtype == value.dtype
+        assert torch.equal(file.tensors[name], value)
+    assert leftovers(tmp_path) == []
+
+
+def test_string_path_and_kinds(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    io.write(path, {}, "head", {})
+    assert io.read(path).kind == "head"
+    assert io.read(path, kind=("pair", "head")).kind == "head"
+    with pytest.raises(io.FileFormatError, match=r"holds a 'head', but 'pair' was wanted"):
+        io.read(path, kind="pair")
+    with pytest.raises(io.FileFormatError, match=r"'gate' or 'pair' was wanted"):
+        io.read(path, kind={"pair", "gate"})
+
+
+def test_shared_views_and_gradients(tmp_path):
+    base = torch.randn(4, 6, requires_grad=True)
+    tensors = {"all": base, "row": base[1], "t": base.t(), "same": base}
+    io.write(tmp_path / "a", tensors, "x", {})
+    read = io.read(tmp_path / "a").tensors
+    for name, value in tensors.items():
+        assert torch.equal(read[name], value.detach())
+        assert not read[name].requires_grad
+    assert base.requires_grad
+
+
+def test_replaces_old_file_and_survives_open_readers(tmp_path):
+    path = tmp_path / "a"
+    io.write(path, {"x": torch.zeros(1000)}, "x", {})
+    old = io.read(path)
+    io.write(path, {"x": torch.ones(10)}, "x", {"new": 1})
+    assert old.tensors["x"].sum() == 0
+    assert io.read(path).metadata == {"new": 1}
+
+
+def test_the_metadata_is_one_json_string(tmp_path):
+    from safetensors import safe_open
+
+    io.write(tmp_path / "a", {"x": torch.zeros(1)}, "note", {"k": [1, 2]})
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        header = file.metadata()
+    assert set(header) == {"penult"}
+    record = json.loads(header["penult"])
+    assert record["schema"] == io.SCHEMA_VERSION
+    assert record["kind"] == "note"
+    assert record["k"] == [1, 2]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    io.write(tmp_path / "a", {"x": torch.zeros(1)}, "x", {})
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_bad_destinations(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
+        io.write(tmp_path / "nowhere" / "a", {}, "x", {})
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        io.write(tmp_path, {}, "x", {})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "error", "words"),
+    [
+        ({"x": [1, 2]}, {}, TypeError, r"tensors\['x'\] is a list"),
+        ({}, {"kind": 1}, ValueError, "kind"),
+        ({}, {"o": object()}, TypeError, "JSON"),
+        ({}, {"o": float("nan")}, ValueError, "NaN"),
+    ],
+)
+def test_bad_contents_write_nothing(tmp_path, tensors, metadata, error, words):
+    with pytest.raises(error, match=words):
+        io.write(tmp_path / "a", tensors, "x", metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_exception_in_the_middle_leaves_the_old_file(tmp_path, monkeypatch, where, error):
+    path = tmp_path / "a"
+    io.write(path, {"x": torch.arange(5)}, "x", {"old": True})
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(io if where == "save_file" else os, where, fail)
+    with pytest.raises(type(error)):
+        io.write(path, {"x": torch.zeros(99)}, "x", {})
+    monkeypatch.undo()
+    assert leftovers(tmp_path) == []
+    assert io.read(path).metadata == {"old": True}
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_killed_writer_leaves_the_old_file(tmp_path, where):
+    path = tmp_path / "a"
+    io.write(path, {"x": torch.arange(5)}, "x", {"old": True})
+    script = f"""
+        import os, signal, sys, torch
+        from penult import io
+        os.{where} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        io.write(sys.argv[1], {{"x": torch.zeros(1000)}}, "x", {{}})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(path)], check=False)
+    assert done.returncode != 0
+    assert torch.equal(io.read(path).tensors["x"], torch.arange(5))
+    assert len(leftovers(tmp_path)) == 1  # the kill was in the middle
+    io.write(path, {"x": torch.ones(2)}, "x", {"new": True})  # and the debris is in nobody's way
+    assert io.read(path).metadata == {"new": True}
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        io.read(tmp_path / "none")
+    with pytest.raises(io.FileFormatError, match="folder"):
+        io.read(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -100, -1])
+def test_truncated(tmp_path, keep):
+    path = tmp_path / "a"
+    io.write(path, {"x": torch.randn(50)}, "x", {})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(io.FileFormatError, match=r"truncated|first bytes"):
+        io.read(path)
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os._exit, (1,)
+
+    torch.save({"x": torch.ones(2)}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Bomb()))
+    for name in ("zip.pt", "plain.pkl"):
+        with pytest.raises(io.FileFormatError, match="never unpickles"):
+            io.read(tmp_path / name)
+
+
+def test_any_other_file(tmp_path):
+    (tmp_path / "a").write_text("weights, honest\n" * 20)
+    with pytest.raises(io.FileFormatError, match="not a safetensors file"):
+        io.read(tmp_path / "a")
+
+
+def test_foreign_safetensors(tmp_path):
+    save_file({f"layer{i}.weight": torch.zeros(1) for i in range(9)}, tmp_path / "a")
+    with pytest.raises(io.FileFormatError, match=r"layer0.weight.*3 more.*penult\.Head\(weight, bias\)"):
+        io.read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "no schema"),
+        ('{"kind": "x"}', "no schema"),
+        ('{"schema": 1}', "no kind"),
+        (
+            '{"schema": 7, "kind": "x"}',
+            r"written by schema 7, this penult reads up to 1: upgrade penult with pip install -U penult",
+        ),
+    ],
+)
+def test_malformed_metadata(tmp_path, text, words):
+    save_file({"x": torch.zeros(1)}, tmp_path / "a", metadata={"penult": text})
+    with pytest.raises(io.FileFormatError, match=words):
+        io.read(tmp_path / "a")
