@@ -98,18 +98,20 @@ class GenerativePair(nn.Module):
 
     def posterior(self, h: Tensor) -> Categorical:
         """p(y|h) by Bayes' rule, equal to softmax(head(h)): Categorical of batch shape (*S,) for h (*S, d)."""
-        return Categorical(logits=self._log_joint(h), validate_args=False)
+        return Categorical(logits=self._terms(h)[0], validate_args=False)  # log m(h) − log Z cancels
 
     def log_joint(self, h: Tensor) -> Tensor:
         """Log p(y) + log p(h|y) for every class, (*S, d) → (*S, K)."""
-        return self._log_joint(h).to(h.dtype)
+        logits, log_density = self._terms(h)
+        return (logits + log_density.unsqueeze(-1)).to(h.dtype)
 
     def log_prob(self, h: Tensor) -> Tensor:
         """Marginal log density log p(h) = log m(h) + logsumexp(logits) − log Z, (*S, d) → (*S,).
 
         Relative to ``base.info.reference``; no (S, K, d) tensor is formed.
         """
-        return self._log_joint(h).logsumexp(-1).to(h.dtype)
+        logits, log_density = self._terms(h)
+        return (logits.logsumexp(-1) + log_density).to(h.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,7 @@ class GenerativePair(nn.Module):
         )
         classes, index = y.unique(return_inverse=True)
         h = self.base.draw(self.head.centered_weight(classes), index, generator)
-        return h.reshape(*shape, self.head.in_features), y.reshape(shape)
+        return h.to(self.head.weight.dtype).reshape(*shape, self.head.in_features), y.reshape(shape)
 
     def with_prior(self, prior: Tensor | Categorical) -> GenerativePair:
         """The same p(h|y) under another class prior: b_y + log p_y − log p(y), for label shift.
@@ -239,7 +241,11 @@ class GenerativePair(nn.Module):
             self._evidence = evidence
         return self._evidence
 
-    def _log_joint(self, h: Tensor) -> Tensor:
+    def _terms(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """w_y·h + b_y (*S, K) and log m(h) − log Z (*S,), whose sum is the log joint density.
+
+        Kept apart, since log m(h) can be in the thousands and would cost the logits their digits.
+        """
         if h.dim() < 1 or h.shape[-1] != self.head.in_features or not h.is_floating_point():
             raise ValueError(
                 f"h is {h.dtype} of shape {tuple(h.shape)}; "
@@ -247,7 +253,7 @@ class GenerativePair(nn.Module):
             )
         h = self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
         log_z = self._log_evidence().logsumexp(-1)
-        return self._logits(h) + (self.base.log_prob(h) - log_z.to(h.dtype)).unsqueeze(-1)
+        return self._logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
 
     def _logits(self, h: Tensor) -> Tensor:
         """Logits of the centered rows; a W of another precision is converted block by block."""

@@ -35,7 +35,11 @@ def charted(dim, m, seed=0, radii=3, dtype=torch.float64):
 @pytest.mark.parametrize("radii", [1, 3])
 @pytest.mark.parametrize(("dim", "m"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (5, 3), (64, 9), (1280, 20)])
 def test_laws_through_every_chart(dim, m, radii):
-    report = check_base(charted(dim, m, seed=m, radii=radii), random_head(3, dim, seed=dim, norm=2.0), samples=50_000)
+    report = check_base(
+        charted(dim, m, seed=m, radii=radii),
+        random_head(3, dim, seed=dim, norm=2.0),
+        samples=50_000 if dim < 1000 else 5_000,
+    )
     names = " ".join(law.name for law in report.laws)
     assert ("integrates to one" in names) == (m <= 3)
     assert ("radii" in names) == (radii > 1)
@@ -45,10 +49,9 @@ def test_laws_through_every_chart(dim, m, radii):
 @pytest.mark.parametrize("dim", [2, 64, 1280])
 def test_laws_of_the_data_free_sphere(classes, dim):
     head = random_head(classes, dim, seed=classes, norm=3.0)
-    with pytest.MonkeyPatch.context():
-        base = quiet_from_head(head)
+    base = quiet_from_head(head, confidence=0.95 if classes < 1000 or dim > 2 else 0.3)
     assert base.subspace.shape == (head.rank, dim)
-    check_base(base, head, samples=20_000 if classes < 1000 else 4_000)
+    check_base(base, head, samples=20_000 if classes < 1000 and dim < 1000 else 4_000)
 
 
 def quiet_from_head(head, **kwargs):
@@ -92,7 +95,7 @@ class Skewed(Sphere):
 
 
 def test_a_base_that_draws_from_another_law_fails():
-    with pytest.raises(AssertionError, match="FAIL.*gradient of log M"):
+    with pytest.raises(AssertionError, match=r"FAIL.*gradient of log M"):
         check_base(Skewed(torch.tensor([1.5], dtype=torch.float64)), random_head(3, 8, norm=10.0))
 
 
@@ -276,7 +279,9 @@ def test_fit_in_span_keeps_the_mean_outside():
     for shape in ("round", "centered", "elliptic"):
         base = Sphere.fit(head, h, shape=shape, ambient=False)
         away = h.mean(0) - base.loc
-        assert torch.allclose(away - away @ base.subspace.T @ base.subspace, torch.zeros(9, dtype=torch.float64), atol=1e-9)
+        assert torch.allclose(
+            away - away @ base.subspace.T @ base.subspace, torch.zeros(9, dtype=torch.float64), atol=1e-9
+        )
 
 
 def test_fit_accepts_other_precisions_and_leaves_the_rng_alone():

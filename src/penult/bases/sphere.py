@@ -83,9 +83,8 @@ class Sphere(Base):
             )
         self.register_buffer("radius", radius)
         self.register_buffer("log_weights", log_weights.log_softmax(-1))
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale_tril", scale_tril)
-        self.register_buffer("subspace", subspace)
+        for name, part in (("loc", loc), ("scale_tril", scale_tril), ("subspace", subspace)):
+            self.register_buffer(name, None if part is None else part.detach().contiguous())
         self._check_chart()
 
     def _check_chart(self) -> None:
@@ -173,7 +172,7 @@ class Sphere(Base):
                     f"no radius reaches a mean confidence of {confidence}: at {high:.3g} it is {reached(high):.4f}; "
                     "ask for less, or fit the radius to activations with Sphere.fit"
                 )
-        for _ in range(20):
+        for _ in range(14):  # an octave to 1e-4, finer than the draws resolve
             middle = 0.5 * (low + high)
             low, high = (middle, high) if reached(middle) < confidence else (low, middle)
         return cls(torch.tensor([0.5 * (low + high)], dtype=dtype, device=rows.device), subspace=subspace)

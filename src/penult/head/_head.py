@@ -85,7 +85,7 @@ class Head(nn.Module):
     def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_buffer("mean_row", mean_row_of(self.weight).to(self.weight), persistent=False)
+        self.register_buffer("mean_row", _wide_mean_row(self.weight), persistent=False)
         self._span: tuple[Tensor, tuple[int, int], Tensor] | None = None
 
     def _derive(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, temperature: float = 1.0) -> Head:
@@ -150,7 +150,7 @@ class Head(nn.Module):
             >>> head.centered_logits(torch.tensor([1.0, 5.0]))
             tensor([ 1., -1.])
         """
-        return self.forward(h) - (h @ self.mean_row).unsqueeze(-1)
+        return self.forward(h) - (h.to(self.mean_row.dtype) @ self.mean_row).to(h.dtype).unsqueeze(-1)
 
     def centered_weight(self, index: Tensor | slice | int | None = None) -> Tensor:
         """Centered rows w_y - mean row.
@@ -159,7 +159,7 @@ class Head(nn.Module):
             index: Which rows, as one indexes a tensor; None means all, which costs a second W.
 
         Returns:
-            (K, d), or (*index.shape, d).
+            (K, d), or (*index.shape, d); float32 for a head of half precision.
 
         Example:
             >>> Head(torch.tensor([[3.0, 0.0], [1.0, 0.0]])).centered_weight(torch.tensor([1]))
@@ -196,7 +196,7 @@ class Head(nn.Module):
                     [-1.,  0.]])
         """
         bias = None if self.bias is None else self.bias - mean_row_of(self.bias[:, None]).to(self.bias)
-        return self._derive(self.centered_weight(), bias)
+        return self._derive(self.centered_weight().to(self.weight.dtype), bias)
 
     def rescaled(self, row_norm: float = 1 / math.sqrt(3)) -> tuple[Head, float]:
         """The same classifier in another unit of h: head(h) equals new(scale * h).
@@ -388,7 +388,7 @@ class Head(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.mean_row = mean_row_of(self.weight).to(self.weight)
+        self.mean_row = _wide_mean_row(self.weight)
 
 
 def check_labels(labels: Tensor, logits_shape: torch.Size, offset: int = 0) -> None:
@@ -458,6 +458,11 @@ def _best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
         if abs(step) <= 1e-12 * beta:
             break
     return beta
+
+
+def _wide_mean_row(weight: Tensor) -> Tensor:
+    """The mean row in at least float32: rounded to half precision it would tilt every class."""
+    return mean_row_of(weight).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
 
 def _check_weight(weight: Tensor) -> None:

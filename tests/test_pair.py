@@ -1,0 +1,370 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributions import Categorical
+
+import penult
+from heads import random_head
+from penult import GenerativePair, Head, Sphere, io
+from penult.bases import Base, BaseInfo
+from penult.testing import check_pair
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def sphere(radius=1.5, dtype=torch.float64):
+    return Sphere(torch.tensor([radius, 2 * radius], dtype=dtype))
+
+
+def fitted(head, shape="elliptic", ambient=True):
+    h = torch.randn(500, head.in_features, generator=seeded(), dtype=torch.float64) + 1
+    return Sphere.fit(head, h, shape=shape, ambient=ambient, radii=16)
+
+
+# --- the identity -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("features", [2, 64, 1280])
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize(("bias", "unequal"), [(True, False), (False, True)])
+def test_posterior_is_the_softmax(classes, features, dtype, bias, unequal):
+    head = random_head(classes, features, seed=classes, bias=bias, unequal=unequal, dtype=dtype, norm=2.0)
+    h = 2 * torch.randn(50, features, generator=seeded(1), dtype=dtype)
+    bases = [sphere(dtype=dtype)]
+    if features < 1000:
+        bases += [fitted(head), fitted(head, "round", ambient=False)]
+    for base in bases:
+        pair = GenerativePair(head, base)
+        error = (pair.posterior(h).probs - head(h).softmax(-1)).abs().max()
+        assert float(error) <= (1e-9 if dtype == torch.float64 else 1e-5)
+        assert pair.log_joint(h).dtype == pair.log_prob(h).dtype == dtype
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize("features", [2, 64])
+def test_pairs_follow_their_laws(classes, features):
+    head = random_head(classes, features, seed=1, unequal=True, norm=2.0)
+    check_pair(GenerativePair(head, sphere()), samples=20_000)
+
+
+def test_bayes_rule_holds_between_the_parts():
+    head = random_head(4, 6, norm=2.0)
+    for base in (sphere(), fitted(head), fitted(head, "centered", ambient=False)):
+        pair = GenerativePair(head, base)
+        h, y = pair.sample((40,), generator=seeded())
+        each = pair.given(torch.arange(4)).log_prob(h.unsqueeze(1)) + pair.prior.logits
+        assert torch.allclose(each, pair.log_joint(h), atol=1e-10)
+        assert torch.allclose(each.logsumexp(-1), pair.log_prob(h), atol=1e-10)
+        assert torch.allclose(each[torch.arange(40), y], pair.given(y).log_prob(h) + pair.prior.log_prob(y), atol=1e-10)
+
+
+def test_gauge_does_not_matter():
+    head = random_head(5, 7, norm=2.0)
+    shifted = Head(head.weight + torch.randn(7, generator=seeded(3), dtype=torch.float64), head.bias + 4)
+    h = torch.randn(20, 7, generator=seeded(), dtype=torch.float64)
+    a, b = GenerativePair(head, sphere()), GenerativePair(shifted, sphere())
+    assert torch.allclose(a.log_prob(h), b.log_prob(h), atol=1e-10)
+    assert torch.allclose(a.prior.probs, b.prior.probs, atol=1e-12)
+    assert torch.allclose(Sphere.from_head(head).radius, Sphere.from_head(shifted).radius)
+
+
+def test_energy_is_the_log_density_ratio():
+    head = random_head(5, 7)
+    pair = GenerativePair(head, sphere())
+    h = torch.randn(20, 7, generator=seeded(), dtype=torch.float64)
+    ratio = pair.log_prob(h) - pair.base.log_prob(h) - head.centered_logits(h).logsumexp(-1)
+    assert float(ratio.std()) < 1e-12
+
+
+def test_no_class_by_feature_tensor_is_formed():
+    head = random_head(1000, 256)
+    pair = GenerativePair(head, sphere())
+    h = torch.randn(2000, 256, generator=seeded(), dtype=torch.float64)  # (2000, 1000, 256) would take 4 GB
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        pair.log_prob(h)
+    largest = max(event.cpu_memory_usage for event in profile.key_averages())
+    assert largest < 500e6
+
+
+def test_half_precision():
+    head = random_head(4, 8, dtype=torch.float16)
+    pair = GenerativePair(head, Sphere(2.0))
+    h, y = pair.sample((20,), generator=seeded())
+    assert h.dtype == torch.float16
+    assert pair.log_prob(h).dtype == torch.float16
+    want = torch.nn.functional.linear(h.float(), head.weight.float(), head.bias.float()).softmax(-1)
+    assert torch.allclose(pair.posterior(h).probs, want, atol=1e-5)
+    assert y.dtype == torch.long
+
+
+def test_half_precision_rows_are_centred_in_single():
+    head = random_head(4, 8, dtype=torch.float16)
+    pair = GenerativePair(head, Sphere(2.0))
+    assert pair.given(1).sample((3,), generator=seeded()).dtype == torch.float32
+    assert float(head.centered_weight().sum(0).abs().max()) < 1e-6
+
+
+def test_double_activations_on_a_single_head():
+    head = random_head(4, 8, dtype=torch.float32)
+    pair = GenerativePair(head, Sphere(2.0))
+    h = torch.randn(5, 8, generator=seeded(), dtype=torch.float64)
+    assert pair.log_prob(h).dtype == torch.float64
+    assert torch.allclose(pair.posterior(h).probs.float(), head(h.float()).softmax(-1), atol=1e-6)
+
+
+# --- draws --------------------------------------------------------------------------------------------------
+
+
+def test_shapes_of_given_and_sample():
+    pair = GenerativePair(random_head(4, 8), sphere())
+    p = pair.given(torch.tensor([[3, 1, 0], [2, 2, 2]]))
+    assert p.batch_shape == (2, 3)
+    assert p.event_shape == (8,)
+    x = p.sample((5,), generator=seeded())
+    assert x.shape == (5, 2, 3, 8)
+    assert p.log_prob(x).shape == (5, 2, 3)
+    assert p.mean.shape == (2, 3, 8)
+    assert pair.given(2).sample(generator=seeded()).shape == (8,)
+    h, y = pair.sample((3, 2), generator=seeded())
+    assert h.shape == (3, 2, 8)
+    assert y.shape == (3, 2)
+    h, y = pair.sample((0,), generator=seeded())
+    assert h.shape == (0, 8)
+    assert pair.sample(generator=seeded())[1].shape == ()
+
+
+def test_seeds_and_global_state():
+    pair = GenerativePair(random_head(4, 8), sphere())
+    state = torch.random.get_rng_state()
+    first, second = pair.sample((50,), generator=seeded()), pair.sample((50,), generator=seeded())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_mean_in_inference_mode():
+    pair = GenerativePair(random_head(4, 8), sphere())
+    with torch.inference_mode():
+        assert bool(pair.given(1).mean.isfinite().all())
+        assert bool(pair.log_prob(torch.randn(3, 8, generator=seeded(), dtype=torch.float64)).isfinite().all())
+
+
+# --- the class prior ----------------------------------------------------------------------------------------
+
+
+def test_with_prior_keeps_the_laws_of_the_classes():
+    pair = GenerativePair(random_head(4, 8), sphere())
+    p = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
+    for prior in (p, 5 * p, Categorical(probs=p)):
+        shifted = pair.with_prior(prior)
+        assert torch.allclose(shifted.prior.probs, p)
+        h = torch.randn(9, 8, generator=seeded(), dtype=torch.float64)
+        y = torch.arange(4)
+        assert torch.allclose(shifted.given(y).log_prob(h.unsqueeze(1)), pair.given(y).log_prob(h.unsqueeze(1)))
+        bayes = pair.posterior(h).probs * p / pair.prior.probs
+        assert torch.allclose(shifted.posterior(h).probs, bayes / bayes.sum(-1, keepdim=True))
+        assert shifted.head.weight.data_ptr() == pair.head.weight.data_ptr()
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.tensor([1.0, 0, 1, 1]), torch.tensor([1.0, math.nan, 1, 1])])
+def test_with_prior_refuses(bad):
+    with pytest.raises(ValueError, match="4 positive, finite class weights"):
+        GenerativePair(random_head(4, 8), sphere()).with_prior(bad)
+
+
+# --- as a module --------------------------------------------------------------------------------------------
+
+
+def test_says_so_when_the_weights_change():
+    layer = torch.nn.Linear(6, 3)
+    pair = GenerativePair(Head(layer.weight, layer.bias), Sphere(2.0))
+    kept = GenerativePair(Head(layer.weight, layer.bias).clone(), Sphere(2.0))
+    h = torch.randn(5, 6, generator=seeded())
+    pair.log_prob(h)
+    before = kept.log_prob(h)
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    for use in (lambda: pair.log_prob(h), lambda: pair.prior, lambda: pair.sample((2,), generator=seeded())):
+        with pytest.raises(RuntimeError, match=r"weights changed.*head\.clone\(\)"):
+            use()
+    assert torch.equal(kept.log_prob(h), before)
+    with torch.no_grad():
+        layer.bias.add_(1.0)
+    GenerativePair(Head(layer.weight, layer.bias), Sphere(2.0)).log_prob(h)
+
+
+def test_moves_state_dict_and_compile():
+    pair = GenerativePair(random_head(4, 8), sphere())
+    h = torch.randn(5, 8, generator=seeded(), dtype=torch.float64)
+    want = pair.log_prob(h)
+    other = GenerativePair(random_head(4, 8, seed=9).clone(), sphere(3.0))
+    other.log_prob(h)
+    other.load_state_dict(pair.state_dict())
+    assert torch.allclose(other.log_prob(h), want)
+    torch._dynamo.reset()
+    compiled = torch.compile(pair.log_prob, backend="aot_eager")
+    assert torch.allclose(compiled(h), want)
+    narrow = GenerativePair(random_head(4, 8).clone(), sphere()).to(torch.float32)
+    assert torch.allclose(narrow.log_prob(h.float()), want.float(), atol=1e-4)
+    assert sum(b.numel() for b in pair.buffers() if b.shape == (4, 8)) == 32  # one W
+
+
+def test_gradients_reach_activations():
+    pair = GenerativePair(random_head(4, 8), sphere())
+    h = torch.randn(5, 8, generator=seeded(), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(pair.log_prob, h)
+
+
+def test_weight_is_held_by_reference():
+    layer = torch.nn.Linear(6, 3)
+    pair = GenerativePair(Head(layer.weight, layer.bias), Sphere(2.0))
+    assert pair.head.weight.data_ptr() == layer.weight.data_ptr()
+    assert not pair.head.weight.requires_grad
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_kinds():
+    head = random_head(4, 8)
+    with pytest.raises(TypeError, match=r"penult\.Head, got Linear.*find_head"):
+        GenerativePair(torch.nn.Linear(3, 2))
+    with pytest.raises(TypeError, match=r"penult\.bases\.Base, got float"):
+        GenerativePair(head, 2.0)
+    with pytest.raises(ValueError, match="dimension 7, but the head takes 8"):
+        GenerativePair(head, Sphere(1.0, loc=torch.zeros(7)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 4]), r"label 4 is out of range: the head has 4 classes, 0\.\.3"),
+        (-1, "label -1 is out of range"),
+        (torch.tensor([0.5]), "labels must be integers, got torch.float32"),
+        (torch.tensor([True]), "labels must be integers, got torch.bool"),
+    ],
+)
+def test_labels_out_of_range(labels, message):
+    with pytest.raises(ValueError, match=message):
+        GenerativePair(random_head(4, 8), sphere()).given(labels)
+
+
+@pytest.mark.parametrize("h", [torch.zeros(3, 7), torch.zeros(()), torch.zeros(3, 8, dtype=torch.long)])
+def test_activations_of_wrong_shape_or_type(h):
+    pair = GenerativePair(random_head(4, 8), sphere())
+    for call in (pair.log_prob, pair.log_joint, pair.posterior):
+        with pytest.raises(ValueError, match=r"expected floating activations \(\.\.\., 8\)"):
+            call(h)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_save_and_load(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    head = penult.find_head(model, torch.randn(6, 4, generator=seeded()))
+    for base in (None, Sphere.fit(head, torch.rand(50, 8, generator=seeded()), shape="elliptic", ambient=False)):
+        pair = GenerativePair(head, base)
+        path = pair.save(tmp_path / "net.penult.safetensors")
+        again = penult.load(path)
+        h = torch.randn(5, 8, generator=seeded())
+        assert torch.equal(again.log_prob(h), pair.log_prob(h))
+        assert torch.equal(again.prior.probs, pair.prior.probs)
+        assert again.head.certificate == head.certificate
+        drawn, kept = pair.sample((4,), generator=seeded()), again.sample((4,), generator=seeded())
+        assert torch.equal(drawn[0], kept[0])
+        assert os.listdir(tmp_path) == ["net.penult.safetensors"]
+
+
+def test_save_keeps_temperature_norm_and_prior(tmp_path):
+    head = Head(torch.eye(3), torch.zeros(3), norm="rms").with_temperature(2.0)
+    pair = GenerativePair(head, Sphere.from_head(head, ambient=True)).with_prior(torch.tensor([0.5, 0.25, 0.25]))
+    again = penult.load(pair.save(tmp_path / "a.penult.safetensors"))
+    assert again.head.temperature == 2.0
+    assert again.head.norm == "rms"
+    assert again.head.radius == pytest.approx(3**0.5)
+    assert torch.allclose(again.prior.probs, torch.tensor([0.5, 0.25, 0.25]))
+
+
+class Flat(Base):
+    """A base of someone else's: the standard normal law."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    info = BaseInfo("flat", "Lebesgue", "R^d", needs_data=False, exact_mgf=True, source="a test")
+    in_features = property(lambda self: self.features)
+
+    def log_mgf(self, weight):
+        return 0.5 * weight.square().sum(-1)
+
+    def log_prob(self, h):
+        return -0.5 * h.square().sum(-1) - 0.5 * self.features * math.log(2 * math.pi)
+
+    def draw(self, weight, index, generator):
+        return weight[index] + torch.randn(len(index), self.features, generator=generator, dtype=weight.dtype)
+
+    def config(self):
+        return {"features": self.features}
+
+
+def test_a_base_of_ones_own(tmp_path):
+    from penult.testing import check_base
+
+    check_base(Flat(5), random_head(3, 5), samples=20_000)
+    path = GenerativePair(random_head(3, 5), Flat(5)).save(tmp_path / "own.penult.safetensors")
+    assert isinstance(penult.load(path, bases=[Flat]).base, Flat)
+    with pytest.raises(io.FileFormatError, match=r"base 'Flat', which penult does not know.*bases=\[Flat\]"):
+        penult.load(path)
+
+
+def test_files_that_are_no_pair(tmp_path):
+    path = GenerativePair(random_head(3, 5), sphere()).save(tmp_path / "a.penult.safetensors")
+    whole = path.read_bytes()
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
+    save_file({"fc.weight": torch.eye(3)}, tmp_path / "foreign")
+    torch.save({"weight": torch.eye(3)}, tmp_path / "pickle")
+    io.write(tmp_path / "other", {"x": torch.ones(1)}, "vae", {})
+    io.write(tmp_path / "bare", {"x": torch.ones(1)}, "pair", {})
+    io.write(tmp_path / "broken", {}, "pair", {"head": {}, "base": {"class": "Sphere", "config": {}}})
+    facts = {"penult": json.dumps({"schema": 99, "kind": "pair", "versions": {}})}
+    save_file({"head.weight": torch.eye(3)}, tmp_path / "newer", metadata=facts)
+    for name in ("cut", "foreign", "pickle", "other", "bare", "broken", "newer"):
+        with pytest.raises(io.FileFormatError, match=name):
+            penult.load(tmp_path / name)
+    with pytest.raises(io.FileFormatError, match="upgrade"):
+        penult.load(tmp_path / "newer")
+    with pytest.raises(FileNotFoundError):
+        penult.load(tmp_path / "missing")
+
+
+def test_a_killed_save_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "a.penult.safetensors"
+    old = GenerativePair(Head(torch.eye(3)), Sphere(2.0))
+    old.save(path)
+    code = f"""
+import os, signal, torch, penult
+os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+penult.GenerativePair(penult.Head(5 * torch.eye(3)), penult.Sphere(1.0)).save({str(path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert float(penult.load(path).base.radius) == 2.0
+
+
+def test_a_file_of_the_first_schema_still_loads():
+    pair = penult.load(os.path.join(os.path.dirname(__file__), "data", "pair-schema-1.penult.safetensors"))
+    assert torch.equal(pair.head.weight, torch.eye(3))
+    assert torch.allclose(pair.base.radius, torch.tensor([1.0, 2.0]))
+    h = torch.tensor([[1.0, 2.0, 3.0]])
+    assert float(pair.log_prob(h)) == pytest.approx(-5.13206, abs=1e-4)
