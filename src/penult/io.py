@@ -6,7 +6,8 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["SCHEMA_VERSION", "File", "FileFormatError", "read", "write"]
+__all__ = ["SCHEMA_VERSION", "File", "FileFormatError", "aside", "read", "write", "write_bytes"]
 
 SCHEMA_VERSION = 1
 """Version of the metadata layout that this penult writes, and the newest that it reads."""
@@ -86,17 +87,58 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     header = {_METADATA_KEY: _encode(kind, metadata)}
     copies = _owned(tensors)
+    with aside(path) as temporary:
+        save_file(copies, temporary, metadata=header)
+    return path
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its name when the block ends well, and else goes.
+
+    A reader sees the old file or the new one, never a part of either.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with aside(Path(folder) / "note.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['note.txt']
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        save_file(copies, temporary, metadata=header)
+        yield temporary
         os.chmod(temporary, mode)  # safetensors leaves files that their owner alone may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # otherwise a power cut could leave the new name on an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # after a successful replace there is none
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write a file of any kind, such as a page or a picture, atomically; missing folders are made.
+
+    Args:
+        path: Where to write; a file of that name is replaced.
+        data: All that the file is to hold.
+
+    Returns:
+        The path written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_bytes(f"{folder}/new/page.html", b"<p>").read_bytes()
+        b'<p>'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as temporary:
+        temporary.write_bytes(data)
     return path
 
 

@@ -261,22 +261,20 @@ def _gradient(base: Base, row: Tensor) -> Tensor:
 def _sphere_laws(base: Sphere, row: Tensor, h: Tensor, y: int) -> list[Law]:
     u = base.read(h.double())
     r = torch.linalg.vector_norm(u, dim=-1)
-    pulled, _ = base._pull(row.double().unsqueeze(0))
-    size = torch.linalg.vector_norm(pulled[0])
     m = u.shape[-1]
     radius = base.radius.double()
-    terms = base._log_radial(size.unsqueeze(0), m)[1][0].double().softmax(-1)
+    shares = base.radial_law(row.double().unsqueeze(0))[0]
+    kappa = base.kappa(row.double().unsqueeze(0))[0]
     nearest = (r.unsqueeze(-1) - radius).abs().argmin(-1) if radius.numel() <= 512 else None
     laws = []
     if nearest is not None and radius.numel() > 1:
         hits = torch.nn.functional.one_hot(nearest, radius.numel()).double().cumsum(-1)
-        largest = float((hits.mean(0) - terms.cumsum(-1)).abs().max()) * math.sqrt(len(r))
+        largest = float((hits.mean(0) - shares.cumsum(-1)).abs().max()) * math.sqrt(len(r))
         p = _kolmogorov(largest)
         laws.append(Law(f"radii of p(h|{y}) follow their law", p, f"p > {_P:g}", p > _P))
-    if m > 1 and float(size) > 0:
-        mean = pulled[0] / size
-        complement = 0.5 * (u / r.unsqueeze(-1) - mean).square().sum(-1)
-        p = _uniform(cosine_cdf(m, r * size, 1 - complement, complement))
+    if m > 1 and float(kappa.min()) > 0:
+        t = base.cosine(h.double(), row.double().expand(h.shape))
+        p = _uniform(cosine_cdf(m, r * (kappa / radius)[0], t))
         laws.append(Law(f"cosines of p(h|{y}) follow their law", p, f"p > {_P:g}", p > _P))
     return laws
 

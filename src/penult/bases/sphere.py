@@ -348,6 +348,24 @@ class Sphere(Base):
         u = _sampling.around(mean[0] if alone else mean[index], y, generator) * r.unsqueeze(-1)
         return self._push(u).to(weight.dtype)
 
+    def radial_law(self, weight: Tensor) -> Tensor:
+        """The share of each radius under the tilts by rows (B, d): ω_r e^{F(r ρ)}, normalised, (B, R)."""
+        self._check_features(weight, "weight")
+        return self._log_radial(self._norms(weight), weight.shape[-1])[1].softmax(-1).to(weight.dtype)
+
+    def kappa(self, weight: Tensor) -> Tensor:
+        """The concentration κ = r ‖L'U w‖ of the tilts by rows (B, d) at each radius, (B, R)."""
+        self._check_features(weight, "weight")
+        return self._norms(weight).unsqueeze(-1) * self.radius.to(weight.dtype)
+
+    def cosine(self, h: Tensor, weight: Tensor) -> Tensor:
+        """The cosine of activations to rows in the chart, u·w' / (‖u‖ ‖w'‖): (N, d), (N, d) → (N,)."""
+        self._check_features(weight, "weight")
+        pulled, _ = self._pull(weight)
+        u = self.read(h)
+        cosine: Tensor = torch.cosine_similarity(u, pulled.to(u.dtype), dim=-1)
+        return cosine
+
     def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
         """A product rule on the sphere in chart dimension at most 3, at every radius."""
         m = self._chart_dim()
@@ -405,6 +423,9 @@ class Sphere(Base):
         if self.scale_tril is not None:
             pulled = pulled @ self.scale_tril.to(weight.dtype)
         return pulled, offset
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(self._pull(weight)[0], dim=-1)
 
     def _push(self, u: Tensor) -> Tensor:
         """Activations h = loc + U'L u of chart coordinates (*S, m)."""

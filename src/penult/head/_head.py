@@ -384,6 +384,7 @@ class Head(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Head:
         super()._apply(fn, recurse)
         self._span = None  # it holds on to the weight as it was
+        self.mean_row = _wide_mean_row(self.weight)  # which a move to half precision would have rounded
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -6,9 +6,9 @@ Sizes are CSS pixels: a figure of size (600, 360) is 600 pixels wide where there
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
 
+from penult import io
 from penult.report import inline
-from penult.report.files import write_atomically
 from penult.report.palette import DIVERGING, LIGHT, SEQUENTIAL, SERIES, THEMES, Theme, recolour
 
 __all__ = [
@@ -224,7 +224,7 @@ def save(figure: Figure, path: str | Path, theme: Theme = "light", scale: float 
     if path.suffix == ".svg":
         data = inline.clean(_document(figure), alt=path.stem, prefix="figure", theme=theme).encode()
     elif path.suffix == ".png":
-        buffer = io.BytesIO()
+        buffer = BytesIO()
         with style():
             _recoloured(figure, theme).savefig(
                 buffer,
@@ -236,11 +236,11 @@ def save(figure: Figure, path: str | Path, theme: Theme = "light", scale: float 
         data = buffer.getvalue()
     else:
         raise ValueError(f"a figure is saved as .png or .svg, not {path.suffix or path.name!r}")
-    return write_atomically(path, data)
+    return io.write_bytes(path, data)
 
 
 def _document(figure: Figure) -> str:
-    buffer = io.StringIO()
+    buffer = StringIO()
     with style():
         figure.draw_without_rendering()  # the layout settles at the second drawing
         figure.savefig(buffer, format="svg", dpi=72, transparent=True, metadata={"Date": None})

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from penult import io
 from penult.report import figures, inline, markup
-from penult.report.files import write_atomically
 from penult.report.palette import THEMES
 
 
@@ -165,7 +165,7 @@ class Page:
 
     def write(self, path: str | Path) -> Path:
         """Write the page to a file, whole or not at all, and return its path."""
-        return write_atomically(path, self.html().encode())
+        return io.write_bytes(path, self.html().encode())
 
 
 def _side(cells: Sequence[str]) -> str:

@@ -1,0 +1,42 @@
+"""Small networks for 8×8 images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["DigitsNet"]
+
+
+class DigitsNet(nn.Module):
+    """A small ResNet-like classifier: convolutions, ReLU, average pooling, linear head.
+
+    Args:
+        classes: Number of classes K.
+        width: Channels, and the dimension d of its activations.
+
+    Example:
+        >>> DigitsNet()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, width // 2, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width // 2),
+            nn.ReLU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 1, 8, 8) to logits (B, K)."""
+        logits: Tensor = self.fc(self.features(x))
+        return logits
