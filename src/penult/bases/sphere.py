@@ -425,7 +425,8 @@ class Sphere(Base):
         return pulled, offset
 
     def _norms(self, weight: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(self._pull(weight)[0], dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(self._pull(weight)[0], dim=-1)
+        return norms
 
     def _push(self, u: Tensor) -> Tensor:
         """Activations h = loc + U'L u of chart coordinates (*S, m)."""

@@ -95,6 +95,7 @@ class Job:
         """Load the digits and open the page."""
         from penult.report import Page
 
+        out.mkdir(parents=True, exist_ok=True)  # now rather than after the work
         train, pool, test = digits().split(0.6, 0.2, 0.2, seed=seed)
         page = Page(
             "What a classifier knows about its own activations",

@@ -1,0 +1,60 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import penult
+from penult.cli import app, main
+
+
+def test_version_and_help():
+    assert CliRunner().invoke(app, ["--version"]).output == f"penult {penult.__version__}\n"
+    assert "demo" in CliRunner().invoke(app, ["--help"]).output
+    page = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "120"}).output
+    assert "--seed" in page
+    assert "Example" in page
+
+
+def test_demo_prints_and_returns_json(tmp_path, monkeypatch):
+    from penult.demo import classifier
+
+    monkeypatch.setattr(classifier, "_EPOCHS", 3)
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["identity"]["float64"] < 1e-9
+    assert "path=fc" in done.stderr
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert "max |posterior - softmax|" in done.stdout
+    assert "cos to w_y" in done.stdout
+
+
+def test_bad_usage_ends_with_code_2():
+    assert CliRunner().invoke(app, ["demo", "--seed", "-1"]).exit_code == 2
+    assert CliRunner().invoke(app, ["nonsense"]).exit_code == 2
+
+
+def test_bad_input_ends_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(sys, "argv", ["penult", "demo", "--out", str(tmp_path / "file")])
+    monkeypatch.setattr("penult.demo.classifier._EPOCHS", 1)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("penult: ")
+    assert "file" in error
+
+
+def test_a_missing_extra_names_the_remedy(tmp_path):
+    code = (
+        "import sys; sys.modules['sklearn.datasets'] = None; sys.argv = ['penult', 'demo', '--out', sys.argv[1]]\n"
+        "from penult.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=dict(os.environ), check=False
+    )
+    assert done.returncode == 2
+    assert 'pip install "penult[data]"' in done.stderr

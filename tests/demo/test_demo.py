@@ -1,0 +1,95 @@
+import json
+import re
+
+import pytest
+import torch
+
+import penult
+from penult import demo
+from penult.data import digits
+from penult.demo.networks import DigitsNet
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the whole demo; it is what users see first, so it is run as they run it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    state = torch.random.get_rng_state()
+    job = demo.run(tmp_path_factory.mktemp("demo"), seed=1)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.set_num_threads(threads)
+    return job
+
+
+def test_the_classifier_learns_and_its_head_is_found(finished):
+    assert finished.results["classifier"]["test_accuracy"] > 0.95
+    certificate = finished.head.certificate
+    assert certificate.path == "fc"
+    assert certificate.support == "orthant"
+    assert certificate.residual < 1e-6
+
+
+def test_the_identity_holds(finished):
+    assert finished.results["identity"]["float32"] <= 1e-5
+    assert finished.results["identity"]["float64"] <= 1e-9
+
+
+def test_draws_without_data_are_classified_as_asked(finished):
+    facts = finished.results["without_data"]
+    assert facts["dimension"] == 9
+    assert facts["accuracy"] > 0.85
+    assert facts["confidence"] == pytest.approx(0.95, abs=0.02)
+    assert 0.4 < facts["radius"] / facts["real_norm_in_span"] < 2.5
+
+
+def test_span_is_closer_to_real_activations_than_the_ambient_sphere(finished):
+    fit = finished.results["fit"]
+    gaps = {name: abs(f["cosine_real"] - f["cosine_law"]) for name, f in fit.items()}
+    assert gaps["span(W), round"] < gaps["R^d, round"]
+    for facts in fit.values():
+        assert facts["accuracy"] == pytest.approx(facts["confidence"], abs=0.05)  # exact pairs are calibrated
+    for row in finished.results["cosine_per_class"].values():
+        assert row["drawn"] == pytest.approx(row["exact law"], abs=0.04)
+
+
+def test_the_page_is_whole_and_loads_nothing(finished):
+    page = (finished.out / "index.html").read_text()
+    for title in (
+        "A classifier",
+        "Its head",
+        "Activations without data",
+        "Fitted without labels",
+        "One file, no model",
+    ):
+        assert title in page
+    assert page.count("<svg") >= 5
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    names = sorted(p.name for p in finished.out.iterdir())
+    assert names == ["activations.png", "digits.penult.safetensors", "index.html"]
+
+
+def test_the_pair_is_read_without_the_model(finished):
+    pair = penult.load(finished.out / "digits.penult.safetensors")
+    h = finished.test_activations.activations
+    assert torch.allclose(pair.posterior(h).probs, finished.test_activations.logits.softmax(-1), atol=1e-5)
+    assert finished.results["file"]["log_prob_error"] == 0.0
+    json.dumps(finished.results)
+
+
+def test_digits_and_their_parts():
+    whole = digits()
+    assert whole.images.shape == (1797, 1, 8, 8)
+    assert 0 <= float(whole.images.min()) < float(whole.images.max()) == 1
+    assert whole.class_names == tuple("0123456789")
+    parts = whole.split(0.6, 0.2, 0.2, seed=3)
+    assert sum(len(p.labels) for p in parts) == 1797
+    assert torch.equal(parts[1].images, whole.split(0.6, 0.2, 0.2, seed=3)[1].images)
+    assert not torch.equal(parts[0].labels, whole.split(0.6, 0.2, 0.2, seed=4)[0].labels)
+    assert len(whole.split(0.1)[0].labels) == 180
+    with pytest.raises(ValueError, match="sum to at most 1"):
+        whole.split(0.9, 0.2)
+
+
+def test_the_network_takes_digits():
+    assert DigitsNet(width=16)(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
