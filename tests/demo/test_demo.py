@@ -8,6 +8,7 @@ import penult
 from penult import demo
 from penult.data import digits
 from penult.demo.networks import DigitsNet
+from penult.testing import check_base, check_pair
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,13 @@ def test_the_classifier_learns_and_its_head_is_found(finished):
 def test_the_identity_holds(finished):
     assert finished.results["identity"]["float32"] <= 1e-5
     assert finished.results["identity"]["float64"] <= 1e-9
+
+
+def test_every_pair_of_a_trained_classifier_keeps_its_laws(finished):
+    assert len(finished.pairs) == 4
+    for pair in finished.pairs.values():
+        check_pair(pair, samples=20_000)
+        check_base(pair.base, pair.head, samples=10_000)
 
 
 def test_draws_without_data_are_classified_as_asked(finished):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from penult import special
+from penult.bases._confidence import implied_radius
 from penult.bases._moments import mean_posterior, tilted_gaussian
 from penult.bases._radii import RadialHistogram
 from penult.bases.base import Base, BaseInfo
@@ -19,7 +19,6 @@ from penult.head import Head
 __all__ = ["Sphere"]
 
 _PAIRS = 1 << 20  # (row, radius) pairs evaluated at a time
-_DRAWS = 64  # of each of at most 64 classes, when the radius is sought from a confidence
 
 
 class Sphere(Base):
@@ -148,34 +147,8 @@ class Sphere(Base):
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
         subspace = None if ambient else head.span().to(dtype)
-        rows = _directions(head)
-        generator = torch.Generator(device=rows.device)
-        index = torch.arange(len(rows), device=rows.device).repeat_interleave(_DRAWS)
-
-        def reached(radius: float) -> float:
-            base = cls(torch.tensor([radius], dtype=dtype, device=rows.device), subspace=subspace)
-            h = base.draw(rows, index, generator.manual_seed(0)).to(head.weight.dtype)
-            parts = h.split(_DRAWS)  # one class at a time: (64, K) logits
-            return float(torch.stack([head(part).double().softmax(-1).amax(-1).mean() for part in parts]).mean())
-
-        scale = 1 / float(torch.linalg.vector_norm(rows, dim=-1).mean())
-        low, high = 0.0, scale
-        if reached(1e-6 * scale) >= confidence:
-            raise ValueError(
-                f"the biases alone already give a mean confidence of {reached(1e-6 * scale):.3f} >= {confidence}; "
-                "ask for a higher confidence or fit the radius to activations with Sphere.fit"
-            )
-        while reached(high) < confidence:
-            low, high = high, 2 * high
-            if high > 1e6 * scale:
-                raise ValueError(
-                    f"no radius reaches a mean confidence of {confidence}: at {high:.3g} it is {reached(high):.4f}; "
-                    "ask for less, or fit the radius to activations with Sphere.fit"
-                )
-        for _ in range(14):  # an octave to 1e-4, finer than the draws resolve
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if reached(middle) < confidence else (low, middle)
-        return cls(torch.tensor([0.5 * (low + high)], dtype=dtype, device=rows.device), subspace=subspace)
+        implied = torch.tensor([implied_radius(head, subspace, confidence)], dtype=dtype, device=head.weight.device)
+        return cls(implied, subspace=subspace)
 
     @classmethod
     def fit(
@@ -441,45 +414,6 @@ class Sphere(Base):
         growth = special.log_sphere_mgf(m, norms.to(work).unsqueeze(-1) * self.radius.to(work))
         terms = self.log_weights.to(work) + growth
         return terms.logsumexp(-1), terms
-
-
-def _directions(head: Head) -> Tensor:
-    """At most 64 centered rows (C, d) of a head, after a look at how they stand to the others."""
-    k = head.num_classes
-    classes = list(range(k)) if k <= _DRAWS else [round(i * (k - 1) / (_DRAWS - 1)) for i in range(_DRAWS)]
-    rows = head.centered_weight(torch.tensor(classes, device=head.weight.device))
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    best = rows.new_full((len(classes),), -torch.inf)
-    beaten: dict[int, int] = {}
-    own = rows.square().sum(-1)
-    for part, block in head.centered_blocks():
-        inner = rows @ block.to(rows).T
-        gaps = own.unsqueeze(-1) - 2 * inner + block.to(rows).square().sum(-1)
-        for i, y in enumerate(classes):
-            same = (gaps[i] <= 1e-10 * own[i].clamp_min(torch.finfo(own.dtype).tiny)).nonzero().flatten() + part.start
-            twin = next(
-                (int(j) for j in same if int(j) != y and torch.equal(head.weight[int(j)], head.weight[y])),
-                None,
-            )
-            if twin is not None:
-                raise ValueError(
-                    f"rows {y} and {twin} of the head are equal, so no radius can tell these classes apart; "
-                    "merge them into one class, or give a radius: Sphere(radius, subspace=head.span())"
-                )
-        top, at = inner.max(-1)
-        for i in (top > best).nonzero().flatten().tolist():
-            beaten[i] = int(at[i]) + part.start
-        best = torch.maximum(best, top)
-    lost = [y for i, y in enumerate(classes) if beaten[i] != y]
-    if lost:
-        shown = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
-        warnings.warn(
-            f"classes {shown} are not the largest in their own direction: another row of the head projects "
-            "further onto theirs, so activations drawn for them are mostly classified as others",
-            UserWarning,
-            stacklevel=3,
-        )
-    return rows
 
 
 def _zero_sum_basis(d: int) -> Tensor:

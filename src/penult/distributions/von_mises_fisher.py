@@ -174,7 +174,7 @@ class VonMisesFisher(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at unit vectors (*S, *B, d) with respect to the surface measure, shape (*S, *B).
 
-        Computed from |x − μ|²/2 = 1 − x·μ, which keeps its digits where x is close to μ.
+        Computed from ‖x − μ‖²/2 = 1 − x·μ, which keeps its digits where x is close to μ.
         """
         if self._validate_args and not special.traced(value):
             self._validate_sample(value)

@@ -1,0 +1,126 @@
+"""The radius that a head implies on its own, from the confidence that its draws shall have."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from penult import special
+from penult.distributions import _sampling
+from penult.head import Head
+
+__all__ = ["implied_radius"]
+
+_CLASSES = 64  # looked at, at most
+_DRAWS = 4096  # in all
+_LOGITS = 1 << 26  # kept at most; a head of very many classes takes fewer draws
+
+
+def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> float:
+    """The radius at which the mean over classes of E[max_k p(k|h)], h ~ p(h|y), equals a confidence.
+
+    Args:
+        head: The head.
+        subspace: Orthonormal rows (m, d) that the sphere lies in, or None for all of R^d.
+        confidence: Between 0 and 1.
+
+    Returns:
+        The radius, by bisection on common random numbers.
+
+    Raises:
+        ValueError: If the confidence cannot be reached, or two rows of the head are equal.
+    """
+    rows = _directions(head)
+    reached = _mean_confidence(head, rows, subspace)
+    scale = 1 / float(torch.linalg.vector_norm(rows, dim=-1).mean())
+    low, high = 0.0, scale
+    if reached(1e-6 * scale) >= confidence:
+        raise ValueError(
+            f"the biases alone already give a mean confidence of {reached(1e-6 * scale):.3f} >= {confidence}; "
+            "ask for a higher confidence or fit the radius to activations with Sphere.fit"
+        )
+    while reached(high) < confidence:
+        low, high = high, 2 * high
+        if high > 1e6 * scale:
+            raise ValueError(
+                f"no radius reaches a mean confidence of {confidence}: at {high:.3g} it is {reached(high):.4f}; "
+                "ask for less, or fit the radius to activations with Sphere.fit"
+            )
+    for _ in range(14):  # an octave to 1e-4, finer than the draws resolve
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if reached(middle) < confidence else (low, middle)
+    return 0.5 * (low + high)
+
+
+def _directions(head: Head) -> Tensor:
+    """At most 64 centered rows (C, d) of a head, after a look at how they stand to the others."""
+    k = head.num_classes
+    classes = list(range(k)) if k <= _CLASSES else [round(i * (k - 1) / (_CLASSES - 1)) for i in range(_CLASSES)]
+    rows = head.centered_weight(torch.tensor(classes, device=head.weight.device))
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    best = rows.new_full((len(classes),), -torch.inf)
+    beaten: dict[int, int] = {}
+    own = rows.square().sum(-1)
+    for part, block in head.centered_blocks():
+        inner = rows @ block.to(rows).T
+        gaps = own.unsqueeze(-1) - 2 * inner + block.to(rows).square().sum(-1)
+        for i, y in enumerate(classes):
+            same = (gaps[i] <= 1e-10 * own[i].clamp_min(torch.finfo(own.dtype).tiny)).nonzero().flatten() + part.start
+            twin = next(
+                (int(j) for j in same if int(j) != y and torch.equal(head.weight[int(j)], head.weight[y])),
+                None,
+            )
+            if twin is not None:
+                raise ValueError(
+                    f"rows {y} and {twin} of the head are equal, so no radius can tell these classes apart; "
+                    "merge them into one class, or give a radius: Sphere(radius, subspace=head.span())"
+                )
+        top, at = inner.max(-1)
+        for i in (top > best).nonzero().flatten().tolist():
+            beaten[i] = int(at[i]) + part.start
+        best = torch.maximum(best, top)
+    lost = [y for i, y in enumerate(classes) if beaten[i] != y]
+    if lost:
+        shown = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
+        warnings.warn(
+            f"classes {shown} are not the largest in their own direction: another row of the head projects "
+            "further onto theirs, so activations drawn for them are mostly classified as others",
+            UserWarning,
+            stacklevel=4,
+        )
+    return rows
+
+
+def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Callable[[float], float]:
+    """The function radius ↦ mean over classes of E[max_k p(k|h)], on common random numbers.
+
+    An activation is h = r (t μ + √(1 − t²) ξ), with ξ at a right angle to μ: only its cosine t depends on the
+    radius, so the logits of μ and ξ are computed once.
+    """
+    pulled = rows if subspace is None else rows @ subspace.T
+    norms = torch.linalg.vector_norm(pulled, dim=-1)
+    draws = max(4, min(_DRAWS, _LOGITS // head.num_classes) // len(rows))
+    index = torch.arange(len(rows), device=rows.device).repeat_interleave(draws)
+    mean = pulled / norms.unsqueeze(-1)
+    generator = torch.Generator(device=rows.device)
+    right_angle = torch.ones(len(index), dtype=special.working_dtype(rows.device), device=rows.device)
+    across = _sampling.around(mean[index], right_angle, generator.manual_seed(0))
+    if subspace is not None:
+        mean, across = mean @ subspace, across @ subspace
+    weight = head.weight
+    along_logits = torch.nn.functional.linear(mean.to(weight.dtype), weight).to(rows.dtype)[index]
+    across_logits = torch.nn.functional.linear(across.to(weight.dtype), weight).to(rows.dtype)
+    bias = rows.new_zeros(head.num_classes) if head.bias is None else head.bias.to(rows.dtype)
+
+    def reached(radius: float) -> float:
+        y = _sampling.cosine_complement(
+            pulled.shape[-1], radius * norms[index].to(right_angle.dtype), rows.dtype, generator.manual_seed(1)
+        )
+        t, sine = (1 - y).to(rows.dtype), (y * (2 - y)).clamp_min(0).sqrt().to(rows.dtype)
+        logits = radius * (t.unsqueeze(-1) * along_logits + sine.unsqueeze(-1) * across_logits) + bias
+        return float(logits.softmax(-1).amax(-1).double().mean())
+
+    return reached
