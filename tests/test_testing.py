@@ -52,6 +52,8 @@ def test_a_base_without_dimension_needs_a_head():
     with pytest.raises(ValueError, match="pass a head"):
         check_base(Sphere(1.0))
     check_base(Sphere(1.0, loc=torch.zeros(4)), samples=5000)
+    for dtype in (torch.float32, torch.float64):  # the head that is made up has the base's precision
+        check_base(Sphere(torch.tensor(2.0, dtype=dtype), loc=torch.zeros(3, dtype=dtype)), samples=5000)
 
 
 def test_a_pair_with_a_wrong_prior_fails():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from penult.head import Head
-from penult.head._head import check_labels
+from penult.head._checks import check_labels
 from penult.head._model import (
     evaluating,
     first_input,

@@ -26,10 +26,10 @@ class GenerativePair(nn.Module):
 
     With a base measure m and the centered rows w_y of the head,
 
-    .. math:: p(h|y) = \frac{e^{w_y \cdot h}\, m(h)}{M(w_y)}, \quad
-              p(y) = \frac{e^{b_y} M(w_y)}{Z}, \quad
-              p(h) = \frac{m(h)}{Z} \sum_y e^{w_y \cdot h + b_y}, \quad
-              M(w) = \int e^{w \cdot h} m(dh),
+    .. math:: p(h|y) &= \frac{e^{w_y \cdot h}\, m(h)}{M(w_y)}, &
+              p(y) &= \frac{e^{b_y} M(w_y)}{Z}, \\
+              p(h) &= \frac{m(h)}{Z} \sum_y e^{w_y \cdot h + b_y}, &
+              M(w) &= \int e^{w \cdot h} m(dh),
 
     so that p(y|h) is exactly softmax(W h + b), whatever the base. Exactness is a theorem and says nothing of
     how closely the activations of a network follow the base: that has to be measured.
@@ -79,7 +79,7 @@ class GenerativePair(nn.Module):
 
     @property
     def prior(self) -> Categorical:
-        """p(y), which W, b and the base imply: Categorical over K classes."""
+        """p(y), which W, b and the base imply, a Categorical over K classes."""
         return Categorical(logits=self._log_evidence().to(self._dtype), validate_args=False)
 
     def given(self, y: Tensor | int) -> Distribution:

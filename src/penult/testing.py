@@ -156,14 +156,15 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     Example:
         >>> import penult
         >>> report = check_base(penult.Sphere(1.5), penult.Head(torch.eye(2)), samples=20_000)
-        >>> print(report.laws[0].name, report.laws[0].passed)
+        >>> print(report.laws[1].name, report.laws[1].passed)
         posterior equals softmax(head(h)) True
     """
     generator = torch.Generator().manual_seed(seed)
     if head is None:
         if base.in_features is None:
             raise ValueError("this base fits any dimension: pass a head, which has one")
-        head = Head(torch.randn(3, base.in_features, generator=generator))
+        kind = next((b.dtype for b in base.buffers() if b.is_floating_point()), torch.get_default_dtype())
+        head = Head(torch.randn(3, base.in_features, generator=generator).to(kind))
     samples = min(samples, max(1000, 50_000_000 // head.in_features))
     pair = GenerativePair(head, base)
     laws = list(_pair_laws(pair, samples, generator))
@@ -213,13 +214,14 @@ def _pair_laws(pair: GenerativePair, samples: int, generator: torch.Generator) -
     exact = h.dtype == torch.float64
     error = float((pair.posterior(h).probs.double() - softmax).abs().max())
     scale = float(joint.abs().max())
-    given: Any = pair.given(y)
-    bayes = pair.prior.logits[y] + given.log_prob(h)
-    gap = float((bayes - joint.gather(-1, y.unsqueeze(-1)).squeeze(-1)).abs().max()) / max(1.0, scale)
+    few, classes = slice(1000), y[:1000]
+    bayes = pair.prior.logits[classes] + pair.given(classes).log_prob(h[few])
+    gap = float((bayes - joint[few].gather(-1, classes.unsqueeze(-1)).squeeze(-1)).abs().max()) / max(1.0, scale)
     total = float((joint.double().logsumexp(-1) - pair.log_prob(h).double()).abs().max()) / max(1.0, scale)
     tight, loose = (1e-9, 1e-12) if exact else (1e-5, 1e-6)
     prior = pair.prior.probs.double()
     return [
+        _fact("log_prob is finite on the pair's own draws", bool(joint.isfinite().all())),
         Law("posterior equals softmax(head(h))", error, f"<= {tight:g}", error <= tight),
         Law("log_joint is log p(y) + log p(h|y)", gap, f"<= {loose * 10:g} of its size", gap <= loose * 10),
         Law("log_prob sums log_joint", total, f"<= {loose:g} of its size", total <= loose),
@@ -236,11 +238,11 @@ def _normalisation(base: Base, rows: Tensor) -> list[Law]:
         if rule is None:
             return []
         points, logs = rule
-        mass = (tilt.log_prob(points.unsqueeze(1)).double() + logs.double().unsqueeze(-1)).logsumexp(0)
+        mass = (tilt.log_prob(points.to(rows.dtype).unsqueeze(1)).double() + logs.double().unsqueeze(-1)).logsumexp(0)
         before, error = error, float(mass.abs().max())
         if abs(error - before) < 1e-11 or len(points) > 500_000:
             break
-    bar = 1e-9 if points.dtype == torch.float64 else 1e-4
+    bar = 1e-9 if rows.dtype == torch.float64 else 1e-4
     return [Law("p(h|y) integrates to one", error, f"<= {bar:g}", error <= bar)]
 
 

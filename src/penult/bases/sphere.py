@@ -26,8 +26,8 @@ class Sphere(Base):
 
     Its tilts are von Mises-Fisher in u: with w' = L'U w, κ = r ‖w'‖ and
 
-    .. math:: M(w) = e^{w \cdot loc} \sum_r \omega_r e^{F_m(r \|w'\|)}, \qquad
-              \log p(h|w) = w' \cdot u - \log \sum_r \omega_r e^{F_m(r\|w'\|)}
+    .. math:: M(w) &= e^{w \cdot loc} \sum_r \omega_r e^{F_m(r \|w'\|)}, \\
+              \log p(h|w) &= w' \cdot u - \log \sum_r \omega_r e^{F_m(r\|w'\|)}
               - \log \mathrm{area}(S^{m-1}) - (m-1) \log r .
 
     Densities refer to ω(dr) × the surface measure of radius r in the chart's m dimensions, and are evaluated

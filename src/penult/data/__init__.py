@@ -1,5 +1,5 @@
 """Readers of image data sets."""
 
-from penult.data.digits import Images, digits
+from penult.data._digits import Images, digits
 
 __all__ = ["Images", "digits"]

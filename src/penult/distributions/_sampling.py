@@ -22,7 +22,7 @@ from penult.special import working_dtype
 __all__ = ["around", "cosine_complement"]
 
 _SCALARS = 1 << 15  # proposals handled at a time
-_ELEMENTS = 1 << 20  # vector elements handled at a time: a block stays in cache between its passes
+_ELEMENTS = 1 << 18  # vector elements handled at a time: a block stays in cache between its passes
 _ROUNDS = 200  # of rejection; 0.37^200 is zero for every purpose
 _CANCELS = 32  # below this dimension |x|² − (x·μ)² loses digits, and x is projected explicitly
 
@@ -131,7 +131,7 @@ def around(loc: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
         normal = torch.stack([-loc[..., 1], loc[..., 0]], dim=-1)
         return x.copy_(t.unsqueeze(-1) * loc + (sine * sign).unsqueeze(-1) * normal)
     rows, mean = x.view(samples, batch, dim), loc.reshape(batch, dim)
-    t, sine = t.reshape(samples, batch), sine.reshape(samples, batch)
+    t, sine = t.to(x.dtype).reshape(samples, batch), sine.to(x.dtype).reshape(samples, batch)
     if batch == 1:
         rows, mean, t, sine = rows[:, 0], mean[0], t[:, 0], sine[:, 0]
         _fill(rows, mean, t, sine, max(1, _ELEMENTS // dim), generator)
@@ -152,15 +152,15 @@ def _fill(rows: Tensor, mean: Tensor, t: Tensor, sine: Tensor, step: int, genera
     for i in range(0, rows.shape[0], step):
         x, mu = rows[i : i + step], mean[i : i + step] if leading and mean.dim() > 1 else mean
         x.normal_(generator=generator)
-        along = x @ mu if mu.dim() == 1 else (x * mu).sum(-1)
+        along = torch.mv(x, mu) if mu.dim() == 1 else (x * mu).sum(-1)
         if x.shape[-1] < _CANCELS:
             x.addcmul_(along.unsqueeze(-1), mu, value=-1)
             along = (x * mu).sum(-1)
             x.addcmul_(along.unsqueeze(-1), mu, value=-1)
-            square = x.square().sum(-1)
-            along = torch.zeros_like(along)
+            scale = x.square().sum(-1)
+            along.zero_()
         else:
-            square = torch.linalg.vector_norm(x, dim=-1).square_().sub_(along * along)
-        scale = sine[i : i + step] / square.clamp_min_(torch.finfo(square.dtype).tiny).sqrt_()
-        shift = t[i : i + step] - along * scale
-        x.mul_(scale.to(x.dtype).unsqueeze(-1)).addcmul_(shift.to(x.dtype).unsqueeze(-1), mu)
+            scale = torch.linalg.vector_norm(x, dim=-1).square_().addcmul_(along, along, value=-1)
+        scale.clamp_min_(torch.finfo(scale.dtype).tiny).rsqrt_().mul_(sine[i : i + step])
+        shift = torch.addcmul(t[i : i + step], along, scale, value=-1)
+        x.mul_(scale.unsqueeze(-1)).addcmul_(shift.unsqueeze(-1), mu)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from penult.head._certificate import HeadCertificate, HeadNotFoundError, Support
-from penult.head._head import Head, check_finite
+from penult.head._checks import check_finite
+from penult.head._head import Head
 from penult.head._model import (
     evaluating,
     first_input,

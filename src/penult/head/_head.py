@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penult.head._certificate import HeadCertificate
+from penult.head._checks import check_bias, check_finite, check_labels, check_positive, check_weight
 from penult.head._rows import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of
+from penult.head._temperature import best_inverse_temperature
 
-__all__ = ["Head", "check_finite", "check_labels"]
+__all__ = ["Head"]
 
 
 @final
@@ -72,8 +74,8 @@ class Head(nn.Module):
         norm: Literal["layer", "rms"] | None = None,
     ) -> None:
         super().__init__()
-        _check_weight(weight)
-        _check_bias(bias, weight)
+        check_weight(weight)
+        check_bias(bias, weight)
         if norm not in ("layer", "rms", None):
             raise ValueError(f"norm is {norm!r}; it must be 'layer', 'rms' or None")
         self._hold(weight, bias)
@@ -218,7 +220,7 @@ class Head(nn.Module):
             (tensor([[1.5000, 0.0000],
                     [0.5000, 0.0000]]), 2.0)
         """
-        _check_positive("row_norm", row_norm)
+        check_positive("row_norm", row_norm)
         mean = mean_row_of(self.weight)
         norms = torch.cat([(rows - mean).norm(dim=1) for rows in rows_in_double(self.weight)])
         norm = norms.mean().item()
@@ -243,7 +245,7 @@ class Head(nn.Module):
             >>> Head(torch.eye(2)).with_temperature(2.0).with_temperature(2.0).temperature
             4.0
         """
-        _check_positive("temperature", temperature)
+        check_positive("temperature", temperature)
         bias = None if self.bias is None else self.bias / temperature
         return self._derive(self.weight / temperature, bias, temperature=float(temperature))
 
@@ -264,7 +266,7 @@ class Head(nn.Module):
             >>> Head(torch.eye(2)).with_bias(torch.tensor([0.0, 1.0]))(torch.zeros(2))
             tensor([0., 1.])
         """
-        _check_bias(bias, self.weight)
+        check_bias(bias, self.weight)
         head = self._derive(self.weight, bias)
         head.certificate = None
         return head
@@ -295,7 +297,7 @@ class Head(nn.Module):
         """
         weight, bias = tensors["weight"], tensors.get("bias")
         check_finite("weight", weight)
-        _check_bias(bias, weight)
+        check_bias(bias, weight)
         head = cls.__new__(cls)
         nn.Module.__init__(head)
         head._hold(weight, bias)
@@ -337,7 +339,7 @@ class Head(nn.Module):
             raise ValueError(f"logits have shape {tuple(logits.shape)}; they must have (N, {self.num_classes}), N >= 1")
         check_labels(labels, logits.shape)
         check_finite("logits", logits)
-        return self.with_temperature(1 / _best_inverse_temperature(logits, labels.to(logits.device, torch.int64)))
+        return self.with_temperature(1 / best_inverse_temperature(logits, labels.to(logits.device, torch.int64)))
 
     @property
     def rank(self) -> int:
@@ -392,133 +394,6 @@ class Head(nn.Module):
         self.mean_row = _wide_mean_row(self.weight)
 
 
-def check_labels(labels: Tensor, logits_shape: torch.Size, offset: int = 0) -> None:
-    """Raise unless labels are integers, one for each row of logits (..., K), in 0..K-1.
-
-    `offset` is added to the index that an error names.
-    """
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        what = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels are {what}; they must be a tensor of integer class indices")
-    if labels.shape != logits_shape[:-1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, but the logits have shape {tuple(logits_shape)}: "
-            f"labels must have shape {tuple(logits_shape[:-1])}, one class index for each row"
-        )
-    flat = labels.flatten()
-    wrong = (flat < 0) | (flat >= logits_shape[-1])
-    if wrong.any():
-        first = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"labels[{offset + first}] is {int(flat[first])}, outside of 0..{logits_shape[-1] - 1} "
-            f"({int(wrong.sum())} such labels); the head has {logits_shape[-1]} classes"
-        )
-
-
-def _best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
-    size = max(1, 2**22 // logits.shape[1])
-
-    def derivatives(beta: float) -> tuple[float, float]:
-        slope = curvature = 0.0
-        for part, label in zip(rows_in_double(logits, size), labels.split(size), strict=True):
-            probabilities = torch.softmax(beta * part, dim=1)
-            mean = (probabilities * part).sum(1, keepdim=True)
-            slope += float((mean - part.gather(1, label.to(part.device)[:, None])).sum())
-            curvature += float((probabilities * (part - mean).square()).sum())
-        return slope, curvature
-
-    low, high = 0.01, 100.0
-    if derivatives(high)[0] <= 0:
-        right = (logits.argmax(1) == labels).float().mean().item()
-        raise ValueError(
-            f"the likelihood of the {len(labels)} held-out labels still grows at T = 0.01, so no temperature "
-            f"fits them: {right:.1%} are predicted right, with room to spare. Give more held-out data (data "
-            "that the model was trained on will not do)"
-        )
-    if derivatives(low)[0] >= 0:
-        raise ValueError(
-            f"the likelihood of the {len(labels)} held-out labels still grows at T = 100: the logits say "
-            "nothing about these labels. Check that labels and logits are in the same order"
-        )
-    beta, step = 1.0, high
-    for _ in range(200):
-        slope, curvature = derivatives(beta)
-        low, high = (beta, high) if slope < 0 else (low, beta)
-        newton = -slope / curvature if curvature > 0 else math.inf
-        # Newton's steps may leave the bracket or crawl in the flat tail; halving log T then does better.
-        if low < beta + newton < high and abs(newton) <= abs(step) / 2:
-            step = newton
-        else:
-            step = math.sqrt(low * high) - beta
-        beta += step
-        if abs(step) <= 1e-12 * beta:
-            break
-    return beta
-
-
 def _wide_mean_row(weight: Tensor) -> Tensor:
     """The mean row in at least float32: rounded to half precision it would tilt every class."""
     return mean_row_of(weight).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-
-
-def _check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight is {what}; a head needs a floating-point tensor (K, d)")
-    if weight.ndim != 2 or weight.shape[1] < 1:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs (K, d), one row a class")
-    if weight.shape[0] == 1:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, one row (K = 1): a single-logit (sigmoid) head is no "
-            "softmax head. The two-class head of the same sigmoid, for row w and bias c, is "
-            "Head(torch.stack([-w / 2, w / 2]), torch.stack([-c / 2, c / 2]))"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs at least two classes")
-    check_finite("weight", weight)
-    zero = torch.cat([~rows.any(dim=1) for rows in blocks(weight)]).nonzero().flatten().tolist()
-    if zero:
-        names = ", ".join(map(str, zero[:8])) + (f" and {len(zero) - 8} more" if len(zero) > 8 else "")
-        raise ValueError(
-            f"the rows of weight for class {names} are all zero: such classes were never trained (padding, "
-            "say). Drop them from weight and bias"
-        )
-
-
-def _check_bias(bias: Tensor | None, weight: Tensor) -> None:
-    if bias is None:
-        return
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"bias is a {type(bias).__name__}; give a tensor (K,) or None")
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; for a weight of shape {tuple(weight.shape)} it must be "
-            f"{tuple(weight.shape[:1])}"
-        )
-    if bias.dtype != weight.dtype or bias.device != weight.device:
-        raise ValueError(
-            f"bias is {bias.dtype} on {bias.device}, weight {weight.dtype} on {weight.device}: use bias.to(weight)"
-        )
-    check_finite("bias", bias)
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    count, first, start = 0, [0], 0
-    for block in blocks(tensor):
-        wrong = (~block.isfinite()).nonzero()
-        if len(wrong) and not count:
-            first = [start + int(wrong[0, 0]), *wrong[0, 1:].tolist()]
-        count += len(wrong)
-        start += len(block)
-    if count:
-        raise ValueError(f"{name} holds {count} values that are NaN or infinite, the first at index {first}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value}; it must be positive and finite")

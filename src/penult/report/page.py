@@ -26,7 +26,7 @@ class Section:
     """A titled part of a `Page`; made by `Page.section`. Every method adds one block and returns the section.
 
     All text is escaped. Where a text is shown as prose (paragraphs, labels, cells, captions), it may hold
-    `` `code` ``, ``**strong**`` and ``*emphasis*``.
+    code between backticks, ``**strong**`` and ``*emphasis*``.
     """
 
     def __init__(self, title: str, id: str, pictures: count[int]) -> None:

@@ -3,8 +3,8 @@ r"""Scalar special functions of the unit sphere in R^dim, exact to any derivativ
 The von Mises-Fisher law with concentration κ tilts the uniform law of the sphere by exp(κ t), t the cosine
 to its mean direction. All of it follows from the moment generating function of t,
 
-.. math:: F(\kappa) = \log E\,e^{\kappa t} = \log {}_0F_1(; d/2; \kappa^2/4)
-          = \log\,[\Gamma(\nu+1) (2/\kappa)^\nu I_\nu(\kappa)],\qquad \nu = d/2 - 1,
+.. math:: F(\kappa) &= \log E\,e^{\kappa t} = \log {}_0F_1(; d/2; \kappa^2/4) \\
+          &= \log\,[\Gamma(\nu+1) (2/\kappa)^\nu I_\nu(\kappa)],\qquad \nu = d/2 - 1,
 
 which is smooth, even and zero at κ = 0. Its derivatives are F' = A (the mean of t) and F'' = V (its variance).
 F is evaluated by Debye's uniform expansion at an order of at least 20 and, below dimension 42, a downward

@@ -99,8 +99,8 @@ def cosine_shift(dim: int, kappa: Tensor, complement: Tensor) -> Tensor:
 
     From the angle θ with density ∝ f(φ) = sin^{d−2}φ e^{κ cos φ},
 
-    .. math:: \frac{dt}{d\kappa} = \frac{\sin\theta}{f(\theta)} \int_0^\theta (\cos\phi - A) f(\phi)\,d\phi
-              = -\frac{\sin\theta}{f(\theta)} \int_\theta^\pi (\cos\phi - A) f(\phi)\,d\phi,
+    .. math:: \frac{dt}{d\kappa} &= \frac{\sin\theta}{f(\theta)} \int_0^\theta (\cos\phi - A) f(\phi)\,d\phi \\
+              &= -\frac{\sin\theta}{f(\theta)} \int_\theta^\pi (\cos\phi - A) f(\phi)\,d\phi,
 
     of which the one whose integrand keeps its sign is taken (Figurnov, Mohamed, Mnih 2018 for the principle).
 
