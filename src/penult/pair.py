@@ -163,7 +163,7 @@ class GenerativePair(nn.Module):
             )
         evidence = self._log_evidence()
         shift = p.to(evidence).log() - p.to(evidence).sum().log() - evidence.log_softmax(-1)
-        bias = self._bias().to(evidence) + shift
+        bias = self.head.full_bias.to(evidence) + shift
         return GenerativePair(self.head.with_bias(bias.to(self.head.weight.dtype)), self.base)
 
     # --- files ----------------------------------------------------------------------------------------------
@@ -210,10 +210,6 @@ class GenerativePair(nn.Module):
                 "belong to them; make a new GenerativePair, or build it on head.clone() to keep the old weights"
             )
 
-    def _bias(self) -> Tensor:
-        bias = self.head.bias
-        return self.head.weight.new_zeros(self.head.num_classes) if bias is None else bias
-
     def _labels(self, y: Tensor | int) -> Tensor:
         y = torch.as_tensor(y, device=self.head.weight.device)
         k = self.head.num_classes
@@ -231,7 +227,7 @@ class GenerativePair(nn.Module):
         if self._evidence is None:
             work = working_dtype(self.head.weight.device)
             parts = [self.base.log_mgf(rows.to(work)) for _, rows in self.head.centered_blocks()]
-            evidence = self._bias().to(work) + torch.cat(parts)
+            evidence = self.head.full_bias.to(work) + torch.cat(parts)
             if not bool(evidence.isfinite().all()):
                 y = int((~evidence.isfinite()).nonzero()[0])
                 raise ValueError(
@@ -260,7 +256,7 @@ class GenerativePair(nn.Module):
         if self.head.weight.dtype == h.dtype:
             return self.head.centered_logits(h)
         parts = [F.linear(h, rows.to(h.dtype)) for _, rows in self.head.centered_blocks()]
-        return torch.cat(parts, dim=-1) + self._bias().to(h.dtype)
+        return torch.cat(parts, dim=-1) + self.head.full_bias.to(h.dtype)
 
 
 def load(

@@ -265,7 +265,7 @@ def test_gaussian_moments_satisfy_their_equation():
     h = torch.randn(3000, 6, generator=seeded(), dtype=torch.float64) @ torch.randn(6, 6, generator=seeded(1)).double()
     p = head(h).softmax(-1).mean(0)
     rows = head.centered_weight()
-    centre, sigma = tilted_gaussian(rows, p, h, "full", 0.0)
+    centre, sigma = tilted_gaussian(head, p, h, "full", 0.0)
     w = rows - p @ rows
     c = w.T @ (p.unsqueeze(-1) * w)
     total = torch.cov(h.T, correction=0)
@@ -304,6 +304,7 @@ def test_fit_accepts_other_precisions_and_leaves_the_rng_alone():
         (torch.eye(5), {"shape": "oval"}, "'round', 'centered' or 'elliptic'"),
         (torch.eye(5), {"shrinkage": 2.0}, "shrinkage"),
         (torch.eye(5), {"radii": 0}, "radii"),
+        (torch.eye(5)[:2], {"shape": "elliptic", "shrinkage": 0.0}, "2 activations in 5 dimensions is singular"),
     ],
 )
 def test_fit_refuses(activations, kwargs, message):

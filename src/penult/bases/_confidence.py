@@ -113,7 +113,7 @@ def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Calla
     weight = head.weight
     along_logits = torch.nn.functional.linear(mean.to(weight.dtype), weight).to(rows.dtype)[index]
     across_logits = torch.nn.functional.linear(across.to(weight.dtype), weight).to(rows.dtype)
-    bias = rows.new_zeros(head.num_classes) if head.bias is None else head.bias.to(rows.dtype)
+    bias = head.full_bias.to(rows.dtype)
 
     def reached(radius: float) -> float:
         y = _sampling.cosine_complement(

@@ -11,15 +11,17 @@ from penult.head import Head
 
 __all__ = ["tilted_gaussian"]
 
-_ROWS = 1 << 14
+_ROWS = 1 << 14  # activations looked at at a time
+_LOGITS = 1 << 24  # and logits
 
 
 def tilted_gaussian(
-    weight: Tensor,
+    head: Head,
     posterior: Tensor,
     activations: Tensor,
     covariance_type: Literal["full", "spherical"],
     shrinkage: float,
+    subspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Soft-label maximum likelihood of p(h|y) = N(m + Σ w_y, Σ), in closed form.
 
@@ -28,39 +30,42 @@ def tilted_gaussian(
     eigenvalues e, the eigenvalues 2 / (1 + √(1 + 4e)); m = h̄ − Σ w̄.
 
     Args:
-        weight: Rows w_y (K, d), float64.
+        head: The head with the rows w_y.
         posterior: Mean class probabilities p (K,) over the activations.
         activations: Activations (N, d), unlabelled.
         covariance_type: ``"full"``, or ``"spherical"`` for Σ = σ² I.
         shrinkage: Share of T that is replaced by a multiple of the identity with the same trace.
+        subspace: Orthonormal rows (q, d) on which rows and activations are read, or None for all of R^d.
 
     Returns:
-        m (d,) and Σ (d, d), float64.
+        m (q,) and Σ (q, q), float64.
+
+    Raises:
+        ValueError: If all activations are equal.
     """
-    n, d = activations.shape
-    mean = torch.zeros(d, dtype=torch.float64, device=weight.device)
-    for block in activations.split(_ROWS):
-        mean += block.to(mean).sum(0)
+    w_mean, spread_w = _row_moments(head, posterior, subspace)
+    work = activations.to(w_mean.device)
+    n, d = len(work), len(w_mean)
+    mean = torch.zeros_like(w_mean)
+    for block in work.split(_ROWS):
+        mean += _read(block, subspace).sum(0)
     mean /= n
-    spread = torch.zeros(d, d, dtype=torch.float64, device=weight.device)
-    for block in activations.split(_ROWS):
-        centred = block.to(mean) - mean
+    spread = torch.zeros_like(spread_w)
+    for block in work.split(_ROWS):
+        centred = _read(block, subspace) - mean
         spread += centred.T @ centred
     spread /= n
     scale = spread.diagonal().mean()
     if not float(scale) > 0:
         raise ValueError(f"all {n} activations are equal, so no base can be fitted; pass more, varied activations")
-    w_mean = posterior @ weight
-    root_c = posterior.sqrt().unsqueeze(-1) * (weight - w_mean)
     if covariance_type == "spherical":
-        e = scale * root_c.square().sum() / d
+        e = scale * spread_w.trace() / d
         covariance = torch.eye(d).to(spread) * (scale * 2 / (1 + (1 + 4 * e).sqrt()))
     else:
         eye = torch.eye(d).to(spread)
         values, vectors = torch.linalg.eigh((1 - shrinkage) * spread + shrinkage * scale * eye)
         root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-        pull = root_c @ root
-        e, directions = torch.linalg.eigh(pull.T @ pull)
+        e, directions = torch.linalg.eigh(root @ spread_w @ root)
         inner = root @ directions
         covariance = inner * (2 / (1 + (1 + 4 * e.clamp_min(0)).sqrt())) @ inner.T
     return mean - covariance @ w_mean, covariance
@@ -69,6 +74,23 @@ def tilted_gaussian(
 def mean_posterior(head: Head, activations: Tensor) -> Tensor:
     """Mean class probabilities (K,) of a head over activations (N, d), float64."""
     total = torch.zeros(head.num_classes, dtype=torch.float64, device=head.weight.device)
-    for block in activations.split(_ROWS):
+    for block in activations.split(max(1, min(_ROWS, _LOGITS // head.num_classes))):
         total += head(block.to(head.weight)).double().softmax(-1).sum(0)
-    return total / activations.shape[0]
+    return total / len(activations)
+
+
+def _row_moments(head: Head, posterior: Tensor, subspace: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean w̄ and covariance C of the centered rows under class probabilities, without a second W."""
+    p, total, square = posterior.double(), None, None
+    for part, block in head.centered_blocks():
+        rows = _read(block, subspace)
+        weighted = p[part].unsqueeze(-1) * rows
+        total = weighted.sum(0) if total is None else total + weighted.sum(0)
+        square = weighted.T @ rows if square is None else square + weighted.T @ rows
+    assert total is not None
+    assert square is not None
+    return total, square - torch.outer(total, total)
+
+
+def _read(x: Tensor, subspace: Tensor | None) -> Tensor:
+    return x.double() if subspace is None else x.double() @ subspace.T

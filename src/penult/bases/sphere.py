@@ -197,32 +197,34 @@ class Sphere(Base):
             raise ValueError(f"shrinkage must lie in [0, 1] and radii be at least 1; got {shrinkage} and {radii}")
         device = head.weight.device
         work = activations.detach().to(device)
-        rows = head.centered_weight().double()
         outside: Tensor | None = None
         subspace = None
         if not ambient:
             subspace = head.span().double()
-            mean = work.double().mean(0)
+            mean = work.mean(0, dtype=torch.float64)
             outside = mean - subspace.T @ (subspace @ mean)
-            work, rows = work.double() @ subspace.T, rows @ subspace.T
         loc = scale_tril = None
         if shape != "round":
             kind: Literal["full", "spherical"] = "full" if shape == "elliptic" else "spherical"
-            posterior = mean_posterior(head, activations.detach().to(device))
-            loc, covariance = tilted_gaussian(rows, posterior, work, kind, shrinkage)
+            loc, covariance = tilted_gaussian(head, mean_posterior(head, work), work, kind, shrinkage, subspace)
             if shape == "elliptic":
-                scale_tril = torch.linalg.cholesky(covariance)
+                scale_tril, failed = torch.linalg.cholesky_ex(covariance)
+                if int(failed):
+                    raise ValueError(
+                        f"the covariance of {len(work)} activations in {len(covariance)} dimensions is singular; "
+                        f"pass more activations or a shrinkage above {shrinkage}"
+                    )
         if subspace is not None and outside is not None:
             loc = outside if loc is None else outside + subspace.T @ loc
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
         chart = {"loc": loc, "scale_tril": scale_tril, "subspace": subspace}
         base = cls(torch.ones(1, device=device).double(), **chart)
         histogram = RadialHistogram()
-        for block in activations.detach().split(_PAIRS // head.in_features + 1):
-            histogram.update(torch.linalg.vector_norm(base.read(block.to(device).double()), dim=-1).clamp_min(1e-18))
+        for block in work.split(_PAIRS // head.in_features + 1):
+            histogram.update(torch.linalg.vector_norm(base.read(block.double()), dim=-1).clamp_min(1e-18))
         radius, share = (a.to(device) for a in histogram.atoms(radii))
         log_total = torch.full_like(radius, -torch.inf)
-        bias = rows.new_zeros(head.num_classes) if head.bias is None else head.bias.double()
+        bias = head.full_bias.double()
         for part, block in head.centered_blocks():
             pulled, offset = base._pull(block.double())
             norms = torch.linalg.vector_norm(pulled, dim=-1)

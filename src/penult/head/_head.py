@@ -113,6 +113,11 @@ class Head(nn.Module):
         return self.weight.shape[1]
 
     @property
+    def full_bias(self) -> Tensor:
+        """B (K,), or zeros where the head has none."""
+        return self.weight.new_zeros(self.num_classes) if self.bias is None else self.bias
+
+    @property
     def version(self) -> tuple[int, int]:
         """Changes whenever W or b is changed in place, be it by the model that shares them."""
         return version_of(self.weight), 0 if self.bias is None else version_of(self.bias)
