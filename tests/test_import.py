@@ -23,6 +23,11 @@ def test_import_loads_torch_and_safetensors_alone():
     assert not [name for name in HEAVY if name in names - torch_only]
 
 
+def test_rooms_load_when_asked_for():
+    code = "import sys, penult; penult.testing.check_base; penult.data.digits; print('matplotlib' in sys.modules)"
+    assert run(code).strip() == "False"
+
+
 def test_import_and_use_change_nothing_global():
     code = """
 import torch, warnings

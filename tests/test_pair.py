@@ -1,6 +1,8 @@
+import copy
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -47,6 +49,8 @@ def test_posterior_is_the_softmax(classes, features, dtype, bias, unequal):
         pair = GenerativePair(head, base)
         error = (pair.posterior(h).probs - head(h).softmax(-1)).abs().max()
         assert float(error) <= (1e-9 if dtype == torch.float64 else 1e-5)
+        if dtype == torch.float64:  # in float32 a log density in the thousands has no digits left for 1e-5
+            assert float((pair.log_joint(h).softmax(-1) - head(h).softmax(-1)).abs().max()) <= 1e-9
         assert pair.log_joint(h).dtype == pair.log_prob(h).dtype == dtype
 
 
@@ -175,6 +179,11 @@ def test_with_prior_keeps_the_laws_of_the_classes():
         assert shifted.head.weight.data_ptr() == pair.head.weight.data_ptr()
 
 
+def test_with_prior_takes_a_list():
+    pair = GenerativePair(random_head(4, 8), sphere()).with_prior([0.7, 0.1, 0.1, 0.1])
+    assert pair.prior.probs.tolist() == pytest.approx([0.7, 0.1, 0.1, 0.1])
+
+
 @pytest.mark.parametrize("bad", [torch.ones(3), torch.tensor([1.0, 0, 1, 1]), torch.tensor([1.0, math.nan, 1, 1])])
 def test_with_prior_refuses(bad):
     with pytest.raises(ValueError, match="4 positive, finite class weights"):
@@ -193,7 +202,15 @@ def test_says_so_when_the_weights_change():
     before = kept.log_prob(h)
     with torch.no_grad():
         layer.weight.add_(1.0)
-    for use in (lambda: pair.log_prob(h), lambda: pair.prior, lambda: pair.sample((2,), generator=seeded())):
+    uses = (
+        lambda: pair.log_prob(h),
+        lambda: pair.prior,
+        lambda: pair.sample((2,), generator=seeded()),
+        lambda: pair.given(1),
+        lambda: pair.save("never.safetensors"),
+        lambda: pair.to(torch.float64),
+    )
+    for use in uses:
         with pytest.raises(RuntimeError, match=r"weights changed.*head\.clone\(\)"):
             use()
     assert torch.equal(kept.log_prob(h), before)
@@ -216,6 +233,34 @@ def test_moves_state_dict_and_compile():
     narrow = GenerativePair(random_head(4, 8).clone(), sphere()).to(torch.float32)
     assert torch.allclose(narrow.log_prob(h.float()), want.float(), atol=1e-4)
     assert sum(b.numel() for b in pair.buffers() if b.shape == (4, 8)) == 32  # one W
+
+
+def test_copies_live():
+    layer = torch.nn.Linear(6, 3)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)  # a trained head: its tensors count their changes
+    pair = GenerativePair(Head(layer.weight, layer.bias), Sphere(2.0))
+    h = torch.randn(5, 6, generator=seeded())
+    for other in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
+        assert torch.equal(other.log_prob(h), pair.log_prob(h))
+        assert other.head.weight.data_ptr() != pair.head.weight.data_ptr()
+
+
+def test_a_changed_base_changes_the_prior():
+    pair = GenerativePair(random_head(3, 6, unequal=True), sphere())
+    before = pair.prior.probs
+    pair.base.radius.mul_(3)
+    fresh = GenerativePair(pair.head, Sphere(pair.base.radius.clone()))
+    assert not torch.allclose(pair.prior.probs, before)
+    assert torch.allclose(pair.prior.probs, fresh.prior.probs)
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    pair = GenerativePair(random_head(4, 8), sphere())
+    h = torch.randn(5, 8, generator=seeded(), dtype=torch.float64)
+    compiled = torch.compile(pair.log_prob, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(h), GenerativePair(pair.head, pair.base).log_prob(h))
 
 
 def test_gradients_reach_activations():

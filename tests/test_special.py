@@ -216,6 +216,13 @@ def test_cosine_cdf_tails_and_uniform_law():
     assert outside.tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
+def test_cosine_law_ends_where_cosines_do():
+    t = torch.tensor([-1.5, 1.5], dtype=torch.float64)
+    for dim in (1, 2, 3, 8):
+        assert bool(special.cosine_log_prob(dim, torch.tensor(1.0, dtype=torch.float64), t).eq(-math.inf).all())
+    assert float(special.cosine_log_prob(1, torch.tensor(1.0), torch.tensor(0.5))) == -math.inf
+
+
 def test_cosine_law_in_one_dimension_is_two_points():
     k = torch.tensor(0.8, dtype=torch.float64)
     t = torch.tensor([-1.0, 1.0], dtype=torch.float64)

@@ -61,9 +61,15 @@ def test_a_pair_with_a_wrong_prior_fails():
 
     pair = GenerativePair(random_head(3, 4), Sphere(torch.tensor(1.0, dtype=torch.float64)))
     pair._log_evidence()
-    pair._evidence = pair._evidence + torch.tensor([0.05, 0.0, 0.0])
+    key, evidence = pair._evidence
+    pair._evidence = key, evidence + torch.tensor([0.05, 0.0, 0.0])
     with pytest.raises(AssertionError, match="FAIL"):
         check_pair(pair)
+
+
+def test_half_precision_heads_are_not_checked():
+    with pytest.raises(ValueError, match=r"at least float32.*\.float\(\)"):
+        check_base(Sphere(1.0), random_head(3, 4, dtype=torch.float16))
 
 
 def test_checks_need_a_generator():

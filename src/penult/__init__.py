@@ -9,6 +9,9 @@ A classifier's last linear layer already defines the density of the activations 
     torch.Size([5, 3])
 """
 
+import importlib
+from typing import Any
+
 from penult import bases, distributions, io, special
 from penult.activations import Activations, Tap, extract
 from penult.bases import Sphere
@@ -17,6 +20,15 @@ from penult.head import Head, HeadCertificate, HeadNotFoundError, find_head
 from penult.pair import GenerativePair, load
 
 __version__ = "0.1.0"
+
+_ROOMS = ("data", "demo", "report", "testing")  # loaded when they are first asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"penult.{name}")
+    raise AttributeError(f"module 'penult' has no attribute {name!r}")
+
 
 __all__ = [
     "Activations",

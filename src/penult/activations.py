@@ -42,7 +42,8 @@ class Tap(nn.Module):
     Args:
         model: The classifier; DataParallel, DistributedDataParallel and torch.compile wrappers are opened,
             because hooks do not work in them.
-        head: Its head, from `find_head`.
+        head: Its head, from `find_head`. The logits of the tap are the model's own; those of a head at another
+            temperature differ from them by that factor.
 
     Raises:
         ValueError: The head has no certificate, or the model has no linear layer where that says.

@@ -15,6 +15,7 @@ from torch.distributions import Categorical, Distribution
 from penult import io
 from penult.bases import Base, Sphere
 from penult.head import Head
+from penult.head._rows import version_of
 from penult.special import working_dtype
 
 __all__ = ["GenerativePair", "load"]
@@ -38,7 +39,8 @@ class GenerativePair(nn.Module):
         Seo, Lee and Kwak, "On The Distribution of Penultimate Activations of Classification Networks", UAI 2021.
 
     Args:
-        head: The head. Its weights are held by reference; when they change under the pair, the pair says so.
+        head: The head. Its weights are held by reference; when they change under the pair, the pair says so by a
+            RuntimeError (edits through ``.data``, and changes after ``torch.compile``, cannot be seen).
         base: The base measure; ``Sphere.from_head(head)``, which needs no data, when left out.
 
     Raises:
@@ -94,6 +96,7 @@ class GenerativePair(nn.Module):
         Raises:
             ValueError: If a label is not an integer in 0..K−1.
         """
+        self._check_current()
         return self.base.tilt(self.head.centered_weight(self._labels(y)))
 
     def posterior(self, h: Tensor) -> Categorical:
@@ -114,7 +117,7 @@ class GenerativePair(nn.Module):
         return (logits.logsumexp(-1) + log_density).to(h.dtype)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Joint draws: y from the prior, then h from p(h|y).
 
         Args:
@@ -153,12 +156,12 @@ class GenerativePair(nn.Module):
             >>> pair.prior.probs
             tensor([0.6000, 0.3000, 0.1000])
         """
-        p = prior.probs if isinstance(prior, Categorical) else prior
+        p = prior.probs if isinstance(prior, Categorical) else torch.as_tensor(prior)
         k = self.head.num_classes
         if p.shape != (k,) or not bool(((p > 0) & p.isfinite()).all()):
             raise ValueError(
                 f"prior must hold {k} positive, finite class weights ({k},); got shape {tuple(p.shape)}"
-                + (f" with values from {float(p.min()):.4g}" if p.numel() else "")
+                + (f" with values from {float(p.min()):.4g} to {float(p.max()):.4g}" if p.numel() else "")
                 + "; a class that cannot occur belongs out of the head"
             )
         evidence = self._log_evidence()
@@ -173,6 +176,7 @@ class GenerativePair(nn.Module):
 
         The file appears under its name only when it is whole.
         """
+        self._check_current()
         tensors = {f"head.{name}": t for name, t in self.head.state_dict().items()}
         tensors |= {f"base.{name}": t for name, t in self.base.state_dict().items()}
         base = {"class": type(self.base).__name__, "config": self.base.config()}
@@ -186,7 +190,12 @@ class GenerativePair(nn.Module):
 
     def _remember(self) -> None:
         self._head_version: tuple[int, int] | None = self.head.version
-        self._evidence: Tensor | None = None
+        self._evidence: tuple[object, Tensor] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._head_version = None  # a copy counts the changes of its tensors anew
+        self._evidence = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> GenerativePair:
         self._check_current()
@@ -224,18 +233,24 @@ class GenerativePair(nn.Module):
     def _log_evidence(self) -> Tensor:
         """b_y + log M(w_y), (K,) in working precision."""
         self._check_current()
-        if self._evidence is None:
+        compiling = torch.compiler.is_compiling()  # when no tensor tells its version
+        if compiling and self._evidence is not None:
+            return self._evidence[1]
+        base = () if compiling else tuple((id(b), version_of(b)) for b in self.base.buffers())
+        if self._evidence is None or self._evidence[0] != base:
             work = working_dtype(self.head.weight.device)
             parts = [self.base.log_mgf(rows.to(work)) for _, rows in self.head.centered_blocks()]
             evidence = self.head.full_bias.to(work) + torch.cat(parts)
+            if compiling:
+                return evidence
             if not bool(evidence.isfinite().all()):
                 y = int((~evidence.isfinite()).nonzero()[0])
                 raise ValueError(
                     f"log M of class {y} is {float(evidence[y])}: the base gives this head's rows no finite mass; "
                     "check the radius or scale of the base against the norm of W"
                 )
-            self._evidence = evidence
-        return self._evidence
+            self._evidence = base, evidence
+        return self._evidence[1]
 
     def _terms(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """w_y·h + b_y (*S, K) and log m(h) − log Z (*S,), whose sum is the log joint density.

@@ -174,9 +174,9 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     for y, row in zip(classes.tolist(), rows, strict=True):
         tilt: Any = base.tilt(row)
         h = tilt.sample((samples,), generator=generator)
-        off = h.double() - _gradient(base, row).double()
-        along = (off @ row.double()).unsqueeze(-1)  # where a wrong M shows most
-        laws.append(_score(f"mean of p(h|{y}) is the gradient of log M", torch.cat([off, along], dim=-1)))
+        laws.append(_mean_law(base, row, h, f"mean of p(h|{y}) is the gradient of log M"))
+        if base.info.exact_mgf:
+            laws.append(_strong_law(base, row, samples, y, generator))
         laws.append(_neighbour(base, row, h, y, generator))
         if isinstance(base, Sphere):
             laws += _sphere_laws(base, row, h, y)
@@ -208,21 +208,26 @@ def check_pair(pair: GenerativePair, samples: int = 100_000, seed: int = 0) -> L
 
 def _pair_laws(pair: GenerativePair, samples: int, generator: torch.Generator) -> list[Law]:
     k = pair.head.num_classes
+    if torch.finfo(pair.head.weight.dtype).bits < 32:
+        raise ValueError(f"laws are checked in at least float32; this head is {pair.head.weight.dtype}: use .float()")
     work = min(samples, max(1000, 20_000_000 // k))
     h, y = pair.sample((work,), generator=generator)
     joint, softmax = pair.log_joint(h), pair.head(h).double().softmax(-1)
     exact = h.dtype == torch.float64
     error = float((pair.posterior(h).probs.double() - softmax).abs().max())
     scale = float(joint.abs().max())
+    bayes_error = float((joint.double().softmax(-1) - softmax).abs().max())
     few, classes = slice(1000), y[:1000]
     bayes = pair.prior.logits[classes] + pair.given(classes).log_prob(h[few])
     gap = float((bayes - joint[few].gather(-1, classes.unsqueeze(-1)).squeeze(-1)).abs().max()) / max(1.0, scale)
     total = float((joint.double().logsumexp(-1) - pair.log_prob(h).double()).abs().max()) / max(1.0, scale)
     tight, loose = (1e-9, 1e-12) if exact else (1e-5, 1e-6)
     prior = pair.prior.probs.double()
+    rounded = max(tight, 2 * torch.finfo(joint.dtype).eps * scale)  # log densities can be in the thousands
     return [
         _fact("log_prob is finite on the pair's own draws", bool(joint.isfinite().all())),
         Law("posterior equals softmax(head(h))", error, f"<= {tight:g}", error <= tight),
+        Law("softmax of log_joint equals it too", bayes_error, f"<= {rounded:.1g}", bayes_error <= rounded),
         Law("log_joint is log p(y) + log p(h|y)", gap, f"<= {loose * 10:g} of its size", gap <= loose * 10),
         Law("log_prob sums log_joint", total, f"<= {loose:g} of its size", total <= loose),
         _frequencies("joint draws have the softmax's class frequencies", y, softmax),
@@ -252,6 +257,31 @@ def _neighbour(base: Base, row: Tensor, h: Tensor, y: int, generator: torch.Gene
     nearer = row * (1 - min(0.5, 0.5 / max(spread, 1e-12)))
     ratio = (base.tilt(nearer).log_prob(h).double() - base.tilt(row).log_prob(h).double()).exp()
     return _score(f"p(h|w') / p(h|{y}) has mean one", (ratio - 1).unsqueeze(-1))
+
+
+def _mean_law(base: Base, row: Tensor, h: Tensor, name: str) -> Law:
+    off = h.double() - _gradient(base, row).double()
+    along = (off @ row.double()).unsqueeze(-1)  # where a wrong M shows most
+    return _score(name, torch.cat([off, along], dim=-1))
+
+
+def _strong_law(base: Base, row: Tensor, samples: int, y: int, generator: torch.Generator) -> Law:
+    """The law of the mean for a multiple of the row at which one per cent of log M would be plain to see."""
+    factor, drawn = 1.0, None
+    while True:
+        tilt: Any = base.tilt(factor * row)
+        h = tilt.sample((samples,), generator)
+        along = h.double() @ row.double()
+        away = (along - along.median()).abs() > 1e-9 * along.abs().max()
+        if drawn is not None and int(away.sum()) < 100:
+            break  # too few draws show what varies, such as the far one of two points
+        drawn = factor, h
+        expected = 0.01 * float(along.mean().abs() / (along.std() + 1e-300)) * math.sqrt(samples)
+        if expected >= 2 * _Z or factor >= 1 << 12:
+            break
+        factor *= 2
+    factor, h = drawn
+    return _mean_law(base, factor * row, h, f"the same for {factor:g} w_{y}")
 
 
 def _gradient(base: Base, row: Tensor) -> Tensor:

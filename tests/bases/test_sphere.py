@@ -79,12 +79,13 @@ class Miscounted(Sphere):
         return 1.01 * super().log_mgf(weight)
 
 
-@pytest.mark.parametrize(("dim", "norm"), [(2, 2.0), (3, 2.0), (64, 20.0)])
-def test_a_base_whose_log_m_is_off_by_one_per_cent_fails(dim, norm):
-    head = random_head(3, dim, norm=norm)
-    check_base(Sphere(torch.tensor([1.5], dtype=torch.float64)), head)
+@pytest.mark.parametrize("norm", [0.5, 5.0])
+@pytest.mark.parametrize(("classes", "dim"), [(2, 2), (3, 2), (3, 3), (10, 64), (1000, 64), (2, 1280)])
+def test_a_base_whose_log_m_is_off_by_one_per_cent_fails(classes, dim, norm):
+    head = random_head(classes, dim, norm=norm)
+    check_base(Sphere(torch.tensor([1.5], dtype=torch.float64)), head, samples=10_000)
     with pytest.raises(AssertionError, match="FAIL"):
-        check_base(Miscounted(torch.tensor([1.5], dtype=torch.float64)), head)
+        check_base(Miscounted(torch.tensor([1.5], dtype=torch.float64)), head, samples=10_000)
 
 
 class Skewed(Sphere):
@@ -193,12 +194,52 @@ def test_dominated_class_is_named():
     check_base(base, Head(weight), samples=20_000)
 
 
-@pytest.mark.parametrize("classes", [3, 100])
-def test_tied_rows_are_an_error(classes):
-    weight = random_head(classes, 8).weight
-    weight[2] = weight[0]
-    with pytest.raises(ValueError, match="rows 0 and 2 of the head are equal"):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize(("classes", "dim", "pair"), [(3, 8, (0, 2)), (100, 512, (2, 7)), (1000, 8, (501, 502))])
+def test_tied_rows_are_an_error(classes, dim, pair, dtype):
+    weight = torch.randn(classes, dim, generator=seeded()).to(dtype)
+    weight[pair[1]] = weight[pair[0]]
+    with pytest.raises(ValueError, match=f"rows {pair[0]} and {pair[1]} of the head are equal"):
         Sphere.from_head(Head(weight))
+
+
+def test_a_class_at_the_mean_of_the_others_has_no_direction():
+    with pytest.warns(UserWarning, match="not the largest"):
+        base = Sphere.from_head(Head(torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]])), confidence=0.8)
+    assert 0.1 < float(base.radius) < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_heads(dtype, tmp_path):
+    head = Head((3 * torch.randn(10, 64, generator=seeded())).to(dtype))
+    h = torch.randn(200, 64, generator=seeded()).to(dtype)
+    for base in (quiet_from_head(head), Sphere.fit(head, h, shape="elliptic", ambient=False)):
+        pair = GenerativePair(head, base)
+        assert base.subspace.dtype == torch.float32
+        assert pair.sample((3,), seeded())[0].dtype == dtype
+        assert bool(pair.log_prob(h.float()).isfinite().all())
+        again = penult.load(GenerativePair(head.clone(), base).half().save(tmp_path / "half.penult.safetensors"))
+        assert again.base.subspace.dtype == torch.float32
+
+
+def test_large_heads_are_looked_at_in_blocks():
+    weight = torch.randn(20_000, 32, generator=seeded())
+    base = quiet_from_head(Head(weight), confidence=0.5)
+    assert base.subspace.shape == (32, 32)
+
+
+def test_mean_and_kl_of_tilts_are_differentiable():
+    base = charted(4, 3)
+    rows = random_head(2, 4).weight.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: base.tilt(w).mean, rows)
+    assert torch.autograd.gradcheck(lambda w: torch.distributions.kl_divergence(base.tilt(w[0]), base.tilt(w[1])), rows)
+
+
+def test_tilts_name_bad_activations():
+    tilt = Sphere(1.0).tilt(torch.ones(3))
+    for bad in (torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"expected floating activations \(\.\.\., 3\)"):
+            tilt.log_prob(bad)
 
 
 def test_unreachable_confidence():
@@ -299,6 +340,7 @@ def test_fit_accepts_other_precisions_and_leaves_the_rng_alone():
         (torch.zeros(0, 5), {}, r"shape \(0, 5\)"),
         (torch.ones(1, 5), {}, "N >= 2"),
         (torch.ones(9, 4), {}, r"expected \(N, 5\)"),
+        (torch.zeros(9, 5), {}, "all 9 activations lie at the centre"),
         (torch.full((9, 5), math.nan), {}, "9 of 9 activations hold NaN"),
         (torch.ones(9, 5), {"shape": "elliptic"}, "all 9 activations are equal"),
         (torch.eye(5), {"shape": "oval"}, "'round', 'centered' or 'elliptic'"),
@@ -310,6 +352,12 @@ def test_fit_accepts_other_precisions_and_leaves_the_rng_alone():
 def test_fit_refuses(activations, kwargs, message):
     with pytest.raises(ValueError, match=message):
         Sphere.fit(random_head(3, 5, dtype=torch.float32), activations, **kwargs)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(9, 5, dtype=torch.long), [[1.0] * 5] * 9])
+def test_fit_takes_floating_tensors(bad):
+    with pytest.raises(TypeError, match=r"floating tensor .* pass acts\.activations"):
+        Sphere.fit(random_head(3, 5), bad)
 
 
 def test_radii_histograms_merge():
@@ -340,6 +388,10 @@ def test_radii_histograms_merge():
         ({"radius": torch.tensor([])}, "positive, finite"),
         ({"radius": math.inf}, "positive, finite"),
         ({"radius": 1.0, "log_weights": torch.zeros(2)}, "log_weights must have the shape"),
+        ({"radius": 1.0, "log_weights": torch.tensor([-math.inf])}, "finite sum of weights"),
+        ({"radius": 1.0, "loc": torch.tensor([math.nan])}, r"loc of shape \(1,\) holds NaN"),
+        ({"radius": 1.0, "scale_tril": torch.tensor([[1.0, 0], [math.nan, 1]])}, "scale_tril .* holds NaN"),
+        ({"radius": 1.0, "subspace": torch.zeros(0, 3)}, "rows are all equal spans nothing"),
         ({"radius": 1.0, "loc": torch.zeros(2, 2)}, r"loc must have shape \(d,\)"),
         ({"radius": 1.0, "subspace": torch.ones(1, 3)}, "not orthonormal"),
         ({"radius": 1.0, "subspace": torch.eye(4)[:, :3]}, "m <= d rows"),

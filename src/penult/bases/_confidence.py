@@ -11,12 +11,13 @@ from torch import Tensor
 from penult import special
 from penult.distributions import _sampling
 from penult.head import Head
+from penult.head._rows import rows_in_double
 
-__all__ = ["implied_radius"]
+__all__ = ["implied_radius", "unit"]
 
 _CLASSES = 64  # looked at, at most
 _DRAWS = 4096  # in all
-_LOGITS = 1 << 26  # kept at most; a head of very many classes takes fewer draws
+_LOGITS = 1 << 23  # kept at most; a head of very many classes takes fewer draws
 
 
 def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> float:
@@ -55,34 +56,27 @@ def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> fl
     return 0.5 * (low + high)
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """Directions of vectors (N, m); a zero vector tilts nothing, so any direction serves it."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    pole = torch.zeros_like(vectors)
+    pole[:, 0] = 1.0
+    return torch.where(norms > 0, vectors / norms, pole)
+
+
 def _directions(head: Head) -> Tensor:
     """At most 64 centered rows (C, d) of a head, after a look at how they stand to the others."""
+    _check_untied(head)
     k = head.num_classes
     classes = list(range(k)) if k <= _CLASSES else [round(i * (k - 1) / (_CLASSES - 1)) for i in range(_CLASSES)]
     rows = head.centered_weight(torch.tensor(classes, device=head.weight.device))
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     best = rows.new_full((len(classes),), -torch.inf)
-    beaten: dict[int, int] = {}
-    own = rows.square().sum(-1)
+    winner = torch.zeros(len(classes), dtype=torch.long, device=rows.device)
     for part, block in head.centered_blocks():
-        inner = rows @ block.to(rows).T
-        gaps = own.unsqueeze(-1) - 2 * inner + block.to(rows).square().sum(-1)
-        for i, y in enumerate(classes):
-            same = (gaps[i] <= 1e-10 * own[i].clamp_min(torch.finfo(own.dtype).tiny)).nonzero().flatten() + part.start
-            twin = next(
-                (int(j) for j in same if int(j) != y and torch.equal(head.weight[int(j)], head.weight[y])),
-                None,
-            )
-            if twin is not None:
-                raise ValueError(
-                    f"rows {y} and {twin} of the head are equal, so no radius can tell these classes apart; "
-                    "merge them into one class, or give a radius: Sphere(radius, subspace=head.span())"
-                )
-        top, at = inner.max(-1)
-        for i in (top > best).nonzero().flatten().tolist():
-            beaten[i] = int(at[i]) + part.start
+        top, at = (rows @ block.T).max(-1)
+        winner = torch.where(top > best, at + part.start, winner)
         best = torch.maximum(best, top)
-    lost = [y for i, y in enumerate(classes) if beaten[i] != y]
+    lost = [y for y, other in zip(classes, winner.tolist(), strict=True) if other != y]
     if lost:
         shown = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
         warnings.warn(
@@ -92,6 +86,21 @@ def _directions(head: Head) -> Tensor:
             stacklevel=4,
         )
     return rows
+
+
+def _check_untied(head: Head) -> None:
+    """Refuse a head with two equal rows: they are neighbours in the order of a random projection."""
+    probe = torch.rand(head.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys = torch.cat([(rows * probe.to(rows.device)).sum(-1) for rows in rows_in_double(head.weight)])
+    ordered, order = keys.sort()
+    close = ordered.diff() <= 1e-9 * keys.abs().max()
+    for i in close.nonzero().flatten().tolist():
+        y, twin = sorted((int(order[i]), int(order[i + 1])))
+        if torch.equal(head.weight[y], head.weight[twin]):
+            raise ValueError(
+                f"rows {y} and {twin} of the head are equal, so no radius can tell these classes apart; "
+                "merge them into one class, or give a radius: Sphere(radius, subspace=head.span())"
+            )
 
 
 def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Callable[[float], float]:
@@ -104,7 +113,7 @@ def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Calla
     norms = torch.linalg.vector_norm(pulled, dim=-1)
     draws = max(4, min(_DRAWS, _LOGITS // head.num_classes) // len(rows))
     index = torch.arange(len(rows), device=rows.device).repeat_interleave(draws)
-    mean = pulled / norms.unsqueeze(-1)
+    mean = unit(pulled)
     generator = torch.Generator(device=rows.device)
     right_angle = torch.ones(len(index), dtype=special.working_dtype(rows.device), device=rows.device)
     across = _sampling.around(mean[index], right_angle, generator.manual_seed(0))

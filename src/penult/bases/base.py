@@ -98,6 +98,17 @@ class Base(nn.Module, abc.ABC):
         """Rebuild a saved base; by default its buffers are its constructor's arguments."""
         return cls(**config, **tensors)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Base:
+        """Move as any module, but keep floating buffers in at least float32: a half-precision chart is no chart."""
+
+        def wide(t: Tensor) -> Tensor:
+            moved: Tensor = fn(t)
+            narrow = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
+            return t.to(moved.device, torch.promote_types(t.dtype, torch.float32)) if narrow else moved
+
+        super()._apply(wide, recurse)
+        return self
+
     def _check_features(self, h: Tensor, name: str) -> None:
         d = self.in_features
         if d is not None and (h.dim() < 1 or h.shape[-1] != d):

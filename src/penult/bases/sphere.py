@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from penult import special
-from penult.bases._confidence import implied_radius
+from penult.bases._confidence import implied_radius, unit
 from penult.bases._moments import mean_posterior, tilted_gaussian
 from penult.bases._radii import RadialHistogram
 from penult.bases.base import Base, BaseInfo
@@ -75,9 +75,9 @@ class Sphere(Base):
             log_weights = torch.zeros_like(radius)
         if radius.numel() == 0 or not bool(((radius > 0) & radius.isfinite()).all()):
             raise ValueError(f"radius must hold positive, finite numbers (R,); got {radius.tolist()[:8]}")
-        if log_weights.shape != radius.shape or bool(log_weights.isnan().any()):
+        if log_weights.shape != radius.shape or not bool(log_weights.logsumexp(-1).isfinite()):
             raise ValueError(
-                f"log_weights must have the shape {tuple(radius.shape)} of radius and no NaN; "
+                f"log_weights must have the shape {tuple(radius.shape)} of radius and a finite sum of weights; "
                 f"got {tuple(log_weights.shape)}"
             )
         self.register_buffer("radius", radius)
@@ -88,6 +88,13 @@ class Sphere(Base):
 
     def _check_chart(self) -> None:
         loc, tril, rows = self.loc, self.scale_tril, self.subspace
+        for name, part in (("loc", loc), ("scale_tril", tril), ("subspace", rows)):
+            if part is not None and not bool(part.isfinite().all()):
+                raise ValueError(f"{name} of shape {tuple(part.shape)} holds NaN or infinity")
+            if part is not None and part.numel() == 0:
+                raise ValueError(
+                    f"{name} of shape {tuple(part.shape)} is empty; a head whose rows are all equal spans nothing"
+                )
         if loc is not None and loc.dim() != 1:
             raise ValueError(f"loc must have shape (d,); got {tuple(loc.shape)}")
         if rows is not None:
@@ -175,6 +182,7 @@ class Sphere(Base):
             radii: How many radii to keep at most.
 
         Raises:
+            TypeError: If ``activations`` is not a floating tensor.
             ValueError: If ``activations`` is empty, has a wrong shape, is not finite or constant, or an option
                 is unknown.
 
@@ -186,6 +194,9 @@ class Sphere(Base):
         """
         if shape not in ("round", "centered", "elliptic"):
             raise ValueError(f"shape must be 'round', 'centered' or 'elliptic'; got {shape!r}")
+        if not isinstance(activations, Tensor) or not activations.is_floating_point():
+            what = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
+            raise TypeError(f"activations must be a floating tensor (N, d), got {what}; pass acts.activations")
         if activations.dim() != 2 or activations.shape[1] != head.in_features or activations.shape[0] < 2:
             raise ValueError(
                 f"activations has shape {tuple(activations.shape)}; expected (N, {head.in_features}) with N >= 2"
@@ -223,6 +234,8 @@ class Sphere(Base):
         for block in work.split(_PAIRS // head.in_features + 1):
             histogram.update(torch.linalg.vector_norm(base.read(block.double()), dim=-1).clamp_min(1e-18))
         radius, share = (a.to(device) for a in histogram.atoms(radii))
+        if float(radius.max()) <= 1e-15:
+            raise ValueError(f"all {len(work)} activations lie at the centre, so there is no radius to fit")
         log_total = torch.full_like(radius, -torch.inf)
         bias = head.full_bias.double()
         for part, block in head.centered_blocks():
@@ -303,10 +316,7 @@ class Sphere(Base):
         """One activation for each i of ``index`` (N,): a radius, then von Mises-Fisher around L'U weight[i]."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         pulled, _ = self._pull(weight.to(dtype))
-        norms = torch.linalg.vector_norm(pulled, dim=-1)
-        pole = torch.zeros_like(pulled)
-        pole[:, 0] = 1.0  # a zero row tilts nothing: any mean direction serves
-        mean = torch.where(norms.unsqueeze(-1) > 0, pulled / norms.unsqueeze(-1), pole)
+        norms, mean = torch.linalg.vector_norm(pulled, dim=-1), unit(pulled)
         radius = self.radius.to(dtype)
         if radius.numel() == 1:
             r = radius.expand(index.shape)

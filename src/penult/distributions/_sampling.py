@@ -85,25 +85,26 @@ def _propose(
 ) -> tuple[Tensor, Tensor]:
     """N proposals of y and whether each is refused; a NaN parameter is never refused, so that loops end."""
     device, work = x0.device, x0.dtype
-    log_uniform = torch.rand(n, dtype=dtype, device=device, generator=generator).to(work).log_()
-    bound: Tensor | float = 0.0
+    log_uniform = torch.rand(n, dtype=dtype, device=device, generator=generator).log_()
     if dim == 2:
         u = (math.pi * torch.rand(n, dtype=work, device=device, generator=generator)).cos_()
+        bound = torch.zeros_like(u)
     elif dim == 3:
         u = 2 * torch.rand(n, dtype=work, device=device, generator=generator) - 1
+        bound = torch.zeros_like(u)
     else:
         # u = N / √(N² + 2G), G ~ Gamma(m/2) by Marsaglia and Tsang (2000), whose own acceptance joins the other
-        normals = torch.randn(2, n, dtype=dtype, device=device, generator=generator).to(work)
+        normals = torch.randn(2, n, dtype=dtype, device=device, generator=generator)
+        first, z = normals[0].to(work), normals[1].to(work)
         shape = (dim - 1) / 2 - 1 / 3
-        z = normals[1]
-        w = (1 + z / math.sqrt(9 * shape)).clamp_min_(1e-30)
+        w = (z / math.sqrt(9 * shape)).add_(1).clamp_min_(1e-30)
         cube = w * w * w
-        bound = 0.5 * z * z + shape * (1 - cube + 3 * w.log())
-        u = normals[0] / torch.hypot(normals[0], (2 * shape * cube).sqrt_())
+        bound = (z * z).mul_(0.5).add_(shape).add_(w.log_(), alpha=3 * shape).sub_(cube, alpha=shape)
+        u = first * torch.addcmul(cube.mul_(2 * shape), first, first).rsqrt_()
     v = x0 * u
     inverse = 1 / (1 + v)
-    refused = log_uniform > bound - (dim - 1) * (torch.log1p(v) - v * inverse)
-    return y0 * (1 - u) * inverse, refused
+    bound.sub_(torch.log1p(v).sub_(v.mul_(inverse)), alpha=dim - 1)
+    return (1 - u).mul_(y0).mul_(inverse), log_uniform > bound
 
 
 def around(loc: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -19,7 +19,8 @@ class _Sphere(constraints.Constraint):
     event_dim = 1
 
     def check(self, value: Tensor) -> Tensor:
-        tolerance = max(1e-6, 20 * torch.finfo(value.dtype).eps)
+        facts = torch.finfo(value.dtype)
+        tolerance = max(1e-6, (20 if facts.bits >= 32 else 2) * facts.eps)
         return torch.le((torch.linalg.vector_norm(value, dim=-1) - 1).abs(), tolerance)
 
     def __repr__(self) -> str:

@@ -67,20 +67,26 @@ class Tilt(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """E[h] = ∇ log M(w), by automatic differentiation, shape (*B, d)."""
+        """E[h] = ∇ log M(w), by automatic differentiation and itself differentiable in w, shape (*B, d)."""
+        track = torch.is_grad_enabled() and self.weight.requires_grad
         with torch.inference_mode(False), torch.enable_grad():
-            weight = self.weight.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.base.log_mgf(weight).sum(), weight)
+            weight = self.weight if track else self.weight.detach().clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.base.log_mgf(weight).sum(), weight, create_graph=track)
         return gradient
 
     def log_prob(self, value: Tensor) -> Tensor:
         """w·h + log m(h) − log M(w) at h (*S, *B, d), shape (*S, *B)."""
+        if value.dim() < 1 or value.shape[-1:] != self.event_shape or not value.is_floating_point():
+            raise ValueError(
+                f"value is {value.dtype} of shape {tuple(value.shape)}; "
+                f"expected floating activations (..., {self.event_shape[0]})"
+            )
         if self._validate_args:
             self._validate_sample(value)
         inner = (self.base.project(value) * self.weight).sum(-1)
         return inner + self.base.log_prob(value) - self.base.log_mgf(self.weight)
 
-    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Draw activations of shape (*sample_shape, *B, d)."""
         shape = self._extended_shape(Size(sample_shape))
         rows = self.weight.detach().reshape(-1, shape[-1])

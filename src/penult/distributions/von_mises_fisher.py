@@ -61,7 +61,7 @@ class VonMisesFisher(Distribution):
         for name, value in (("loc", loc), ("concentration", concentration)):
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a floating tensor, got {kind}")
+                raise TypeError(f"{name} must be a floating tensor, got {kind}; use torch.tensor(..., dtype=...)")
         if loc.dim() < 1 or loc.shape[-1] < 2:
             raise ValueError(
                 f"loc has shape {tuple(loc.shape)}; the von Mises-Fisher law needs unit vectors (..., d) with "
@@ -179,7 +179,7 @@ class VonMisesFisher(Distribution):
         if self._validate_args and not special.traced(value):
             self._validate_sample(value)
         kappa = self.concentration.to(special.working_dtype(self.loc.device))
-        y = 0.5 * (value - self.loc).square().sum(-1).to(kappa.dtype)
+        y = 0.5 * (value.to(kappa.dtype) - self.loc.to(kappa.dtype)).square().sum(-1)
         growth = special.log_sphere_mgf_deficit(self._dim, kappa)
         return (growth - kappa * y - special.log_sphere_area(self._dim)).to(
             torch.promote_types(value.dtype, self._dtype)
@@ -192,18 +192,26 @@ class VonMisesFisher(Distribution):
         spread = kappa * special.mean_resultant_deficit(self._dim, kappa)
         return (special.log_sphere_area(self._dim) - growth + spread).to(self._dtype)
 
-    def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Draw unit vectors of shape (*sample_shape, *B, d)."""
         with torch.no_grad():
             return self._draw(Size(sample_shape), generator)[0].to(self._dtype)
 
-    def rsample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw as :meth:`sample`, with pathwise gradients in ``loc`` (on the sphere) and ``concentration``."""
+    def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
+        """Draw as :meth:`sample`, with pathwise gradients in ``loc`` (on the sphere) and ``concentration``.
+
+        The gradients are of first order: a second backward pass through them is an error.
+        """
         with torch.no_grad():
             x, y = self._draw(Size(sample_shape), generator)
         return torch.as_tensor(_Pathwise.apply(self.loc, self.concentration, x, y)).to(self._dtype)
 
     def _draw(self, sample_shape: Size, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling() and special.traced(self.loc, self.concentration):
+            raise RuntimeError(
+                "samples cannot be drawn inside a torch.func transform: the number of rejections depends on values; "
+                "draw a batch outside, which takes many (loc, concentration) at once"
+            )
         dtype = torch.promote_types(self.loc.dtype, torch.float32)
         kappa = self.concentration.detach().expand(sample_shape + self.batch_shape)
         y = _sampling.cosine_complement(self._dim, kappa, dtype, generator)

@@ -132,11 +132,15 @@ class Head(nn.Module):
             W h + b, (..., K).
 
         Raises:
-            ValueError: The last dimension of `h` is not d.
+            ValueError: The last dimension of `h` is not d, or its dtype is not the head's.
         """
         if h.ndim == 0 or h.shape[-1] != self.in_features:
             raise ValueError(
                 f"h has shape {tuple(h.shape)}; the head takes activations of shape (..., {self.in_features})"
+            )
+        if h.dtype != self.weight.dtype and not torch.is_autocast_enabled(h.device.type):
+            raise ValueError(
+                f"h is {h.dtype}, but the head is {self.weight.dtype}; convert one: h.to(head.weight.dtype)"
             )
         return F.linear(h, self.weight, self.bias)
 
@@ -361,7 +365,7 @@ class Head(nn.Module):
         as they are). Signs are such that the largest entry of a row is positive.
 
         Returns:
-            (q, d), in W's dtype and on its device.
+            (q, d), in W's dtype but at least float32, and on its device.
 
         Example:
             >>> Head(torch.tensor([[3.0, 5.0], [1.0, 5.0]])).span()

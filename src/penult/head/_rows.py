@@ -54,4 +54,4 @@ def span_of(weight: Tensor) -> Tensor:
     rank = min(int((values > 8 * rounding(weight) * math.sqrt(squares)).sum()), weight.shape[0] - 1)
     basis = vectors[:rank]
     largest = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True))
-    return torch.mul(basis, largest.sign()).to(weight)
+    return torch.mul(basis, largest.sign()).to(weight.device, torch.promote_types(weight.dtype, torch.float32))

@@ -42,8 +42,8 @@ def cosine_log_prob(dim: int, kappa: Tensor, t: Tensor, complement: Tensor | Non
         >>> cosine_log_prob(3, torch.tensor(0.0), torch.tensor([-0.5, 0.9])).exp()  # uniform on [-1, 1]
         tensor([0.5000, 0.5000])
     """
-    check_floating(dim, kappa)
-    check_floating(dim, t)
+    dim = check_floating(dim, kappa)
+    dim = check_floating(dim, t)
     dtype = torch.promote_types(kappa.dtype, t.dtype)
     work = working_dtype(t.device)
     k, t = kappa.to(work), t.to(work)
@@ -51,7 +51,8 @@ def cosine_log_prob(dim: int, kappa: Tensor, t: Tensor, complement: Tensor | Non
     log_prob = log_sphere_mgf_deficit(dim, k) - k * y - (math.log(2.0) if dim == 1 else -_log_polar_constant(dim))
     if dim not in (1, 3):  # the exponent is zero in dimension 3, where 0·log 0 would spoil the end points
         log_prob = log_prob + (dim - 3) / 2 * (y * (2 - y)).log()
-    return log_prob.to(dtype)
+    inside = (y == 0) | (y == 2) if dim == 1 else (y >= 0) & (y <= 2)
+    return torch.where(inside, log_prob, -torch.inf).to(dtype)
 
 
 def cosine_cdf(dim: int, kappa: Tensor, t: Tensor, complement: Tensor | None = None) -> Tensor:
@@ -77,8 +78,8 @@ def cosine_cdf(dim: int, kappa: Tensor, t: Tensor, complement: Tensor | None = N
         >>> cosine_cdf(3, torch.tensor(0.0), torch.tensor([-1.0, 0.0, 0.5]))
         tensor([0.0000, 0.5000, 0.7500])
     """
-    check_floating(dim, kappa)
-    check_floating(dim, t)
+    dim = check_floating(dim, kappa)
+    dim = check_floating(dim, t)
     dtype = torch.promote_types(kappa.dtype, t.dtype)
     work = working_dtype(t.device)
     with torch.no_grad():

@@ -21,13 +21,16 @@ def traced(*tensors: Tensor) -> bool:
 
 
 def check_dim(dim: int) -> int:
+    """The dimension, made sure of; under torch.compile a constant, so that there is one graph a dimension."""
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
         raise ValueError(f"dim must be a positive integer, the dimension of the ambient space; got {dim!r}")
-    return dim
+    return range(dim).stop  # the same number; torch.compile makes the ends of a range constants
 
 
-def check_floating(dim: int, value: Tensor) -> None:
-    check_dim(dim)
+def check_floating(dim: int, value: Tensor) -> int:
+    """The dimension, made sure of as well as that ``value`` is a floating tensor."""
+    dim = check_dim(dim)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"expected a floating tensor, got {kind}; convert it with torch.as_tensor(..., dtype=...)")
+    return dim

@@ -36,7 +36,8 @@ def log_sphere_area(dim: int) -> float:
         >>> round(log_sphere_area(3), 6) == round(math.log(4 * math.pi), 6)
         True
     """
-    half = check_dim(dim) / 2
+    dim = check_dim(dim)
+    half = dim / 2
     return math.log(2.0) + half * math.log(math.pi) - math.lgamma(half)
 
 
@@ -141,7 +142,7 @@ def cosine_variance(dim: int, kappa: Tensor) -> Tensor:
         >>> cosine_variance(4, torch.tensor(0.0))
         tensor(0.2500)
     """
-    check_floating(dim, kappa)
+    dim = check_floating(dim, kappa)
     work = working_dtype(kappa.device)
     return _bessel.variance(kappa.to(work), dim).to(kappa.dtype)
 
@@ -169,7 +170,7 @@ def concentration(dim: int, resultant: Tensor, complement: Tensor | None = None)
         >>> concentration(3, mean_resultant_length(3, torch.tensor([0.5, 20.0])))
         tensor([ 0.5000, 20.0000])
     """
-    check_floating(dim, resultant)
+    dim = check_floating(dim, resultant)
     if complement is not None and complement.shape != resultant.shape:
         raise ValueError(
             f"complement has shape {tuple(complement.shape)} but resultant {tuple(resultant.shape)}; "
@@ -187,7 +188,7 @@ def concentration(dim: int, resultant: Tensor, complement: Tensor | None = None)
 
 
 def _public(functions: _bessel.FunctionPair, dim: int, kappa: Tensor) -> Tensor:
-    check_floating(dim, kappa)
+    dim = check_floating(dim, kappa)
     return _bessel.call(functions, kappa.to(working_dtype(kappa.device)), dim).to(kappa.dtype)
 
 
