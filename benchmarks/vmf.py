@@ -41,7 +41,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -787,16 +787,18 @@ def write(path: Path | None, results: dict[str, Any]) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load(path: Path | None, fresh: bool) -> dict[str, Any]:
-    """What an earlier run left behind."""
+def load(path: Path | None, forget: Sequence[str]) -> dict[str, Any]:
+    """What an earlier run left behind, less the sections to forget."""
     results: dict[str, Any] = {}
-    if path is not None and path.exists() and not fresh:
+    if path is not None and path.exists():
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as reason:
-            raise SystemExit(f"{path} is not a results file ({reason}); remove it, or pass --fresh") from None
+            raise SystemExit(f"{path} is not a results file ({reason}); remove it") from None
     if results.get("layout") != LAYOUT:
         results = {"benchmark": "vmf", "layout": LAYOUT, "sections": {}}
+    for section in forget:
+        results["sections"].pop(section, None)
     return results
 
 
@@ -836,7 +838,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, write it, print the tables."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    results = load(options.out, options.fresh)
+    results = load(options.out, options.only if options.fresh else ())
     code = digest()  # once: a file edited from here on is not what this process has loaded
     cells = {"accuracy": accuracy_cells, "sampling": sampling_cells, "evaluation": evaluation_cells}
     for section in options.only:
