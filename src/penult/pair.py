@@ -10,10 +10,11 @@ from typing import Any, final
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
-from torch.distributions import Categorical, Distribution
+from torch.distributions import Categorical
 
 from penult import io
 from penult.bases import Base, Sphere
+from penult.distributions import Tilt
 from penult.head import Head
 from penult.head._rows import version_of
 from penult.special import working_dtype
@@ -84,14 +85,14 @@ class GenerativePair(nn.Module):
         """p(y), which W, b and the base imply, a Categorical over K classes."""
         return Categorical(logits=self._log_evidence().to(self._dtype), validate_args=False)
 
-    def given(self, y: Tensor | int) -> Distribution:
+    def given(self, y: Tensor | int) -> Tilt:
         """The law p(h|y) of the activations of classes.
 
         Args:
             y: Labels, any shape (*B,).
 
         Returns:
-            Distribution of batch shape (*B,) and event shape (d,).
+            Torch distribution of batch shape (*B,) and event shape (d,).
 
         Raises:
             ValueError: If a label is not an integer in 0..K−1.

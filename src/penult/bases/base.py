@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from penult.distributions import Tilt
 
@@ -80,7 +79,7 @@ class Base(nn.Module, abc.ABC):
         """
         return None
 
-    def tilt(self, weight: Tensor) -> Distribution:
+    def tilt(self, weight: Tensor) -> Tilt:
         """The laws p(h) = exp(w·h) m(h) / M(w), a batch over the rows ``weight`` (*B, d).
 
         Raises:

@@ -88,7 +88,7 @@ def label_free(job: Job) -> None:
         assert isinstance(base, Sphere)
         row = job.head.centered_weight(torch.tensor([y]))
         cosines = base.cosine(real.activations[real.labels == y], row)
-        drawn: Tensor = job.pairs["span(W), round"].given(y).sample((_DRAWS,), generator=job.generator(10 + y))  # type: ignore[call-arg]
+        drawn = job.pairs["span(W), round"].given(y).sample((_DRAWS,), generator=job.generator(10 + y))
         per_class[label] = {
             "real": float(cosines.mean()),
             "drawn": float(base.cosine(drawn, row).mean()),
@@ -114,7 +114,7 @@ def _facts(pair: GenerativePair, h: Tensor, y: Tensor, generator: torch.Generato
     rows = pair.head.centered_weight(y)
     cosine, norms = base.cosine(h, rows), torch.linalg.vector_norm(base.read(h), dim=-1)
     law, law_sd = _law(base, rows)
-    drawn: Tensor = pair.given(y).sample((_DRAWS // len(y) + 1,), generator=generator)  # type: ignore[call-arg]
+    drawn = pair.given(y).sample((_DRAWS // len(y) + 1,), generator=generator)
     probabilities = pair.head(drawn).softmax(-1)
     return {
         "cosine_real": float(cosine.mean()),

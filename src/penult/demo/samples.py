@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from penult.bases import Sphere
 from penult.demo.job import Job
@@ -24,7 +23,7 @@ def without_data(job: Job) -> None:
     assert base.subspace is not None
     names = job.test.class_names
     classes = torch.arange(len(names))
-    drawn: Tensor = pair.given(classes).sample((_DRAWS,), generator=job.generator(2))  # type: ignore[call-arg]
+    drawn = pair.given(classes).sample((_DRAWS,), generator=job.generator(2))
     probabilities = job.head(drawn).softmax(-1)
     confidence, predicted = probabilities.max(-1)
     accuracy = (predicted == classes).double().mean(0)
