@@ -17,7 +17,7 @@ __all__ = ["implied_radius", "unit"]
 
 _CLASSES = 64  # looked at, at most
 _DRAWS = 4096  # in all
-_LOGITS = 1 << 23  # kept at most; a head of very many classes takes fewer draws
+_LOGITS = 1 << 23  # kept, about; a head of very many classes takes fewer draws, but four a class
 
 
 def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> float:

@@ -126,9 +126,8 @@ class Sphere(Base):
 
         Its radius is the one at which the uniform mean over classes of E[max_k p(k|h)], h ~ p(h|y), equals
         ``confidence``: by bisection, with the same random numbers at each step. It lies in span(W), the only
-        part of space that the softmax sees. The radius is not identifiable from a head alone: expect it
-        within 30 to 40 per cent on small networks and within a factor of two to four on ImageNet-sized
-        ones; with even one batch of activations use :meth:`fit`.
+        part of space that the softmax sees. The radius is not identifiable from a head alone and can be far
+        from the true norm, the more so in high dimension; with even one batch of activations use :meth:`fit`.
 
         Args:
             head: The head.
