@@ -382,6 +382,30 @@ def evaluation(results: dict[str, Any]) -> Block:
     return Block(tables, notes, "python benchmarks/vmf.py --only evaluation")
 
 
+@table("families", source="families")
+def families(results: dict[str, Any]) -> Block:
+    """Where each family carries its head."""
+    section = results["sections"]["families"]
+    found, refused = [], []
+    for name, cell in section["cells"].items():
+        if "refused" in cell:
+            refused.append((name, cell["refused"].split(" If W and b are known")[0].split(" For a sigmoid head")[0]))
+            continue
+        place = f"`{cell['path']}`" + ("" if cell["bias"] else ", no bias") + (", tied" if cell["tied"] else "")
+        before = cell["before"] + (f" ({cell['folded']} folded)" if cell["folded"] else "")
+        axes = "a " + cell["axes"][-1] if len(cell["axes"]) == 2 else "a pixel" if len(cell["axes"]) > 2 else "a sample"
+        each = axes + {"same": "", "mean": ", mean", "picked": ", one token picked"}.get(cell["positions"], ", resized")
+        found.append((name, place, cell["kind"], before, f"**{cell['support']}**", each, tiny(cell["softmax_error"])))
+    header = ("family", "head", "by", "just before", "support", "one softmax", "error")
+    shown = [Table("Where model families carry their heads", header, found)]
+    shown.append(Table("Refused, and why", ("family", "reason"), refused))
+    used = ", ".join(f"{name} {version}" for name, version in section["versions"].items() if name != "python")
+    notes = [
+        f"Error: largest difference between the softmax of head(h), through `Tap`, and the model's, float32. {used}."
+    ]
+    return Block(shown, notes, "python benchmarks/families.py")
+
+
 def _section(results: dict[str, Any], name: str) -> dict[str, Any]:
     try:
         section: dict[str, Any] = results["sections"][name]

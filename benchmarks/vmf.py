@@ -30,18 +30,15 @@ import argparse
 import ast
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
-import platform
-import secrets
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +54,7 @@ import penult
 import tables
 from penult import special
 from penult.distributions import VonMisesFisher
+from record import load, machine, short, versions, write
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = ("accuracy", "sampling", "evaluation")
@@ -82,6 +80,7 @@ BARS: dict[str, dict[str, Any]] = {
     "evaluation": {"ns_from_64": 60.0, "ns_below_42": 250.0, "setup_ms": 10.0},
 }  # fmt: skip
 LAYOUT = 1  # of the JSON file
+PACKAGES = ("torch", "scipy", "numpy", "mpmath", "tensorflow-probability", "jax", "geomstats")
 
 # --- truth --------------------------------------------------------------------------------------------------
 
@@ -730,36 +729,6 @@ def setup(repeats: int) -> dict[str, Any]:
 # --- results ------------------------------------------------------------------------------------------------
 
 
-def short(value: float, digits: int = 4) -> float:
-    """A number rounded to a few significant digits, for the file."""
-    return float(f"{value:.{digits}g}")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what was compared."""
-    found = {"python": platform.python_version(), "penult": penult.__version__}
-    for name in ("torch", "scipy", "numpy", "mpmath", "tensorflow-probability", "jax", "geomstats"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    system = f"{platform.system()} {platform.machine()}"
-    return {"cpu": model, "cores": os.cpu_count(), "system": system, "threads_used": torch.get_num_threads()}
-
-
 def digest() -> str:
     """Fingerprint of the code that the figures depend on, comments and docstrings apart: a change measures afresh."""
     source = Path(penult.__file__).parent
@@ -772,34 +741,6 @@ def digest() -> str:
                 node.body = node.body[1:]
         seen.update(ast.dump(tree).encode())
     return seen.hexdigest()[:16]
-
-
-def write(path: Path | None, results: dict[str, Any]) -> None:
-    """Write aside and rename, so that a run stopped here leaves the older file whole."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        aside.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def load(path: Path | None, forget: Sequence[str]) -> dict[str, Any]:
-    """What an earlier run left behind, less the sections to forget."""
-    results: dict[str, Any] = {}
-    if path is not None and path.exists():
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as reason:
-            raise SystemExit(f"{path} is not a results file ({reason}); remove it") from None
-    if results.get("layout") != LAYOUT:
-        results = {"benchmark": "vmf", "layout": LAYOUT, "sections": {}}
-    for section in forget:
-        results["sections"].pop(section, None)
-    return results
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -838,14 +779,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, write it, print the tables."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    results = load(options.out, options.only if options.fresh else ())
+    results = load(options.out, "vmf", LAYOUT)
+    for section in options.only if options.fresh else ():
+        results["sections"].pop(section, None)
     code = digest()  # once: a file edited from here on is not what this process has loaded
     cells = {"accuracy": accuracy_cells, "sampling": sampling_cells, "evaluation": evaluation_cells}
     for section in options.only:
         settings: dict[str, Any] = {"seed": options.seed, "quick": options.quick, "code": code}
         if section == "accuracy":
             settings |= {"dims": list(options.dims), "kappas": list(KAPPAS), "points": options.points}
-        head = {"settings": settings, "versions": versions(), "machine": machine(), "bars": BARS[section]}
+        head = {"settings": settings, "versions": versions(PACKAGES), "machine": machine(), "bars": BARS[section]}
         stored = results["sections"].get(section, {})
         if any(stored.get(key) != head[key] for key in ("settings", "versions", "machine")):
             if stored:

@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from penult.head._layout import Positions
+from penult.head._products import Kind
+
 __all__ = ["HeadCertificate", "HeadNotFoundError", "Support"]
 
 Support = Literal["orthant", "sphere", "ball", "cube", "box", "reals"]
 
 
 class HeadNotFoundError(ValueError):
-    """No linear layer of the model reproduces the model's logits."""
+    """No linear map of one activation reproduces the model's logits."""
 
 
 @dataclass(frozen=True)
@@ -20,29 +23,40 @@ class HeadCertificate:
     """How a head was found, and what was seen of the activations h that it consumes.
 
     Attributes:
-        path: Name of the head's module in the model, ``""`` if the model itself is the head.
-        kind: What the head is; ``"linear"``.
-        scale: Factor between the head's module and the logits; 1.
-        residual: max abs(W h + b - logits) / max(1, max abs(logits)).
+        path: Name of the module in whose forward the head's product is computed, ``""`` for the model itself.
+        kind: What computes it: ``"linear"``, ``"matmul"``, ``"einsum"``, a pointwise ``"conv"``, or ``"cosine"``
+            where h and the rows of W before the scale have norm 1.
+        scale: The number by which the model multiplies W h before it returns it.
+        residual: max abs(head(h) - logits) / max(1, max abs(logits)), of softmax outputs where ``log_softmax``.
         shape: (K, d).
         bias: Whether the head has a bias.
-        before: Class name of the module whose output is h, looking through Dropout, Identity and Flatten;
-            None if no module's output is (a mean over tokens, say, or the model's input).
+        before: What stands just before the head: class name of the module, or name of the function, whose output is
+            h, looking through dropout, casts, views and selections; None for the model's own input.
         support: Where the observed h lie. ``"sphere"``: all norms agree within 1e-3, and a norm layer was
-            folded or the norms are 1. ``"ball"``: a norm layer was folded but the norms differ (its eps
-            shrinks vectors of little variance). ``"cube"``: a Tanh or Softsign stands before. ``"box"``: a
-            bounded activation (ReLU6, Hardtanh, Sigmoid, Hardsigmoid) does. ``"orthant"``: no h is
-            negative. ``"reals"``: none of these.
+            folded or vectors were normalised. ``"ball"``: a norm layer was folded but the norms differ (its eps
+            shrinks vectors of little variance, or a mean over positions follows it). ``"cube"``: a tanh or softsign
+            stands before. ``"box"``: a bounded activation (ReLU6, Hardtanh, sigmoid, hard sigmoid) does, or an
+            average of one. ``"orthant"``: no h is negative. ``"reals"``: none of these.
         zeros: Share of exact zeros.
         norms: Smallest and largest Euclidean norm.
         minimum: Smallest coordinate.
         maximum: Largest coordinate.
         gauge: Norm of the mean row of W, which the softmax does not see.
-        folded: ``"LayerNorm"`` or ``"RMSNorm"`` if that layer's affine part was folded into the head; h is
-            then the vector before it.
+        folded: ``"LayerNorm"`` or ``"RMSNorm"`` if the gain and offset of such a layer were folded into the head; h is
+            then the vector before them.
         samples: Number of activations seen.
         norm_path: Name of the folded layer's module, or None.
-        call: Which call of the head's module in one forward made the logits, counted from 0.
+        call: Which product of this shape within the module's forward made the logits, counted from 0.
+        forward_call: The same within the whole model's forward.
+        weight: Name of the parameter that is W, or a transposed view of it; None if W is computed.
+        class_axis: Axis of the classes in the model's own output: -1, or 1 for maps (B, K, H, W).
+        axes: Names of the axes before the last of h and of logits, as `Tap` gives them.
+        positions: What happens to the positions of W h + b until they are logits, and so to those of h:
+            ``"same"``, the ``"mean"`` over them, one a sample ``"picked"``, or the interpolation of a map.
+        log_softmax: Whether the model returns log-probabilities: logits up to a number a sample.
+        confirmed: The residual on a second batch (the first one reversed), which the head had not seen; None if
+            the model does not take it.
+        unit_offset: Whether the folded gain is 1 + weight.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -52,7 +66,7 @@ class HeadCertificate:
     """
 
     path: str
-    kind: Literal["linear"]
+    kind: Kind
     scale: float
     residual: float
     shape: tuple[int, int]
@@ -68,6 +82,14 @@ class HeadCertificate:
     samples: int
     norm_path: str | None = None
     call: int = 0
+    forward_call: int | None = None
+    weight: str | None = None
+    class_axis: int = -1
+    axes: tuple[str, ...] = ("batch",)
+    positions: Positions = "same"
+    log_softmax: bool = False
+    confirmed: float | None = None
+    unit_offset: bool = False
 
     def __str__(self) -> str:
         classes, features = self.shape
@@ -76,15 +98,28 @@ class HeadCertificate:
             "cube": " (-1..1)",
             "box": f" [{self.minimum:.3g}, {self.maximum:.3g}]",
         }
+        scale = "" if self.scale == 1 else f"  scale={self.scale:.5g}"
+        second = "not confirmed: the model refused a second batch"
+        if self.confirmed is not None:
+            second = f"confirmed on a second batch, residual={self.confirmed:.1g}"
         lines = [
-            f"path={self.path or '(the model itself)'}  {self.kind} {features}->{classes}  "
+            f"path={self.path or '(the model itself)'}  {self.kind} {features}->{classes}{scale}  "
             f"residual={self.residual:.1g}  support: {self.support}{bounds.get(self.support, '')}  "
             f"before: {self.before or 'unknown'}",
             f"  h       {self.minimum:.4g} to {self.maximum:.4g}, {self.zeros:.1%} zeros ({self.samples} samples)",
             f"  |h|     {self.norms[0]:.5g} to {self.norms[1]:.5g}",
+            f"  W       {self.weight or 'computed by the model'}; {second}",
             f"  bias    {'yes' if self.bias else 'no: the prior follows from W alone'}",
             f"  gauge   {self.gauge:.3g} = norm of the mean row of W",
         ]
+        if self.axes != ("batch",) or self.positions != "same":
+            after = {"same": "", "mean": "; mean over positions", "picked": "; one position of each sample is picked"}
+            lines.append(
+                f"  axes    h ({', '.join((*self.axes, 'd'))}), classes on axis {self.class_axis} of the model's output"
+                + after.get(self.positions, f"; {self.positions} resizing")
+            )
+        if self.log_softmax:
+            lines.append("  output  log-probabilities: logits up to a number a sample")
         if self.folded is not None:
             radius = f"sqrt({features}) = {math.sqrt(features):.5g}"
             lines.append(f"  folded  {self.folded} at {self.norm_path}: ideal radius {radius}")

@@ -1,46 +1,29 @@
-"""The head found by evidence: what the model called, and what reproduces its logits."""
+"""The head found by evidence: what the model computed, and what reproduces its logits."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Literal, TypeGuard
+import dataclasses
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
-from penult.head._certificate import HeadCertificate, HeadNotFoundError, Support
+from penult.head._capture import capture
+from penult.head._certificate import HeadCertificate, Support
 from penult.head._checks import check_finite
 from penult.head._head import Head
-from penult.head._model import (
-    evaluating,
-    first_input,
-    is_view,
-    linear_at,
-    logits_of,
-    normalized,
-    same_view,
-    unwrap,
-)
-from penult.head._rows import rows_in_double, version_of
+from penult.head._layout import axes_of
+from penult.head._match import Match, matches, relative_error
+from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
+from penult.head._origin import Norm, Origin, gains, invertible, without_gain
+from penult.head._record import Candidate, Recorder
+from penult.head._refusal import not_confirmed, not_found, refuse_other_tasks
+from penult.head._rows import rows_in_double
 
 __all__ = ["find_head"]
 
-_PASS_THROUGH = (
-    nn.Identity,
-    nn.Flatten,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-)
+_TRIES = 3  # fitted candidates that a second batch is spent on
 
 
 def find_head(
@@ -51,16 +34,19 @@ def find_head(
     fold: bool = True,
     **kwargs: Any,
 ) -> Head:
-    """Find the linear layer that makes a model's logits, and prove it.
+    """Find the linear map that makes a model's logits, and prove it.
 
-    The model runs once on a small batch, in eval mode and without gradients; every ``nn.Linear`` call whose
-    output has the shape of the logits is a candidate, its logits are computed again from W, b and the
-    observed input, and the one that reproduces the model's logits is the head. Names play no part. The
-    model's training flags, buffers, hooks and the random number generators are left as they were.
+    The model runs on a small batch, in eval mode and without gradients, while every product of activations with one
+    matrix is recorded: linear layers and functions, matmul, addmm, einsum, pointwise convolutions, cosines. Each
+    with as many rows as there are logits is a candidate; the logits are computed again from its W, b and h, and
+    the one that reproduces them is the head. Names play no part. A scale and a bias added later are fitted; a mean
+    over positions, a position picked from each sample, and a resized map are recognised, since they commute with the
+    head. The head then has to reproduce a second batch: the first one reversed. The model's training flags, buffers,
+    hooks and the random number generators are left as they were.
 
-    Where a LayerNorm or RMSNorm stands right before the head (Dropout, Identity, Flatten and views such as
-    a class token apart), its affine part is folded into the head: the weight becomes W diag(gamma), the bias
-    b + W beta, in at least float32 and in storage of its own, and h is the normalised vector.
+    Where a LayerNorm or RMSNorm stands right before the head (dropout, casts, views such as a class token, and a
+    mean over positions apart), its gain and offset are folded into the head: the weight becomes W diag(gamma), the
+    bias b + W beta, in at least float32 and in storage of its own, and h is the normalised vector.
 
     Args:
         model: Any classifier. DataParallel, DistributedDataParallel and torch.compile wrappers are opened.
@@ -74,9 +60,10 @@ def find_head(
         The head, with its ``certificate``.
 
     Raises:
-        HeadNotFoundError: No candidate reproduces the logits; the nearest are named with their residuals.
-        TypeError: `model` is no module, or its output holds no logits.
-        ValueError: `path` names no ``nn.Linear`` of the model, the logits are not finite, or the layer found
+        HeadNotFoundError: Nothing reproduces the logits, or no softmax reads them (one logit, multi-label); the three
+            nearest candidates are named with their residuals, and the likely cause.
+        TypeError: `model` is no module or cannot be watched (TorchScript, FSDP), or its output holds no logits.
+        ValueError: `path` names no module of the model, the logits are not finite, or the layer found
             is no softmax head (see `Head`).
 
     Example:
@@ -85,240 +72,213 @@ def find_head(
         >>> head.certificate.path, head.certificate.folded, head.norm
         ('3', 'LayerNorm', 'layer')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not an nn.Module")
     model = unwrap(model)
-    wanted = None if path is None else linear_at(model, path)
-    with evaluating(model), _kept_rng(model), torch.inference_mode(False), torch.no_grad():
-        with _Recorder(model) as recorder:
-            logits = logits_of(model(*args, **kwargs))
-        if logits.ndim == 0 or logits.shape[-1] < 2:
-            raise HeadNotFoundError(
-                f"the model's output has shape {tuple(logits.shape)}: one logit a sample (a sigmoid or a "
-                "regression) is no softmax. For a sigmoid head with row w (d,) and bias c, use "
-                "penult.Head(torch.stack([-w / 2, w / 2]), torch.stack([-c / 2, c / 2]))"
-            )
+    wanted = None if path is None else submodule(model, path)
+    with untouched(model), compiled_parts_eager(model):
+        with Recorder(model) as recorder:
+            logits = logits_of(model(*args, **kwargs)).detach()
+        refuse_other_tasks(model, logits)
         check_finite("the model's output", logits)
-        ranked = [
-            (_residual(call.h, call.module.weight, call.module.bias, logits), call)
-            for call in reversed(recorder.calls[logits.shape])  # of equals, the last call is the head
-            if wanted is None or call.module is wanted
+        candidates = [
+            candidate
+            for group in recorder.candidates.values()
+            for candidate in reversed(group)  # of equals, the last call is the head
+            if wanted is None or _belongs(model, wanted, candidate)
         ]
-        ranked.sort(key=lambda pair: pair[0])
-        if not ranked or ranked[0][0] > tolerance:
-            raise HeadNotFoundError(_not_found(logits, ranked, recorder, path, tolerance))
-        residual, call = ranked[0]
-        head, h = Head(call.module.weight, call.module.bias), call.h
-        if fold and (folded := _folded(call, logits, tolerance)) is not None:
-            head, h, residual = folded
-        head.certificate = _certify(head, h, residual, call, call.path if path is None else path)
-        return head
+        everything: list[Match] = []
+        for fit in (False, True):
+            found = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
+            found.sort(key=lambda match: match.residual)
+            good = [match for match in found if match.residual <= _slack(tolerance, logits)]
+            good.sort(key=lambda match: (match.scale != 1) + (match.shift is not None))
+            refused: list[tuple[Match, float | None]] = []
+            for match in good[:_TRIES]:
+                head = _head_of(model, match, logits, tolerance, fold)
+                second = _second_residual(model, head, match, args, kwargs)
+                if second <= _slack(tolerance, logits) if second is not None else not match.fitted:
+                    return _certified(head, confirmed=second, path=path, model=model)
+                refused.append((match, second))
+            if refused:
+                raise not_confirmed(*refused[0], tolerance)
+            everything += found
+        everything.sort(key=lambda match: match.residual)
+        raise not_found(logits, everything, recorder.candidates, path, tolerance)
 
 
-@dataclass(frozen=True, eq=False)
-class _Norm:
-    """One call of a norm layer."""
-
-    path: str
-    module: nn.LayerNorm | nn.RMSNorm
-    x: Tensor
-    output: Tensor
-    versions: tuple[int, int]
-
-    def feature(self, h: Tensor) -> Tensor | None:
-        """What stands in for h if h is this call's output, untouched since: the same without affine part."""
-        if (version_of(self.x), version_of(self.output)) != self.versions or not is_view(h, self.output):
-            return None
-        wide = torch.promote_types(self.x.dtype, torch.float32)
-        return same_view(h, self.output, normalized(self.module, self.x.to(wide)))
+def _slack(tolerance: float, logits: Tensor) -> float:
+    """A model of half precision rounds what is computed again more exactly."""
+    return max(tolerance, 2 * torch.finfo(logits.dtype).eps)
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """One call of an nn.Linear: a candidate."""
-
-    path: str
-    module: nn.Linear
-    index: int
-    h: Tensor
-    before: str | None
-    norm: tuple[_Norm, Tensor] | None  # the norm layer that made h, and h without its affine part
+def _belongs(model: nn.Module, wanted: nn.Module, candidate: Candidate) -> bool:
+    """Whether a product was computed in a module, or with its weight."""
+    inside = model.get_submodule(candidate.path) in set(wanted.modules())
+    return inside or _name_of(wanted, candidate.product.weight) is not None
 
 
-class _Recorder(AbstractContextManager["_Recorder"]):
-    """Watches one forward: what every nn.Linear was given, and which module had made it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._names = {module: name for name, module in model.named_modules()}
-        self._hooks = ExitStack()
-        self._count: Counter[nn.Module] = Counter()
-        # Which module made a tensor: by storage and version, so that views count as the tensor, and what an
-        # in-place operation made of it does not. A weak reference frees the memory but keeps the address.
-        self._makers: dict[tuple[StorageWeakRef, int], str] = {}
-        # Bounded, because each holds tensors; the head, and what feeds it, are among the latest.
-        self._norms: deque[_Norm] = deque(maxlen=8)
-        self.calls: defaultdict[torch.Size, deque[_Call]] = defaultdict(lambda: deque(maxlen=8))
-
-    def __enter__(self) -> _Recorder:
-        with ExitStack() as hooks:
-            for module in self._names:
-                hooks.callback(module.register_forward_hook(self._hook, with_kwargs=True).remove)
-            self._hooks = hooks.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.close()
-
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = first_input(args, kwargs)
-        if isinstance(module, nn.Linear) and x is not None and isinstance(output, Tensor):
-            self._record_call(module, x, output)
-        elif _is_norm(module) and x is not None:
-            versions = (version_of(x), version_of(output))
-            self._norms.append(_Norm(self._names[module], module, x, output, versions))
-        maker = self._maker(x) if isinstance(module, _PASS_THROUGH) else type(module).__name__
-        for tensor in _tensors(output):
-            # A container ends after its last layer and returns the same tensor: the first maker stays.
-            if maker is not None and (key := _identity(tensor)) is not None:
-                self._makers.setdefault(key, maker)
-
-    def _record_call(self, module: nn.Linear, h: Tensor, output: Tensor) -> None:
-        features = ((norm, norm.feature(h)) for norm in reversed(self._norms))
-        call = _Call(
-            path=self._names[module],
-            module=module,
-            index=self._count[module],
-            h=h.detach().clone(),  # the model may change it in place later on
-            before=self._maker(h),
-            norm=next(((norm, z) for norm, z in features if z is not None), None),
-        )
-        self._count[module] += 1
-        self.calls[output.shape].append(call)
-
-    def _maker(self, tensor: Tensor | None) -> str | None:
-        key = None if tensor is None else _identity(tensor)
-        return None if key is None else self._makers.get(key)
+def _name_of(module: nn.Module, tensor: Tensor) -> str | None:
+    """Name of the parameter or buffer that a tensor shows all of."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.numel() == tensor.numel() and value.data_ptr() == tensor.data_ptr() and value.device == tensor.device:
+            return name
+    return None
 
 
-def _is_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm | nn.RMSNorm]:
-    """Whether it is a norm over the last dimension; subclasses may do what they like."""
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return type(module) in (nn.LayerNorm, nn.RMSNorm) and len(module.normalized_shape) == 1
-    return False
+def _head_of(model: nn.Module, match: Match, logits: Tensor, tolerance: float, fold: bool) -> Head:
+    """The head that a match stands for, with its certificate."""
+    product, layout = match.candidate.product, match.layout
+    target = logits.movedim(layout.class_axis, -1)
+    weight = product.weight.detach()
+    bias = None if product.bias is None else product.bias.detach()
+    values = torch.nn.functional.linear(product.h, weight, bias)
+    h = layout.apply(product.h, values, target)
+    if match.scale != 1:
+        weight, bias = weight * match.scale, None if bias is None else bias * match.scale
+    if match.shift is not None:
+        shift = _known(model, match.shift, tolerance).to(weight)
+        bias = shift if bias is None else bias + shift
+    head, residual, norm = Head(weight, bias), match.residual, None
+    if fold and (folded := _folded(model, head, h, match, target, tolerance)) is not None:
+        head, h, residual, norm = folded
+    head.certificate = _certify(model, match, head, h, target, residual, norm)
+    return head
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    values = output if isinstance(output, tuple | list) else [output]
-    return [value for value in values if isinstance(value, Tensor)]
+def _known(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
+    """The model's own parameter if a fitted shift is one, since that is exact."""
+    for value in (*model.parameters(), *model.buffers()):
+        if value.shape == shift.shape and value.is_floating_point():
+            same = relative_error(value.detach().to(shift), shift) <= tolerance
+            if same:
+                return value.detach()
+    return shift
 
 
-def _identity(tensor: Tensor) -> tuple[StorageWeakRef, int] | None:
-    if tensor.layout != torch.strided:
-        return None  # sparse tensors have no storage
-    return StorageWeakRef(tensor.untyped_storage()), version_of(tensor)
-
-
-def _kept_rng(model: nn.Module) -> AbstractContextManager[None]:
-    tensors = chain(model.parameters(), model.buffers())
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    return torch.random.fork_rng(devices=devices)
-
-
-def _residual(h: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> float:
-    if weight.shape != (logits.shape[-1], h.shape[-1]) or not weight.is_floating_point():
-        return math.inf  # a packed (quantised) weight
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    error = (F.linear(h, weight, bias).to(wide) - logits.to(wide)).abs().max().item()
-    return math.inf if math.isnan(error) else error / max(1.0, logits.abs().max().item())
-
-
-def _folded(call: _Call, logits: Tensor, tolerance: float) -> tuple[Head, Tensor, float] | None:
-    """The head that reads h before gamma and beta, that h and the residual; None if that is not proved."""
-    if call.norm is None or call.h.shape[-1] != call.norm[0].output.shape[-1]:
+def _second_residual(
+    model: nn.Module, head: Head, match: Match, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float | None:
+    """The residual on the batch reversed; None if the model does not take it, or sees nothing new in it."""
+    assert head.certificate is not None
+    args, kwargs = pytree.tree_map_only(Tensor, _reversed, (args, kwargs))
+    try:
+        h, logits = capture(model, head.certificate, args, kwargs)
+    except Exception:  # whatever a model says to a batch that it was not meant for
         return None
-    norm, z = call.norm[0].module, call.norm[1]
-    weight: Tensor = call.module.weight.detach()
-    bias: Tensor | None = call.module.bias
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    gamma, beta = norm.weight, getattr(norm, "bias", None)
-    if beta is not None:
-        shift = torch.cat([rows @ beta.to(rows) for rows in rows_in_double(weight)])
-        bias = shift if bias is None else shift + bias.to(shift)
-    if gamma is not None:
-        weight = weight.to(wide) * gamma.to(wide)
-    head = Head(
-        weight.to(wide),
-        None if bias is None else bias.to(wide).to(weight.device),
-        norm="rms" if isinstance(norm, nn.RMSNorm) else "layer",
-    )
-    residual = _residual(z, head.weight, head.bias, logits)
+    first = match.candidate.product.h
+    if h.shape[-1] == first.shape[-1] and h.numel() == first.numel() and head.certificate.folded is None:
+        if torch.equal(h.reshape(first.shape), first):
+            return None
+    guess = head(h.to(head.weight.dtype))
+    return relative_error(guess.log_softmax(-1) if head.certificate.log_softmax else guess, logits)
+
+
+def _reversed(x: Tensor) -> Tensor:
+    """A batch of the same shapes and values that looks different: images upside down, texts read backwards."""
+    if x.is_floating_point():
+        return x.flip(tuple(range(min(1, x.ndim - 1), x.ndim))) if x.ndim else x
+    return x.flip(1) if x.ndim > 1 else x
+
+
+def _folded(
+    model: nn.Module, head: Head, h: Tensor, match: Match, logits: Tensor, tolerance: float
+) -> tuple[Head, Tensor, float, Norm] | None:
+    """The head that reads h before gain and offset, that h, the residual and the norm; None if that is not proved."""
+    norm, direct = _norm_before(match.candidate.origin)
+    if norm is None or match.candidate.stride not in (1, norm.stride):
+        return None
+    gain, offset = gains(model.get_submodule(norm.path), norm.unit_offset)
+    if not invertible(gain, offset, h.dtype):
+        return None
+    z = without_gain(h, gain, offset)
+    if not _on_ball(z, norm.kind, h.dtype):
+        return None
+    weight, wide = head.weight, torch.promote_types(head.weight.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(wide)
+    if offset is not None:
+        shift = torch.cat([rows @ offset.to(rows) for rows in rows_in_double(weight)]).to(weight.device)
+        bias = (shift if bias is None else shift + bias.to(shift)).to(wide)
+    weight = weight.to(wide) if gain is None else weight.to(wide) * gain.to(wide)
+    direct = direct and match.layout.positions in ("same", "picked")
+    new = Head(weight, bias, norm=norm.kind if direct else None)
+    guess = new(z.to(wide))
+    residual = relative_error(guess.log_softmax(-1) if match.log_softmax else guess, logits)
     # The model rounds what the fold leaves exact, which half precision shows.
-    accepted = residual <= max(tolerance, 4 * torch.finfo(logits.dtype).eps)
-    return (head, z, residual) if accepted else None
+    return (new, z, residual, norm) if residual <= _slack(tolerance, logits) else None
 
 
-def _certify(head: Head, h: Tensor, residual: float, call: _Call, path: str) -> HeadCertificate:
+def _norm_before(origin: Origin | None) -> tuple[Norm | None, bool]:
+    """The norm that made a tensor, or that its average was taken of; and whether it did so directly."""
+    if origin is None or origin.norm is not None:
+        return None if origin is None else origin.norm, True
+    return None if origin.pooled is None else origin.pooled.norm, False
+
+
+def _on_ball(z: Tensor, kind: Literal["layer", "rms"], dtype: torch.dtype) -> bool:
+    """Whether z can be what a norm gives, or a mean of it: the norm's own axis was read, not another."""
+    slack = max(1e-3, 8 * torch.finfo(dtype).eps)
+    d = z.shape[-1]
+    inside = bool((torch.linalg.vector_norm(z, dim=-1) <= (1 + slack) * d**0.5).all())
+    return inside and (kind == "rms" or bool((z.mean(-1).abs() <= slack).all()))
+
+
+def _certify(
+    model: nn.Module, match: Match, head: Head, h: Tensor, logits: Tensor, residual: float, norm: Norm | None
+) -> HeadCertificate:
+    candidate, layout = match.candidate, match.layout
     norms = torch.linalg.vector_norm(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
     shortest, longest = norms.min().item(), norms.max().item()
     minimum, maximum = h.min().item(), h.max().item()
-    support: Support = "reals"
-    if longest - shortest <= 1e-3 * longest and (head.norm is not None or abs(longest - 1) <= 1e-3):
-        support = "sphere"
-    elif head.norm is not None:
-        support = "ball"
-    elif call.before in ("Tanh", "Softsign"):
-        support = "cube"
-    elif call.before in ("ReLU6", "Hardtanh", "Sigmoid", "Hardsigmoid"):
-        support = "box"
-    elif minimum >= 0:
-        support = "orthant"
-    folded: dict[str | None, Literal["LayerNorm", "RMSNorm"]] = {"layer": "LayerNorm", "rms": "RMSNorm"}
+    rows = torch.linalg.vector_norm(head.weight.float() / match.scale, dim=-1)
+    unit = abs(longest - 1) <= 1e-3 and abs(shortest - 1) <= 1e-3
+    cosine = unit and norm is None and bool(((rows - 1).abs() <= 1e-3).all())
     return HeadCertificate(
-        path=path,
-        kind="linear",
-        scale=1.0,
+        path=candidate.path,
+        kind="cosine" if cosine else candidate.product.kind,
+        scale=match.scale,
         residual=residual,
         shape=(head.num_classes, head.in_features),
         bias=head.bias is not None,
-        before=call.before,
-        support=support,
+        before=None if candidate.origin is None else candidate.origin.name,
+        support=_support(candidate.origin, norm, minimum, maximum, shortest, longest),
         zeros=(h == 0).sum().item() / h.numel(),
         norms=(shortest, longest),
         minimum=minimum,
         maximum=maximum,
         gauge=head.mean_row.float().norm().item(),
-        folded=folded.get(head.norm),
+        folded=None if norm is None else ("LayerNorm" if norm.kind == "layer" else "RMSNorm"),
         samples=norms.numel(),
-        norm_path=call.norm[0].path if call.norm is not None and head.norm is not None else None,
-        call=call.index,
+        norm_path=None if norm is None else norm.path,
+        call=candidate.call,
+        forward_call=candidate.forward_call,
+        weight=_name_of(model, candidate.product.weight),
+        class_axis=layout.class_axis,
+        axes=axes_of(logits.ndim, layout.class_axis),
+        positions=layout.positions,
+        log_softmax=match.log_softmax,
+        unit_offset=norm is not None and norm.unit_offset,
     )
 
 
-def _not_found(
-    logits: Tensor,
-    ranked: list[tuple[float, _Call]],
-    recorder: _Recorder,
-    path: str | None,
-    tolerance: float,
-) -> str:
-    shape = tuple(logits.shape)
-    if ranked:
-        nearest = "; ".join(
-            f"{call.path or '(the model itself)'} ({call.h.shape[-1]}->{shape[-1]}) residual {residual:.2g}"
-            for residual, call in ranked[:3]
-        )
-        seen = f"nearest: {nearest}"
-    else:
-        shapes = ", ".join(str(tuple(size)) for size in list(recorder.calls)[-6:]) or "none"
-        seen = f"no call of one gave that shape; the shapes that nn.Linear calls gave: {shapes}"
-    subject = (
-        "no nn.Linear of the model reproduces" if path is None else f"the nn.Linear at path {path!r} does not reproduce"
-    )
-    return (
-        f"{subject} the logits of shape {shape} within tolerance {tolerance:g} ({seen}). Typical causes: a "
-        "softmax inside the model (return the logits), a scale or soft-cap after the head (undo it), two "
-        "heads averaged or a LoRA update beside the head (merge them), a head that is no nn.Linear. If W and "
-        "b are known, build penult.Head(weight, bias) from them"
-    )
+def _support(
+    origin: Origin | None, norm: Norm | None, minimum: float, maximum: float, shortest: float, longest: float
+) -> Support:
+    names = {each.name.lower().rstrip("_") for each in (origin, origin and origin.pooled) if each is not None}
+    normalized = norm is not None or abs(longest - 1) <= 1e-3 or (origin is not None and origin.normalized)
+    if normalized and longest - shortest <= 1e-3 * longest:
+        return "sphere"
+    if norm is not None:
+        return "ball"
+    if names & {"tanh", "softsign"} and -1 <= minimum and maximum <= 1:
+        return "cube"
+    if names & {"relu6", "hardtanh", "sigmoid", "hardsigmoid"}:
+        return "box"
+    return "orthant" if minimum >= 0 else "reals"
+
+
+def _certified(head: Head, *, confirmed: float | None, path: str | None, model: nn.Module) -> Head:
+    """The head with what the second batch said, under the name that the user gave its module."""
+    assert head.certificate is not None
+    head.certificate = dataclasses.replace(head.certificate, confirmed=confirmed)
+    if path is not None and model.get_submodule(path) is model.get_submodule(head.certificate.path):
+        head.certificate = dataclasses.replace(head.certificate, path=path)
+    return head

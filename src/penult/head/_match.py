@@ -1,0 +1,99 @@
+"""Whether a product makes the logits: the few maps between the two that commute with W h + b."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from penult.head._layout import Layout, class_axes, layouts
+from penult.head._record import Candidate
+
+__all__ = ["Match", "is_log_softmax", "matches", "relative_error"]
+
+_ROWS = 4096  # that a scale and a shift are fitted to
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One reading of the logits as scale * (W h + b) + shift.
+
+    Attributes:
+        candidate: The product.
+        layout: Where its positions and classes went.
+        scale: A number.
+        shift: (K,), or None.
+        log_softmax: Whether a log-softmax follows.
+        residual: max abs error / max(1, max abs(logits)).
+    """
+
+    candidate: Candidate
+    layout: Layout
+    scale: float
+    shift: Tensor | None
+    log_softmax: bool
+    residual: float
+
+    @property
+    def fitted(self) -> bool:
+        """Whether numbers were fitted, which a second batch has to confirm."""
+        return self.scale != 1 or self.shift is not None
+
+
+def matches(candidate: Candidate, logits: Tensor, *, fit: bool) -> Iterator[Match]:
+    """The readings of a model's output through one product, with or without fitted scale and shift."""
+    product = candidate.product
+    if not (product.weight.is_floating_point() and product.h.is_floating_point()):
+        return
+    for axis in class_axes(logits, product.weight.shape[0]):
+        target = logits.movedim(axis, -1)
+        shape = torch.Size((*product.h.shape[:-1], target.shape[-1]))
+        found = list(layouts(shape, target.shape, axis))
+        if not found:
+            continue
+        values = F.linear(product.h, product.weight, product.bias)
+        wide = torch.promote_types(target.dtype, torch.float32)
+        target = target.to(wide)
+        log_softmax = is_log_softmax(target)
+        for layout in found:
+            aligned = layout.apply(values, values, logits.movedim(axis, -1)).to(wide)
+            for after in (False, True) if log_softmax else (False,):
+                for scale, shift in _fits(aligned, target, centred=after) if fit else [(1.0, None)]:
+                    guess = aligned * scale
+                    guess = guess if shift is None else guess + shift
+                    guess = guess.log_softmax(-1) if after else guess
+                    yield Match(candidate, layout, scale, shift, after, relative_error(guess, target))
+
+
+def relative_error(guess: Tensor, logits: Tensor) -> float:
+    """Largest absolute error over max(1, max abs(logits)); inf for NaN."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    error = (guess.to(wide) - logits.to(wide)).abs().max().item()
+    return math.inf if math.isnan(error) else error / max(1.0, logits.abs().max().item())
+
+
+def is_log_softmax(logits: Tensor) -> bool:
+    """Whether every row of logits (..., K) is log-probabilities."""
+    slack = max(1e-4, 8 * torch.finfo(logits.dtype).eps)
+    return bool((logits.logsumexp(-1).abs() <= slack).all())
+
+
+def _fits(values: Tensor, logits: Tensor, *, centred: bool) -> Iterator[tuple[float, Tensor | None]]:
+    """Least squares of logits = scale * values + shift: a shift alone, a scale alone, both."""
+    p, z = (each.flatten(end_dim=-2) for each in (values, logits))
+    step = math.ceil(len(p) / _ROWS)
+    p, z = p[::step].double(), z[::step].double()
+    if centred:  # what is the same for all classes is gone
+        p, z = p - p.mean(-1, keepdim=True), z - z.mean(-1, keepdim=True)
+    p_mean, z_mean = p.mean(0), z.mean(0)
+    yield 1.0, (z_mean - p_mean).to(values)
+    energy = float(p.square().sum())
+    if energy > 0 and (scale := float((p * z).sum()) / energy):
+        yield scale, None
+    energy = float((p - p_mean).square().sum())
+    if energy > 0 and (scale := float(((p - p_mean) * (z - z_mean)).sum()) / energy):
+        yield scale, (z_mean - scale * p_mean).to(values)

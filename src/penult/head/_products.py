@@ -1,0 +1,157 @@
+"""Linear algebra that could make logits: what one call multiplies, read as h (..., d) by rows W (K, d)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Kind", "Product", "products"]
+
+Kind = Literal["linear", "matmul", "einsum", "conv", "cosine"]
+
+
+class Product(NamedTuple):
+    """One reading of a call as W h + b.
+
+    Attributes:
+        kind: What was called.
+        h: (..., d), the activations as the call reads them, d moved last.
+        weight: (K, d), a view of the operand.
+        bias: (K,) if the call adds one.
+        axis: The axis of the call's output that counts the K classes.
+    """
+
+    kind: Kind
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    axis: int
+
+
+def products(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Product]:
+    """Every reading of a call, none if it is no product of activations with one matrix.
+
+    Where both operands are matrices either could be W, so that there are two readings; which of them makes the
+    logits is for their values to say.
+    """
+    reader = _READERS.get(func)
+    if reader is not None:
+        yield from reader(*args, **kwargs)
+
+
+def _contract(kind: Kind, a: Tensor, i: int, b: Tensor, j: int, bias: Tensor | None = None) -> Iterator[Product]:
+    """A product over axis i of `a` and axis j of `b` whose output has the axes of `a`, then those of `b`."""
+    if b.ndim == 2:
+        yield Product(kind, a.movedim(i, -1), b.movedim(j, -1), bias, -1)
+    if a.ndim == 2:
+        yield Product(kind, b.movedim(j, -1), a.movedim(i, -1), None, 0)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Product]:
+    if weight.ndim == 2:
+        yield Product("linear", input, weight, bias, -1)
+
+
+def _matmul(*args: Any, **kwargs: Any) -> Iterator[Product]:
+    input, other = [*args, *kwargs.values()][:2]  # torch has several names for the second
+    if other.ndim == 2 and input.ndim >= 1:
+        yield Product("matmul", input, other.mT, None, -1)
+    if input.ndim == 2 and other.ndim >= 1:
+        yield Product("matmul", other.mT if other.ndim > 1 else other, input, None, -2 if other.ndim > 1 else -1)
+
+
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any
+) -> Iterator[Product]:
+    plain = beta == 1 and alpha == 1 and input.shape in ((mat2.shape[1],), (1, mat2.shape[1]))
+    yield Product("matmul", mat1, mat2.mT, input.flatten() if plain else None, -1)
+    yield Product("matmul", mat2.mT, mat1, None, 0)
+
+
+def _inner(*args: Any, **kwargs: Any) -> Iterator[Product]:
+    input, other = [*args, *kwargs.values()][:2]
+    if input.ndim and other.ndim:
+        yield from _contract("matmul", input, -1, other, -1)
+
+
+def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, **_: Any) -> Iterator[Product]:
+    if dims == 1:
+        dims = ([-1], [0])
+    if isinstance(dims, tuple | list) and len(dims) == 2:
+        i, j = ([axis] if isinstance(axis, int) else list(axis) for axis in dims)
+        if len(i) == len(j) == 1:
+            yield from _contract("matmul", a, i[0], b, j[0])
+
+
+def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:
+    if len(operands) == 1 and isinstance(operands[0], tuple | list):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "..." in equation:
+        return
+    inputs, output = equation.replace(" ", "").split("->")
+    first, second = inputs.split(",")
+    for h, h_axes, weight, w_axes in (
+        (operands[0], first, operands[1], second),
+        (operands[1], second, operands[0], first),
+    ):
+        summed, classes = set(w_axes) - set(output), set(w_axes) & set(output)
+        if len(w_axes) != 2 or len(summed) != 1 or len(classes) != 1:
+            continue
+        d, k = summed.pop(), classes.pop()
+        rest = h_axes.replace(d, "")
+        # The other axes of h must come out as they went in: no further sum, no diagonal.
+        if h_axes.count(d) == 1 and k not in rest and output.replace(k, "") == rest and output.count(k) == 1:
+            weight = weight if w_axes.index(d) == 1 else weight.mT
+            yield Product("einsum", h.movedim(h_axes.index(d), -1), weight, None, output.index(k))
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Iterator[Product]:
+    def only(value: Any, one: Any) -> bool:
+        return all(v == one for v in value) if isinstance(value, tuple | list) else value == one
+
+    pointwise = all(size == 1 for size in weight.shape[2:]) and groups == 1 and only(stride, 1)
+    if pointwise and (padding in ("valid", "same") or only(padding, 0)) and input.ndim == weight.ndim:
+        yield Product("conv", input.movedim(1, -1), weight.flatten(1), bias, 1)
+
+
+def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Iterator[Product]:
+    """Cosines of (..., 1, d) with (K, d)."""
+    width = max(x1.ndim, x2.ndim)
+    if dim not in (-1, width - 1):
+        return
+    for x, rows in ((x1, x2), (x2, x1)):
+        if rows.ndim >= 2 and rows.shape[:-2].numel() == 1 and x.ndim >= 2 and x.shape[-2] == 1:
+            weight = F.normalize(rows.reshape(rows.shape[-2:]), dim=-1, eps=eps)
+            yield Product("cosine", F.normalize(x.squeeze(-2), dim=-1, eps=eps), weight, None, -1)
+
+
+_READERS: dict[Any, Callable[..., Iterator[Product]]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.mm: _matmul,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.inner: _inner,
+    Tensor.inner: _inner,
+    torch.tensordot: _tensordot,
+    torch.einsum: _einsum,
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
+    torch.cosine_similarity: _cosine,
+}

@@ -1,0 +1,391 @@
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
+
+from penult.activations import Tap
+from penult.head import Head, find_head
+from zoo import FOUND
+
+
+def seeded(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Net(nn.Module):
+    """A small classifier: body, maybe a norm, dropout, head; with a class token if wanted."""
+
+    def __init__(self, norm=None, tokens=False, overwrite=False):
+        super().__init__()
+        self.body, self.bn = nn.Linear(4, 8), nn.BatchNorm1d(8)
+        self.norm = nn.Identity() if norm is None else norm
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(8, 3)
+        self.tokens, self.overwrite = tokens, overwrite
+        self.fail = False
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(seeded(*p.shape, seed=i))
+
+    def forward(self, x, scale=None):
+        if self.fail:
+            raise RuntimeError("no more memory, say")
+        h = self.bn(self.body(x)).relu() if isinstance(self.norm, nn.Identity) else self.body(x)
+        h = h if scale is None else h * scale
+        if self.tokens:
+            h = torch.stack([h, 2 * h + 1, h.flip(-1)], dim=1)
+            h = self.norm(h)[:, 1]
+        else:
+            h = self.norm(h)
+        h = self.drop(h)
+        logits = self.fc(h)
+        if self.overwrite:
+            h.zero_()
+        return {"logits": logits}
+
+
+def norms():
+    return {
+        "none": None,
+        "layer": nn.LayerNorm(8),
+        "layer, no bias": nn.LayerNorm(8, bias=False),
+        "plain layer": nn.LayerNorm(8, elementwise_affine=False),
+        "rms": nn.RMSNorm(8),
+    }
+
+
+def make(norm=None, tokens=False, overwrite=False, fold=True):
+    model = Net(norms()[norm or "none"], tokens, overwrite).eval()
+    return model, Tap(model, find_head(model, seeded(5, 4), fold=fold))
+
+
+# ---- Tap --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("norm", norms())
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_head_of_h_is_the_logits(norm, tokens, fold):
+    model, tap = make(norm, tokens, fold=fold)
+    x = seeded(9, 4, seed=1)
+    h, logits = tap(x)
+    assert h.shape == (9, 8)
+    assert torch.equal(logits, model(x)["logits"])
+    assert torch.allclose(tap.head(h), logits, atol=1e-5)
+    folded = fold and norm != "none"
+    assert (tap.head.norm is not None) == folded
+    if folded:
+        assert torch.allclose(h.norm(dim=1), torch.full((9,), 8**0.5), rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+def test_gradients_reach_model_and_input(norm):
+    model, tap = make(norm)
+    model.double()
+    x = seeded(3, 4).double().requires_grad_()
+    h, logits = tap(x)
+    (h.square().sum() * 0.3 + h.sum() + logits.sum()).backward()
+    assert x.grad.abs().sum() > 0
+    assert model.body.weight.grad.abs().sum() > 0
+    assert model.fc.weight.grad.abs().sum() > 0  # the logits are the model's own
+    assert torch.autograd.gradcheck(lambda x: tap(x)[0].sin(), (seeded(3, 4).double().requires_grad_(),))
+
+
+def test_h_is_safe_from_what_the_model_does_next():
+    _, tap = make(overwrite=True)
+    with torch.no_grad():
+        h, logits = tap(seeded(9, 4))
+    assert torch.allclose(tap.head(h), logits, atol=1e-5)
+
+
+def test_arguments_pass_through():
+    model, tap = make()
+    x = seeded(3, 4)
+    assert torch.equal(tap(x, scale=2.0)[1], model(x, 2.0)["logits"])
+    assert torch.equal(tap(x=x)[1], tap(x)[1])
+
+
+def hooks(model):
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_hooks_go_even_when_the_model_fails(norm):
+    model, tap = make(norm)
+    before = hooks(model)
+    tap(seeded(2, 4))
+    assert hooks(model) == before
+    model.fail = True
+    with pytest.raises(RuntimeError, match="no more memory"):
+        tap(seeded(2, 4))
+    assert hooks(model) == before
+    model.fail = False
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        tap(seeded(2, 5))
+    assert hooks(model) == before
+    assert tap(seeded(2, 4))[0].shape == (2, 8)
+
+
+def test_nested_taps_do_not_mix():
+    _, inner_tap = make()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 3)
+            self.seen = None
+
+        def forward(self, x):
+            self.seen, _ = inner_tap(2 * x)
+            return self.fc(inner_tap(x)[0])
+
+    outer = Outer()
+    h, logits = Tap(outer, find_head(outer, seeded(2, 4)))(seeded(2, 4))
+    assert torch.equal(h, inner_tap(seeded(2, 4))[0])
+    assert torch.equal(outer.seen, inner_tap(2 * seeded(2, 4))[0])
+    assert torch.allclose(outer.fc(h), logits)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+def test_training_mode_is_the_models_own(norm, tokens):
+    model, tap = make(norm, tokens)
+    tap.train()
+    assert model.training
+    h, logits = tap(seeded(200, 4))
+    assert torch.allclose(tap.head(h), logits, atol=1e-4)  # dropout before the head is part of h
+    dropped = model.norm.bias if norm == "layer" else torch.zeros(8)
+    if norm != "none":
+        dropped = -dropped / model.norm.weight
+    assert 0.4 < (h - dropped).isclose(torch.zeros(()), atol=1e-5).double().mean() < 0.75
+    tap.eval()
+    assert torch.equal(tap(seeded(5, 4))[0], tap(seeded(5, 4))[0])
+
+
+def test_a_head_used_several_times():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x, once=False):
+            h = self.a(x).relu()
+            if once:
+                return self.fc(h)
+            return self.fc(h + 1) * 0 + self.fc(h), self.fc(h * 2)
+
+    model = Twice()
+    tap = Tap(model, find_head(model, seeded(5, 4)))
+    assert tap.head.certificate.call == 1
+    h, logits = tap(seeded(5, 4))
+    assert torch.allclose(tap.head(h), logits, atol=1e-6)
+    with pytest.raises(RuntimeError, match="'fc' ran 1 times in this forward, but its call number 1"):
+        tap(seeded(5, 4), once=True)
+
+
+def test_wrappers_are_opened():
+    model, tap = make()
+    x = seeded(4, 4)
+    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        other = Tap(wrapped, find_head(wrapped, x))
+        assert other.model is model
+        assert torch.equal(other(x)[0], tap(x)[0])
+
+
+def test_bad_heads():
+    model, tap = make()
+    with pytest.raises(ValueError, match=r"no certificate.*find_head\(model, batch\)"):
+        Tap(model, Head(model.fc.weight, model.fc.bias))
+    with pytest.raises(ValueError, match="no certificate"):
+        Tap(model, tap.head.rescaled()[0])
+    with pytest.raises(ValueError, match="no module at path 'fc'"):
+        Tap(nn.Sequential(nn.Linear(4, 3)), tap.head)
+    model.fc = nn.Linear(8, 7)
+    with pytest.raises(
+        ValueError, match=r"found as \(3, 8\) with the weight 'fc.weight', but the model has one of shape \(7, 8\)"
+    ):
+        Tap(model, tap.head)
+
+
+def test_derived_heads_can_be_tapped():
+    model, tap = make("layer")
+    h, logits = Tap(model, tap.head.with_temperature(2.0))(seeded(5, 4))
+    assert torch.allclose(tap.head.with_temperature(2.0)(h), logits / 2, atol=1e-5)
+    h, logits = Tap(model, tap.head.centered())(seeded(5, 4))
+    assert torch.allclose(tap.head.centered()(h).softmax(1), logits.softmax(1), atol=1e-5)
+
+
+def test_moving_a_tap_moves_both_and_keeps_one_weight():
+    model, tap = make()
+    assert tap.head.weight.data_ptr() == model.fc.weight.data_ptr()
+    tap.double()
+    assert model.fc.weight.dtype == tap.head.weight.dtype == tap.head.mean_row.dtype == torch.float64
+    assert tap.head.weight.data_ptr() == model.fc.weight.data_ptr()
+    assert tap.head.bias.data_ptr() == model.fc.bias.data_ptr()
+    h, logits = tap(seeded(3, 4).double())
+    assert torch.allclose(tap.head(h), logits)
+    other = copy.deepcopy(tap)
+    assert torch.equal(other(seeded(3, 4).double())[0], h)
+    warm = Tap(model, tap.head.with_temperature(2.0)).float()
+    assert torch.allclose(warm.head.weight, model.fc.weight / 2)
+
+
+def test_half_precision_model_with_folded_norm():
+    model = Net(nn.LayerNorm(8)).eval().bfloat16()
+    tap = Tap(model, find_head(model, seeded(5, 4).bfloat16()))
+    assert tap.head.norm == "layer"
+    h, logits = tap(seeded(9, 4).bfloat16())
+    assert h.dtype == tap.head.weight.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
+    assert torch.allclose(tap.head(h), logits.float(), rtol=0.05, atol=0.05 * logits.abs().max().item())
+
+
+def test_h_is_what_any_forward_hook_sees():
+    model, tap = make()
+    x = seeded(5, 4)
+    assert torch.allclose(tap(x)[0], F.relu(model.bn(model.body(x))))
+
+
+def test_axes():
+    for name in ("tokens", "1x1 convolution", "mlp"):
+        case = FOUND[name]
+        model = case.make()
+        assert Tap(model, find_head(model, case.inputs)).axes == case.says.get("axes", ("batch",))
+
+
+@pytest.mark.parametrize(
+    "name", ["functional", "W first", "cosine", "1x1 convolution, resized", "rms norm, 1 + weight"]
+)
+def test_gradients_through_every_kind_of_head(name):
+    case = FOUND[name]
+    model = case.make().double()
+    x = case.inputs.double()[:2].requires_grad_()
+    tap = Tap(model, find_head(model, case.inputs.double()))
+    assert torch.autograd.gradcheck(lambda x: tap(x), (x,))
+    h, logits = tap(x)
+    (h.sin().sum() + logits.cos().sum()).backward()
+    assert all(p.grad is not None for p in model.a.parameters()) if hasattr(model, "a") else True
+
+
+def test_a_frozen_model_still_gives_gradients_to_its_input():
+    model, tap = make("layer")
+    model.requires_grad_(False)
+    x = seeded(3, 4).requires_grad_()
+    h, logits = tap(x)
+    (h.sum() + logits.sum()).backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        assert not tap(x)[0].requires_grad
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "cnn", "functional", "W first", "einsum", "cosine", "scaled", "weight norm", "layer norm", "rms norm",
+     "norm, then mean", "head used thrice", "aux head last", "last token picked", "language model, functional",
+     "pooling after the head", "1x1 convolution", "1x1 convolution, resized", "dataclass"],
+)  # fmt: skip
+def test_compiled(name, fullgraph):
+    torch._dynamo.reset()
+    case = FOUND[name]
+    model, x = case.make(), case.inputs
+    tap = Tap(model, find_head(model, x)).eval()
+    h, logits = tap(x)
+    compiled = torch.compile(tap, backend="aot_eager", fullgraph=fullgraph)
+    for _ in range(2):
+        found, theirs = compiled(x)
+        assert torch.allclose(found, h, atol=1e-5)
+        assert torch.allclose(theirs, logits, atol=1e-5)
+    model.train()
+    if any(p.requires_grad for p in model.parameters()):
+        compiled(x)[0].sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_fused_path_of_transformers_stays():
+    """The rest of the model runs as it does without a tap: an encoder keeps its path for inference."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, x, mask):
+            return self.fc(self.encoder(x, src_key_padding_mask=mask).mean(1))
+
+    model = Encoder().eval()
+    x, mask = seeded(3, 5, 8), torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    with torch.no_grad():
+        fused = model(x, mask)
+        with Overridden():
+            assert not torch.allclose(model(x, mask), fused, atol=1e-3)  # padding is not zero on the other path
+        head = find_head(model, x, mask)
+        h, logits = Tap(model, head)(x, mask)
+    assert torch.equal(logits, fused)
+    assert torch.allclose(head(h), logits, atol=1e-6)
+
+
+class Overridden(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Tapped(Dataset):
+    """Samples that a worker of a DataLoader taps."""
+
+    def __init__(self, tap):
+        self.tap = tap
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        with torch.no_grad():
+            h, logits = self.tap(seeded(1, 4, seed=i))
+        return h[0], logits[0]
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_in_a_worker(norm):
+    _, tap = make(norm)
+    tap.eval()
+    h, logits = next(iter(DataLoader(Tapped(tap), batch_size=4, num_workers=1)))
+    theirs = tap(torch.cat([seeded(1, 4, seed=i) for i in range(4)]))
+    assert torch.allclose(h, theirs[0], atol=1e-5)
+    assert torch.allclose(logits, theirs[1], atol=1e-5)
+
+
+def test_pickled():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    tap = Tap(model, find_head(model, seeded(5, 4)))
+    again = pickle.loads(pickle.dumps(tap))
+    assert torch.equal(again(seeded(3, 4))[0], tap(seeded(3, 4))[0])
+    assert again.head.certificate == tap.head.certificate
+
+
+def test_threads_do_not_mix():
+    _, tap = make("layer")
+    tap.eval()
+    inputs = [seeded(50, 4, seed=i) for i in range(8)]
+    expected = [tap(x)[0] for x in inputs]
+    found = [None] * 8
+
+    def work(i):
+        other = copy.deepcopy(tap)
+        for _ in range(5):
+            found[i] = other(inputs[i])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

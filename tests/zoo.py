@@ -1,0 +1,385 @@
+"""Classifiers that carry their heads in every way known, and some that have none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def seeded(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def shake(model):
+    """Weights that are no round numbers, so that nothing matches by luck."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+                if tensor.ndim > 1:
+                    tensor.sub_(0.5)
+    return model
+
+
+class Net(nn.Module):
+    """Backbone, head, and a forward given as a function, so that a layout is one line."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            if isinstance(module, nn.Parameter):
+                self.register_parameter(name, module)
+            else:
+                self.add_module(name, module)
+        self._run = forward
+
+    def forward(self, *args, **kwargs):
+        return self._run(self, *args, **kwargs)
+
+
+def mlp(*between, features=8):
+    return shake(nn.Sequential(nn.Linear(4, features), *between, nn.Linear(features, 3)))
+
+
+def net(forward, **modules):
+    modules = {"a": nn.Linear(4, 8), "fc": nn.Linear(8, 3)} | modules
+    return shake(Net(forward, **modules))
+
+
+def conv_net(forward, **modules):
+    modules = {"a": nn.Conv2d(2, 8, 3), "fc": nn.Conv2d(8, 3, 1)} | modules
+    return shake(Net(forward, **modules))
+
+
+def param(*shape, seed=3):
+    return nn.Parameter(seeded(*shape, seed=seed))
+
+
+class ClassToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.drop = nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout()
+        self.head = nn.Linear(8, 3)
+        shake(self)
+
+    def forward(self, x):
+        tokens = self.norm(self.body(x[:, None].expand(-1, 5, -1) * torch.arange(1, 6)[:, None]))
+        return self.head(self.drop(tokens[:, 2]))
+
+
+class LanguageModel(nn.Module):
+    """Tied weights; `pick` gives one token of each sequence, the last that is not 0."""
+
+    def __init__(self, pick=False, functional=False):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.body, self.norm = nn.Linear(8, 8), nn.RMSNorm(8)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.lm_head.weight = self.embed.weight
+        self.pick, self.functional = pick, functional
+        shake(self)
+
+    def forward(self, input_ids):
+        h = self.norm(self.body(self.embed(input_ids)))
+        logits = h @ self.embed.weight.T if self.functional else self.lm_head(h)
+        if self.pick:
+            last = (input_ids != 0).int().cumsum(1).argmax(1)
+            logits = logits[torch.arange(len(logits)), last]
+        return {"logits": logits}
+
+
+class OneRMSNorm(nn.Module):
+    """An RMSNorm with gain 1 + weight, as some language models write it."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(features)), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+@dataclass
+class Output:
+    loss: Any
+    prediction: torch.Tensor
+
+
+def cnn():
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)]
+    body = nn.Sequential(*layers)
+    return shake(Net(lambda self, x: self.fc(torch.flatten(self.body(x), 1)), body=body, fc=nn.Linear(8, 3)))
+
+
+def compiled():
+    return torch.compile(mlp(nn.ReLU()), backend="eager")
+
+
+def overwrite(self, x):
+    h = F.relu(self.a(x))
+    logits = self.fc(h)
+    h.zero_()
+    return logits
+
+
+def twice(self, x):
+    h = F.relu(self.a(x))
+    self.fc(h * 2)
+    logits = self.fc(h)
+    self.fc(h + 1)
+    return logits
+
+
+def tokens(self, x):
+    """Five tokens a sample."""
+    return self.a(x[:, None] * torch.arange(1, 6)[:, None]).sin()
+
+
+def cosine(self, x):
+    return 16 * F.linear(F.normalize(self.a(x)), F.normalize(self.w))
+
+
+def clip(self, x):
+    return self.s.exp() * F.normalize(self.a(x), dim=-1) @ F.normalize(self.w, dim=-1).t()
+
+
+IDS = torch.tensor([[1, 5, 3, 0, 0], [9, 2, 4, 8, 6], [7, 10, 1, 1, 0]])
+VECTORS, IMAGES, MAPS = seeded(6, 4), seeded(6, 1, 9, 9), seeded(3, 2, 6, 5)
+
+
+@dataclass
+class Case:
+    """A model, its input, and what its certificate has to say."""
+
+    make: Callable[[], nn.Module]
+    path: str
+    before: str | None
+    support: str
+    inputs: torch.Tensor = field(default_factory=lambda: VECTORS)
+    shares: bool = True  # W is the model's own tensor
+    says: dict[str, Any] = field(default_factory=dict)
+
+
+LN, RMS = {"folded": "LayerNorm"}, {"folded": "RMSNorm"}
+
+FOUND = {
+    "mlp": Case(lambda: mlp(nn.ReLU()), "2", "ReLU", "orthant"),
+    "cnn": Case(cnn, "fc", "AdaptiveAvgPool2d", "orthant", IMAGES),
+    "dropout": Case(lambda: mlp(nn.ReLU(), nn.Dropout(0.9)), "3", "ReLU", "orthant"),
+    "flatten": Case(lambda: mlp(nn.ReLU(), nn.Flatten(), nn.Identity()), "4", "ReLU", "orthant"),
+    "tanh": Case(lambda: mlp(nn.Tanh(), nn.Dropout()), "3", "Tanh", "cube"),
+    "functional tanh": Case(lambda: net(lambda self, x: self.fc(torch.tanh(self.a(x)))), "fc", "tanh", "cube"),
+    "relu6": Case(lambda: mlp(nn.ReLU6()), "2", "ReLU6", "box"),
+    "mean of relu6": Case(
+        lambda: conv_net(lambda self, x: self.fc(F.relu6(self.a(x)).mean((2, 3))), fc=nn.Linear(8, 3)),
+        "fc", "mean", "box", MAPS,
+    ),
+    "gelu": Case(lambda: mlp(nn.GELU()), "2", "GELU", "reals"),
+    "functional before": Case(lambda: net(lambda self, x: self.fc(F.silu(self.a(x)))), "fc", "silu", "reals"),
+    "normalised": Case(
+        lambda: net(lambda self, x: self.fc(F.normalize(self.a(x), dim=-1))), "fc", "normalize", "sphere"
+    ),
+    "no backbone": Case(lambda: shake(nn.Linear(4, 3)), "", None, "reals"),
+    "no bias": Case(lambda: net(lambda self, x: self.fc(self.a(x)), fc=nn.Linear(8, 3, bias=False)), "fc", "Linear",
+                    "reals", says={"bias": False}),
+    "two linear layers": Case(lambda: mlp(), "1", "Linear", "reals"),
+    "in place": Case(lambda: mlp(nn.BatchNorm1d(8), nn.ReLU(inplace=True)), "3", "ReLU", "orthant"),
+    "overwritten input": Case(lambda: net(overwrite), "fc", "relu", "orthant"),
+    "head used thrice": Case(lambda: net(twice), "fc", "relu", "orthant", says={"call": 1, "forward_call": 1}),
+    "aux head last": Case(
+        lambda: net(lambda self, x: (self.fc(self.a(x)), self.aux(self.a(x))), main=nn.Identity(), aux=nn.Linear(8, 3)),
+        "fc", "Linear", "reals",
+    ),
+    # how W is multiplied
+    "functional": Case(
+        lambda: net(lambda self, x: F.linear(self.a(x), self.fc.weight, self.fc.bias)), "", "Linear", "reals",
+        says={"weight": "fc.weight", "kind": "linear"},
+    ),
+    "matmul and a bias": Case(
+        lambda: net(lambda self, x: self.a(x).relu() @ self.w + self.c, w=param(8, 3), c=param(3)), "", "relu",
+        "orthant", says={"weight": "w", "kind": "matmul", "bias": True, "scale": 1.0},
+    ),
+    "W first": Case(
+        lambda: net(lambda self, x: (self.fc.weight @ self.a(x).T).T), "", "Linear", "reals", says={"kind": "matmul"}
+    ),
+    "addmm": Case(
+        lambda: net(lambda self, x: torch.addmm(self.c, self.a(x), self.w), w=param(8, 3), c=param(3)), "", "Linear",
+        "reals", says={"kind": "matmul", "bias": True},
+    ),
+    "addmm, weighted": Case(
+        lambda: net(lambda self, x: torch.addmm(self.c, self.a(x), self.w, alpha=2.5), w=param(8, 3), c=param(3)), "",
+        "Linear", "reals", shares=False, says={"scale": 2.5, "bias": True},
+    ),
+    "einsum": Case(
+        lambda: net(lambda self, x: torch.einsum("kd,bd->bk", self.fc.weight, self.a(x)) + self.fc.bias), "", "Linear",
+        "reals", says={"kind": "einsum", "weight": "fc.weight"},
+    ),
+    "einsum, classes first": Case(
+        lambda: net(lambda self, x: torch.einsum("bnd,dk->bkn", tokens(self, x), self.w), w=param(8, 3)), "", "sin",
+        "reals", says={"kind": "einsum", "class_axis": 1, "axes": ("batch", "length")},
+    ),
+    "inner": Case(lambda: net(lambda self, x: torch.inner(self.a(x), self.fc.weight)), "", "Linear", "reals"),
+    "tensordot": Case(
+        lambda: net(lambda self, x: torch.tensordot(self.a(x), self.fc.weight, dims=([1], [1]))), "", "Linear", "reals"
+    ),
+    "cosine": Case(
+        lambda: net(cosine, w=param(3, 8)), "", "normalize", "sphere", shares=False,
+        says={"kind": "cosine", "scale": 16.0, "weight": None, "bias": False},
+    ),
+    "cosine, learned scale": Case(
+        lambda: net(clip, w=param(3, 8), s=nn.Parameter(torch.tensor(1.3))),
+        "",
+        "mul",
+        "sphere",
+        shares=False,
+        says={"kind": "matmul", "weight": None},
+    ),
+    "cosine_similarity": Case(
+        lambda: net(lambda self, x: 9 * F.cosine_similarity(self.a(x)[:, None], self.w, dim=-1), w=param(3, 8)), "",
+        "normalize", "sphere", shares=False, says={"kind": "cosine", "scale": 9.0},
+    ),
+    "learned temperature": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x)) / self.t, t=nn.Parameter(torch.tensor(0.7))), "fc", "Linear",
+        "reals", shares=False,
+    ),
+    "scaled": Case(
+        lambda: net(lambda self, x: 16 * self.fc(self.a(x))), "fc", "Linear", "reals", shares=False,
+        says={"scale": 16.0},
+    ),
+    "scaled, then shifted": Case(
+        lambda: net(lambda self, x: 3 * self.fc(self.a(x)) + self.c, c=param(3)), "fc", "Linear", "reals", shares=False,
+        says={"scale": 3.0},
+    ),
+    "log_softmax": Case(
+        lambda: mlp(nn.ReLU()).append(nn.LogSoftmax(-1)), "2", "ReLU", "orthant", says={"log_softmax": True}
+    ),
+    "log_softmax, scaled": Case(
+        lambda: net(lambda self, x: F.log_softmax(self.fc(self.a(x)) / 2, -1)), "fc", "Linear", "reals", shares=False,
+        says={"log_softmax": True, "scale": 0.5},
+    ),
+    "weight norm": Case(
+        lambda: net(
+            lambda self, x: self.fc(self.a(x)), fc=nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+        ),
+        "fc", "Linear", "reals", shares=False, says={"weight": None},
+    ),
+    # norms
+    "layer norm": Case(lambda: mlp(nn.LayerNorm(8), nn.Dropout()), "3", "LayerNorm", "sphere", says=LN, shares=False),
+    "layer norm, no bias": Case(
+        lambda: mlp(nn.LayerNorm(8, bias=False)), "2", "LayerNorm", "sphere", says=LN, shares=False
+    ),
+    "plain layer norm": Case(
+        lambda: mlp(nn.LayerNorm(8, elementwise_affine=False)), "2", "LayerNorm", "sphere", says=LN
+    ),
+    "rms norm": Case(lambda: mlp(nn.RMSNorm(8), nn.Identity()), "3", "RMSNorm", "sphere", says=RMS, shares=False),
+    "rms norm, 1 + weight": Case(
+        lambda: mlp(OneRMSNorm(8)), "2", "OneRMSNorm", "sphere", says=RMS | {"unit_offset": True}, shares=False
+    ),
+    "large eps": Case(lambda: mlp(nn.LayerNorm(8, eps=0.5)), "2", "LayerNorm", "ball", says=LN, shares=False),
+    "norm, then relu": Case(lambda: mlp(nn.LayerNorm(8), nn.ReLU()), "3", "ReLU", "orthant", says={"folded": None}),
+    "class token": Case(ClassToken, "head", "LayerNorm", "sphere", says=LN, shares=False),
+    "norm, then mean": Case(
+        lambda: net(lambda self, x: self.fc(self.norm(tokens(self, x)).mean(1)), norm=nn.LayerNorm(8)), "fc", "mean",
+        "ball", says=LN, shares=False,
+    ),
+    "batch norm": Case(lambda: mlp(nn.BatchNorm1d(8)), "2", "BatchNorm1d", "reals", says={"folded": None}),
+    # positions
+    "tokens": Case(
+        lambda: net(lambda self, x: self.fc(tokens(self, x))), "fc", "sin", "reals", says={"axes": ("batch", "token")}
+    ),
+    "language model": Case(
+        LanguageModel, "lm_head", "RMSNorm", "sphere", IDS, says=RMS | {"weight": "embed.weight"}, shares=False
+    ),
+    "language model, functional": Case(
+        lambda: LanguageModel(functional=True), "", "RMSNorm", "sphere", IDS, says=RMS | {"weight": "embed.weight"},
+        shares=False,
+    ),
+    "last token picked": Case(
+        lambda: LanguageModel(pick=True), "lm_head", "RMSNorm", "sphere", IDS,
+        says=RMS | {"positions": "picked", "axes": ("batch",)}, shares=False,
+    ),
+    "pooling after the head": Case(
+        lambda: net(lambda self, x: self.fc(tokens(self, x)).mean(1)), "fc", "sin", "reals", says={"positions": "mean"}
+    ),
+    "1x1 convolution": Case(
+        lambda: conv_net(lambda self, x: self.fc(self.a(x).relu())), "fc", "relu", "orthant", MAPS,
+        says={"kind": "conv", "class_axis": 1, "axes": ("batch", "height", "width")},
+    ),
+    "1x1 convolution, pooled": Case(
+        lambda: conv_net(lambda self, x: self.fc(self.a(x)).mean((2, 3))), "fc", "Conv2d", "reals", MAPS,
+        says={"kind": "conv", "positions": "mean", "axes": ("batch",)},
+    ),
+    "1x1 convolution, pooled to a map": Case(
+        lambda: conv_net(lambda self, x: F.adaptive_avg_pool2d(self.fc(self.a(x)), 1)), "fc", "Conv2d", "reals", MAPS,
+        says={"kind": "conv", "positions": "mean", "axes": ("batch", "height", "width")},
+    ),
+    "1x1 convolution, resized": Case(
+        lambda: conv_net(lambda self, x: {"out": F.interpolate(self.fc(self.a(x)), x.shape[2:], mode="bilinear")}),
+        "fc", "Conv2d", "reals", MAPS, says={"positions": "bilinear"},
+    ),
+    "1d convolution": Case(
+        lambda: conv_net(lambda self, x: self.fc(self.a(x)), a=nn.Conv1d(4, 8, 1), fc=nn.Conv1d(8, 3, 1)), "fc",
+        "Conv1d", "reals", seeded(3, 4, 7), says={"class_axis": 1, "axes": ("batch", "length")},
+    ),
+    # outputs
+    "dict": Case(
+        lambda: net(lambda self, x: {"out": self.fc(self.a(x)), "aux": x}), "fc", "Linear", "reals"
+    ),
+    "tuple": Case(lambda: net(lambda self, x: (None, self.fc(self.a(x)), x)), "fc", "Linear", "reals"),
+    "loss first": Case(lambda: net(lambda self, x: (x.sum(), self.fc(self.a(x)))), "fc", "Linear", "reals"),
+    "object": Case(
+        lambda: net(lambda self, x: SimpleNamespace(loss=None, logits=self.fc(self.a(x)))), "fc", "Linear", "reals"
+    ),
+    "dataclass": Case(
+        lambda: net(lambda self, x: Output(x.sum(), self.fc(self.a(x)))), "fc", "Linear", "reals"
+    ),
+    # wrappers
+    "data parallel": Case(lambda: nn.DataParallel(mlp(nn.ReLU())), "2", "ReLU", "orthant"),
+    "wrapper": Case(
+        lambda: Net(lambda self, x: self.module(x), module=mlp(nn.ReLU())), "module.2", "ReLU", "orthant"
+    ),
+    "compiled": Case(compiled, "2", "ReLU", "orthant"),
+    "compiled inside": Case(
+        lambda: Net(lambda self, x: self.part(x), part=compiled()), "part._orig_mod.2", "ReLU", "orthant"
+    ),
+}  # fmt: skip
+
+
+def two_heads(self, x):
+    return (self.fc(self.a(x)) + self.other(self.a(x))) / 2
+
+
+REFUSED = {
+    # name: model, input, words of the reason
+    "softmax": (lambda: mlp(nn.ReLU()).append(nn.Softmax(-1)), VECTORS, "a softmax inside"),
+    "softmax over maps": (lambda: conv_net(lambda self, x: self.fc(self.a(x)).softmax(1)), MAPS, "a softmax inside"),
+    "sigmoid": (lambda: mlp(nn.ReLU()).append(nn.Sigmoid()), VECTORS, "a sigmoid inside"),
+    "soft cap": (lambda: net(lambda self, x: 2 * torch.tanh(self.fc(self.a(x)) / 2)), VECTORS, "a soft cap"),
+    "two heads averaged": (lambda: net(two_heads, other=nn.Linear(8, 3)), VECTORS, "the mean of two products"),
+    "low-rank update": (
+        lambda: net(lambda self, x: self.fc(self.a(x)) + self.b(self.c(x)), b=nn.Linear(2, 3), c=nn.Linear(4, 2)),
+        VECTORS,
+        "the sum of two products",
+    ),
+    "relu after the last convolution": (
+        lambda: conv_net(lambda self, x: F.relu(self.fc(self.a(x))).mean((2, 3))), MAPS, "Typical causes"
+    ),
+    "relu after the head": (lambda: mlp(nn.Tanh()).append(nn.ReLU()), VECTORS, "a ReLU"),
+    "one logit": (lambda: net(lambda self, x: self.fc(self.a(x)), fc=nn.Linear(8, 1)), VECTORS, "sigmoid"),
+    "one logit, squeezed": (
+        lambda: net(lambda self, x: self.fc(self.a(x)).squeeze(-1), fc=nn.Linear(8, 1)), VECTORS, "one number a sample"
+    ),
+    "scale of the sample": (
+        lambda: net(lambda self, x: self.fc(self.a(x)) * x.norm(dim=1, keepdim=True)), VECTORS, "depends on the input"
+    ),
+    "scale of the batch": (
+        lambda: net(lambda self, x: self.fc(self.a(x)) / x.std(0).flip(0)[0]), VECTORS, "not those of a second one"
+    ),
+    "maximum over tokens": (lambda: net(lambda self, x: self.fc(tokens(self, x)).amax(1)), VECTORS, "nearest: fc"),
+    "distances": (lambda: net(lambda self, x: -torch.cdist(self.a(x), self.fc.weight)), VECTORS, "no product"),
+}  # fmt: skip
