@@ -389,3 +389,48 @@ def test_threads_do_not_mix():
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["W first", "matmul and a bias", "addmm", "einsum", "inner", "tensordot", "functional"]
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])  # 3 classes, 4 inputs, 8 features
+def test_a_batch_as_large_as_the_number_of_classes_is_not_taken_for_w(name, count):
+    model = FOUND[name].make()
+    tap = Tap(model, find_head(model, FOUND[name].inputs))
+    x = seeded(count, 4)
+    h, logits = tap(x)
+    assert torch.allclose(tap.head(h), model(x), atol=1e-5)
+    assert torch.equal(logits, model(x))
+    assert find_head(model, x).certificate.residual <= 1e-6
+
+
+def test_a_batch_of_other_positions_is_refused():
+    case = FOUND["1x1 convolution, pooled"]
+    model, x = case.make(), seeded(3, 2, 3, 3)  # one pixel is left, and its mean is itself
+    tap = Tap(model, find_head(model, x))
+    assert tap.head.certificate.positions == "same"
+    with pytest.raises(RuntimeError, match="find the head again with a batch like this one"):
+        tap(case.inputs)
+
+
+@pytest.mark.parametrize("name", ["layer norm", "functional", "scaled", "1x1 convolution", "language model"])
+def test_half_precision_with_float_logits(name):
+    case = FOUND[name]
+    half = case.make().bfloat16()
+
+    class Float(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = half
+
+        def forward(self, x):
+            out = self.inner(x if x.dtype == torch.int64 else x.bfloat16())
+            return (out["logits"] if isinstance(out, dict) else out).float()
+
+    model = Float().eval()
+    head = find_head(model, case.inputs)
+    assert head.certificate.folded == case.says.get("folded")
+    h, logits = Tap(model, head)(case.inputs)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(head(h).float(), logits, atol=0.03 * logits.abs().max().item())

@@ -34,7 +34,7 @@ def capture(
     if compiling and certificate.forward_call is None:
         raise RuntimeError("this head was found by an older penult: find it again to compile its tap")
     call = certificate.forward_call if compiling and certificate.forward_call is not None else certificate.call
-    watch = _Watch(certificate.shape, call)
+    watch = _Watch((*certificate.shape, certificate.weight_first), call)
     if compiling:  # hooks cannot be traced, so that the whole forward is watched
         with watch:
             output = model(*args, **kwargs)
@@ -54,11 +54,11 @@ def capture(
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps what the n-th product of one shape reads and gives."""
+    """Keeps what the n-th product of one shape and order reads and gives."""
 
-    def __init__(self, shape: tuple[int, int], call: int) -> None:
+    def __init__(self, place: tuple[int, int, bool], call: int) -> None:
         super().__init__()
-        self.shape = shape
+        self.place = place
         self.call = call
         self.seen = 0
         self.found: tuple[Tensor, Tensor] | None = None
@@ -69,7 +69,7 @@ class _Watch(TorchFunctionMode):
         kwargs = {} if kwargs is None else kwargs
         output = func(*args, **kwargs)
         for product in products(func, args, kwargs):
-            if tuple(product.weight.shape) == self.shape:
+            if product.place == self.place:
                 if self.seen == self.call:
                     # A copy, since the model may go on in place.
                     self.found = product.h.clone(), output.movedim(product.axis, -1)

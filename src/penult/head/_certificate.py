@@ -46,7 +46,8 @@ class HeadCertificate:
             then the vector before them.
         samples: Number of activations seen.
         norm_path: Name of the folded layer's module, or None.
-        call: Which product of this shape within the module's forward made the logits, counted from 0.
+        weight_first: Whether W is the first operand of the product, as in ``W @ h.T``.
+        call: Which product of this shape and order within the module's forward made the logits, counted from 0.
         forward_call: The same within the whole model's forward.
         weight: Name of the parameter that is W, or a transposed view of it; None if W is computed.
         class_axis: Axis of the classes in the model's own output: -1, or 1 for maps (B, K, H, W).
@@ -81,6 +82,7 @@ class HeadCertificate:
     folded: Literal["LayerNorm", "RMSNorm"] | None
     samples: int
     norm_path: str | None = None
+    weight_first: bool = False
     call: int = 0
     forward_call: int | None = None
     weight: str | None = None

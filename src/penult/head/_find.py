@@ -89,13 +89,13 @@ def find_head(
         for fit in (False, True):
             found = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
             found.sort(key=lambda match: match.residual)
-            good = [match for match in found if match.residual <= _slack(tolerance, logits)]
+            good = [match for match in found if match.residual <= _slack(tolerance, logits, match)]
             good.sort(key=lambda match: (match.scale != 1) + (match.shift is not None))
             refused: list[tuple[Match, float | None]] = []
             for match in good[:_TRIES]:
                 head = _head_of(model, match, logits, tolerance, fold)
                 second = _second_residual(model, head, match, args, kwargs)
-                if second <= _slack(tolerance, logits) if second is not None else not match.fitted:
+                if second <= _slack(tolerance, logits, match) if second is not None else not match.fitted:
                     return _certified(head, confirmed=second, path=path, model=model)
                 refused.append((match, second))
             if refused:
@@ -105,9 +105,10 @@ def find_head(
         raise not_found(logits, everything, recorder.candidates, path, tolerance)
 
 
-def _slack(tolerance: float, logits: Tensor) -> float:
-    """A model of half precision rounds what is computed again more exactly."""
-    return max(tolerance, 2 * torch.finfo(logits.dtype).eps)
+def _slack(tolerance: float, logits: Tensor, match: Match) -> float:
+    """The tolerance, or what half precision rounds away where any part of the head is computed in it."""
+    parts = (logits, match.candidate.product.h, match.candidate.product.weight)
+    return max(tolerance, *(2 * torch.finfo(part.dtype).eps for part in parts))
 
 
 def _belongs(model: nn.Module, wanted: nn.Module, candidate: Candidate) -> bool:
@@ -203,7 +204,7 @@ def _folded(
     guess = new(z.to(wide))
     residual = relative_error(guess.log_softmax(-1) if match.log_softmax else guess, logits)
     # The model rounds what the fold leaves exact, which half precision shows.
-    return (new, z, residual, norm) if residual <= _slack(tolerance, logits) else None
+    return (new, z, residual, norm) if residual <= _slack(tolerance, logits, match) else None
 
 
 def _norm_before(origin: Origin | None) -> tuple[Norm | None, bool]:
@@ -248,6 +249,7 @@ def _certify(
         folded=None if norm is None else ("LayerNorm" if norm.kind == "layer" else "RMSNorm"),
         samples=norms.numel(),
         norm_path=None if norm is None else norm.path,
+        weight_first=candidate.product.first,
         call=candidate.call,
         forward_call=candidate.forward_call,
         weight=_name_of(model, candidate.product.weight),

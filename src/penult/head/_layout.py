@@ -52,9 +52,18 @@ class Layout:
 
         Returns:
             (*S, d).
+
+        Raises:
+            RuntimeError: The model no longer returns one row of logits for each that the head gives.
         """
         shape = (*logits.shape[:-1], h.shape[-1])
         if self.positions == "same":
+            if h.shape[:-1].numel() != logits.shape[:-1].numel():
+                raise RuntimeError(
+                    f"the head gives {tuple(h.shape[:-1])} rows of logits and the model returns "
+                    f"{tuple(logits.shape[:-1])}, which came to the same for the batch that the head was found with: "
+                    "find the head again with a batch like this one"
+                )
             return h.reshape(shape)
         if self.positions == "mean":
             start = 1 if logits.ndim == h.ndim else logits.ndim - 1

@@ -23,6 +23,7 @@ class Product(NamedTuple):
         weight: (K, d), a view of the operand.
         bias: (K,) if the call adds one.
         axis: The axis of the call's output that counts the K classes.
+        first: Whether W is the first of the two operands.
     """
 
     kind: Kind
@@ -30,6 +31,12 @@ class Product(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     axis: int
+    first: bool = False
+
+    @property
+    def place(self) -> tuple[int, int, bool]:
+        """K, d and `first`: what tells this reading from others of the same call, whatever the batch size."""
+        return (*self.weight.shape, self.first)
 
 
 def products(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Product]:
@@ -48,7 +55,7 @@ def _contract(kind: Kind, a: Tensor, i: int, b: Tensor, j: int, bias: Tensor | N
     if b.ndim == 2:
         yield Product(kind, a.movedim(i, -1), b.movedim(j, -1), bias, -1)
     if a.ndim == 2:
-        yield Product(kind, b.movedim(j, -1), a.movedim(i, -1), None, 0)
+        yield Product(kind, b.movedim(j, -1), a.movedim(i, -1), None, 0, first=True)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Product]:
@@ -61,7 +68,8 @@ def _matmul(*args: Any, **kwargs: Any) -> Iterator[Product]:
     if other.ndim == 2 and input.ndim >= 1:
         yield Product("matmul", input, other.mT, None, -1)
     if input.ndim == 2 and other.ndim >= 1:
-        yield Product("matmul", other.mT if other.ndim > 1 else other, input, None, -2 if other.ndim > 1 else -1)
+        h, axis = (other.mT, -2) if other.ndim > 1 else (other, -1)
+        yield Product("matmul", h, input, None, axis, first=True)
 
 
 def _addmm(
@@ -69,7 +77,7 @@ def _addmm(
 ) -> Iterator[Product]:
     plain = beta == 1 and alpha == 1 and input.shape in ((mat2.shape[1],), (1, mat2.shape[1]))
     yield Product("matmul", mat1, mat2.mT, input.flatten() if plain else None, -1)
-    yield Product("matmul", mat2.mT, mat1, None, 0)
+    yield Product("matmul", mat2.mT, mat1, None, 0, first=True)
 
 
 def _inner(*args: Any, **kwargs: Any) -> Iterator[Product]:
@@ -93,11 +101,9 @@ def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "..." in equation:
         return
     inputs, output = equation.replace(" ", "").split("->")
-    first, second = inputs.split(",")
-    for h, h_axes, weight, w_axes in (
-        (operands[0], first, operands[1], second),
-        (operands[1], second, operands[0], first),
-    ):
+    axes = inputs.split(",")
+    for swapped in (False, True):
+        (h, h_axes), (weight, w_axes) = (operands[swapped], axes[swapped]), (operands[not swapped], axes[not swapped])
         summed, classes = set(w_axes) - set(output), set(w_axes) & set(output)
         if len(w_axes) != 2 or len(summed) != 1 or len(classes) != 1:
             continue
@@ -106,7 +112,7 @@ def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:
         # The other axes of h must come out as they went in: no further sum, no diagonal.
         if h_axes.count(d) == 1 and k not in rest and output.replace(k, "") == rest and output.count(k) == 1:
             weight = weight if w_axes.index(d) == 1 else weight.mT
-            yield Product("einsum", h.movedim(h_axes.index(d), -1), weight, None, output.index(k))
+            yield Product("einsum", h.movedim(h_axes.index(d), -1), weight, None, output.index(k), first=swapped)
 
 
 def _conv(
@@ -131,10 +137,10 @@ def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Iterator
     width = max(x1.ndim, x2.ndim)
     if dim not in (-1, width - 1):
         return
-    for x, rows in ((x1, x2), (x2, x1)):
+    for x, rows, first in ((x1, x2, False), (x2, x1, True)):
         if rows.ndim >= 2 and rows.shape[:-2].numel() == 1 and x.ndim >= 2 and x.shape[-2] == 1:
             weight = F.normalize(rows.reshape(rows.shape[-2:]), dim=-1, eps=eps)
-            yield Product("cosine", F.normalize(x.squeeze(-2), dim=-1, eps=eps), weight, None, -1)
+            yield Product("cosine", F.normalize(x.squeeze(-2), dim=-1, eps=eps), weight, None, -1, first)
 
 
 _READERS: dict[Any, Callable[..., Iterator[Product]]] = {

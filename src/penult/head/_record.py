@@ -27,7 +27,7 @@ class Candidate:
     Attributes:
         product: The product; its h is a copy, safe from what the model does next.
         path: Name of the innermost module that was running.
-        call: How many products of this shape the module had computed before.
+        call: How many products of this shape and order the module had computed before.
         forward_call: And the model.
         origin: What made h.
         stride: Stride of h along d.
@@ -49,7 +49,7 @@ class Recorder(TorchFunctionMode):
         self._names = {module: name for name, module in model.named_modules()}
         self._hooks = ExitStack()
         self._running: list[tuple[str, Key | None]] = []  # modules, and the key of what each reads
-        self._count: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._count: Counter[tuple[str, tuple[int, int, bool]]] = Counter()
         self._origins = Origins()
         self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
@@ -90,15 +90,14 @@ class Recorder(TorchFunctionMode):
         return None if tensor is None else self._origins.of(key_of(tensor))
 
     def _candidate(self, product: Product) -> None:
-        shape = tuple(product.weight.shape)
         running = [path for path, _ in self._running] or [""]
         candidate = Candidate(
             product=product._replace(h=product.h.detach().clone()),
             path=running[-1],
-            call=self._count[running[-1], shape],
-            forward_call=self._count["", shape],
+            call=self._count[running[-1], product.place],
+            forward_call=self._count["", product.place],
             origin=Origin("normalize", None, None) if product.kind == "cosine" else self._origin_of(product.h),
             stride=product.h.stride(-1) if product.h.ndim else 1,
         )
-        self._count.update((name, shape) for name in {*running, ""})
-        self.candidates[shape[0]].append(candidate)
+        self._count.update((name, product.place) for name in {*running, ""})
+        self.candidates[product.weight.shape[0]].append(candidate)

@@ -28,7 +28,10 @@ def refuse_other_tasks(model: nn.Module, logits: Tensor) -> None:
             f"the model's output has shape {tuple(logits.shape)}: one logit a sample (a sigmoid or a regression) is "
             f"no softmax. {_SIGMOID}"
         )
-    if getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification":
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem == "regression":
+        raise HeadNotFoundError("the model's config says problem_type='regression': its outputs are no logits")
+    if problem == "multi_label_classification":
         raise HeadNotFoundError(
             "the model's config says problem_type='multi_label_classification': its classes do not exclude each other, "
             f"so that each has a sigmoid of its own and no softmax is their posterior. {_SIGMOID}, one a class"
