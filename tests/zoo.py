@@ -359,7 +359,7 @@ REFUSED = {
     "softmax": (lambda: mlp(nn.ReLU()).append(nn.Softmax(-1)), VECTORS, "a softmax inside"),
     "softmax over maps": (lambda: conv_net(lambda self, x: self.fc(self.a(x)).softmax(1)), MAPS, "a softmax inside"),
     "sigmoid": (lambda: mlp(nn.ReLU()).append(nn.Sigmoid()), VECTORS, "a sigmoid inside"),
-    "soft cap": (lambda: net(lambda self, x: 2 * torch.tanh(self.fc(self.a(x)) / 2)), VECTORS, "a soft cap"),
+    "soft cap": (lambda: net(lambda self, x: 2 * torch.tanh(self.fc(self.a(x)) / 2)), VECTORS, "tanh .a soft cap"),
     "two heads averaged": (lambda: net(two_heads, other=nn.Linear(8, 3)), VECTORS, "the mean of two products"),
     "low-rank update": (
         lambda: net(lambda self, x: self.fc(self.a(x)) + self.b(self.c(x)), b=nn.Linear(2, 3), c=nn.Linear(4, 2)),
@@ -367,9 +367,9 @@ REFUSED = {
         "the sum of two products",
     ),
     "relu after the last convolution": (
-        lambda: conv_net(lambda self, x: F.relu(self.fc(self.a(x))).mean((2, 3))), MAPS, "Typical causes"
+        lambda: conv_net(lambda self, x: F.relu(self.fc(self.a(x))).mean((2, 3))), MAPS, "applies relu"
     ),
-    "relu after the head": (lambda: mlp(nn.Tanh()).append(nn.ReLU()), VECTORS, "a ReLU"),
+    "relu after the head": (lambda: mlp(nn.Tanh()).append(nn.ReLU()), VECTORS, "applies relu"),
     "one logit": (lambda: net(lambda self, x: self.fc(self.a(x)), fc=nn.Linear(8, 1)), VECTORS, "sigmoid"),
     "one logit, squeezed": (
         lambda: net(lambda self, x: self.fc(self.a(x)).squeeze(-1), fc=nn.Linear(8, 1)), VECTORS, "one number a sample"

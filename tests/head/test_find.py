@@ -225,6 +225,20 @@ def test_the_refused(name):
         find_head(make(), x)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["softmax", "softmax over maps", "sigmoid", "soft cap", "relu after the last convolution", "relu after the head"],
+)
+def test_the_refused_where_values_are_so_small_that_all_looks_affine(name):
+    make, x, _ = REFUSED[name]
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e-2)
+    with pytest.raises(HeadNotFoundError, match="residual"):
+        find_head(model, x)
+
+
 def test_refusals_name_the_three_nearest():
     model = net(
         lambda self, x: torch.tanh(self.fc(self.a(x)) + self.b(x) + self.c(x.cos())),

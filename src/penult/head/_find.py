@@ -18,7 +18,7 @@ from penult.head._match import Match, matches, relative_error
 from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
 from penult.head._origin import Norm, Origin, gains, invertible, without_gain
 from penult.head._record import Candidate, Recorder
-from penult.head._refusal import not_confirmed, not_found, refuse_other_tasks
+from penult.head._refusal import are_probabilities, not_confirmed, not_found, refuse_other_tasks
 from penult.head._rows import rows_in_double
 
 __all__ = ["find_head"]
@@ -76,7 +76,9 @@ def find_head(
     wanted = None if path is None else submodule(model, path)
     with untouched(model), compiled_parts_eager(model):
         with Recorder(model) as recorder:
-            logits = logits_of(model(*args, **kwargs)).detach()
+            logits = logits_of(model(*args, **kwargs))
+        squashed_by = recorder.squashed_by(logits) or ("a softmax" if are_probabilities(logits) else None)
+        logits = logits.detach()
         refuse_other_tasks(model, logits)
         check_finite("the model's output", logits)
         candidates = [
@@ -89,7 +91,8 @@ def find_head(
         for fit in (False, True):
             found = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
             found.sort(key=lambda match: match.residual)
-            good = [match for match in found if match.residual <= _slack(tolerance, logits, match)]
+            # Where values are small even a soft cap looks affine, so that what was seen to run decides.
+            good = [match for match in found if not squashed_by and match.residual <= _slack(tolerance, logits, match)]
             good.sort(key=lambda match: (match.scale != 1) + (match.shift is not None))
             refused: list[tuple[Match, float | None]] = []
             for match in good[:_TRIES]:
@@ -102,7 +105,7 @@ def find_head(
                 raise not_confirmed(*refused[0], tolerance)
             everything += found
         everything.sort(key=lambda match: match.residual)
-        raise not_found(logits, everything, recorder.candidates, path, tolerance)
+        raise not_found(logits, everything, recorder.candidates, path, tolerance, squashed_by)
 
 
 def _slack(tolerance: float, logits: Tensor, match: Match) -> float:

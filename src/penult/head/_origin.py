@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,9 +25,15 @@ _PASS_THROUGH_MODULES = (
     nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 )  # fmt: skip
 _KINDS: tuple[Literal["layer", "rms"], ...] = ("layer", "rms")
-_POOLING = ("mean", "avg_pool", "avgpool", "AvgPool")
+_POOLING = ("mean", "avg_pool", "avgpool")
+# What may stand between a product and logits that are still affine in h.
+_AFFINE = frozenset("mul rmul div truediv true_divide rtruediv add radd sub rsub neg interpolate log_softmax".split())
+_SQUASHING = (
+    "softmax", "sigmoid", "tanh", "relu", "elu", "silu", "swish", "softplus", "softsign", "mish", "clamp", "clip",
+    "amax", "max", "threshold",
+)  # fmt: skip
 # What such a function does to a tensor is worth more to know than the name of the module around it.
-_TELLING = ("relu", "tanh", "sigmoid", "softsign", "elu", "silu", "swish", "norm", *_POOLING[:3])
+_TELLING = ("relu", "tanh", "sigmoid", "softsign", "elu", "silu", "swish", "norm", *_POOLING)
 
 
 @dataclass(frozen=True)
@@ -55,22 +61,38 @@ class Origin:
         name: Class name of the module or name of the function.
         norm: Facts, if it is a norm layer.
         behind: What made the (largest) tensor that it read.
+        inner: The last function that it ran, if it is a module.
     """
 
     name: str
     norm: Norm | None
     behind: Origin | None
+    inner: Origin | None = None
 
     @property
     def pooled(self) -> Origin | None:
         """What an average was taken of, if this is one."""
-        return self.behind if any(word in self.name for word in _POOLING) else None
+        if self.inner is not None:
+            return self.inner.pooled
+        return self.behind if any(word in self.name.lower() for word in _POOLING) else None
+
+    @property
+    def squashed_by(self) -> str | None:
+        """The function, not affine, that the last product went through, if this is what became of one."""
+        if self.inner is not None:
+            return self.inner.squashed_by
+        name = self.name.lower().strip("_")
+        if name in _AFFINE or any(word in name for word in _POOLING):
+            return None if self.behind is None else self.behind.squashed_by
+        return self.name if any(word in name for word in _SQUASHING) else None
 
     @property
     def normalized(self) -> bool:
         """Whether vectors were divided by their norms, and at most multiplied by a number since."""
         return "normalize" in self.name or (
-            self.name in ("mul", "div", "__rmul__") and self.behind is not None and self.behind.normalized
+            self.name.strip("_") in ("mul", "rmul", "div", "truediv")
+            and self.behind is not None
+            and self.behind.normalized
         )
 
 
@@ -119,7 +141,7 @@ class Origins:
             key = key_of(tensor)
             known = None if key is None else self._of.get(key)
             if origin is not None and key is not None and key != unless and (known is None or known[1] <= over):
-                self._of[key] = origin, rank
+                self._of[key] = (origin if known is None else replace(origin, inner=known[0])), rank
 
 
 def gains(module: nn.Module, unit_offset: bool) -> tuple[Tensor | None, Tensor | None]:

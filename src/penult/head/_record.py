@@ -86,6 +86,11 @@ class Recorder(TorchFunctionMode):
         path, key = self._running.pop()
         self._origins.module(module, path, first_input(args, kwargs), key, output)
 
+    def squashed_by(self, output: Tensor) -> str | None:
+        """The function, not affine, by which the model makes its output of a product; None if there is none."""
+        origin = self._origin_of(output)
+        return None if origin is None else origin.squashed_by
+
     def _origin_of(self, tensor: Tensor | None) -> Origin | None:
         return None if tensor is None else self._origins.of(key_of(tensor))
 

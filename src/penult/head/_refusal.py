@@ -13,7 +13,7 @@ from penult.head._certificate import HeadNotFoundError
 from penult.head._match import Match, relative_error
 from penult.head._record import Candidate
 
-__all__ = ["not_confirmed", "not_found", "refuse_other_tasks"]
+__all__ = ["are_probabilities", "not_confirmed", "not_found", "refuse_other_tasks"]
 
 _SIGMOID = (
     "For a sigmoid head with row w (d,) and bias c, use penult.Head(torch.stack([-w / 2, w / 2]), "
@@ -44,6 +44,7 @@ def not_found(
     candidates: Mapping[int, Sequence[Candidate]],
     path: str | None,
     tolerance: float,
+    squashed_by: str | None,
 ) -> HeadNotFoundError:
     """The error that names the three best candidates and the likely cause."""
     shape = tuple(logits.shape)
@@ -58,7 +59,8 @@ def not_found(
     subject = "no linear map of one activation" if path is None else f"nothing computed in {path!r}"
     return HeadNotFoundError(
         f"{subject} reproduces the logits of shape {shape} within tolerance {tolerance:g} ({seen}). "
-        f"{_cause(logits, list(best.values()))} If W and b are known, build penult.Head(weight, bias) from them"
+        f"{_cause(logits, list(best.values()), squashed_by)} "
+        "If W and b are known, build penult.Head(weight, bias) from them"
     )
 
 
@@ -89,16 +91,27 @@ def _describe(match: Match) -> str:
     return f"{where} ({product.kind} {features}->{classes}{extra}) residual {match.residual:.2g}"
 
 
-def _cause(logits: Tensor, best: Sequence[Match]) -> str:
-    """The most likely reason, by the look of the output."""
+def are_probabilities(output: Tensor) -> bool:
+    """Whether no value is negative, and all sum to 1 over the classes."""
+    z = output.float()
+    sums = [z.sum(axis) for axis in ({-1, 1} if z.ndim > 2 else {-1})]
+    return bool((z >= 0).all()) and any(bool(((s - 1).abs() <= 1e-2).all()) for s in sums)
+
+
+def _cause(logits: Tensor, best: Sequence[Match], squashed_by: str | None) -> str:
+    """The most likely reason, by what was seen to run and by the look of the output."""
     z = logits.float()
     if z.ndim == 1:
         return "The output is one number a sample (a sigmoid or a regression), which is no softmax."
-    if bool(((z >= 0) & (z <= 1)).all()):
-        for axis in {-1, 1} if z.ndim > 2 else {-1}:
-            if bool(((z.sum(axis) - 1).abs() <= 1e-2).all()):
-                return "The output is probabilities (a softmax inside the model): return the logits."
+    if are_probabilities(z):
+        return "The output is probabilities (a softmax inside the model): return the logits."
+    if "sigmoid" in (squashed_by or "").lower() or bool(((z >= 0) & (z <= 1)).all()):
         return "The output lies in 0..1 (a sigmoid inside the model, as for labels that do not exclude each other)."
+    if squashed_by is not None:
+        return (
+            f"After the last product the model applies {squashed_by} (a soft cap, an activation after the head): "
+            "return what comes before it."
+        )
     for match in best:
         values = _values(match)
         if values is not None and _monotone(values, logits.movedim(match.layout.class_axis, -1)):
