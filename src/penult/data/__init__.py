@@ -1,5 +1,38 @@
-"""Readers of image data sets."""
+"""Readers of image data sets, and domain shifts.
 
-from penult.data._digits import Images, digits
+`read` looks at what it is given and takes the reader for it. Images are decoded when they are asked for:
 
-__all__ = ["Images", "digits"]
+    >>> from torch.utils.data import DataLoader
+    >>> from penult.data import ShiftedDataset, read
+    >>> dataset = read("digits", mode="RGB", size=32)
+    >>> dataset
+    ImageDataset(N=1797, K=10, source=digits)
+    >>> images, labels = next(iter(DataLoader(ShiftedDataset(dataset, "texture", 0.5), batch_size=64)))
+    >>> images.shape
+    torch.Size([64, 3, 32, 32])
+
+The readers need the extra ``data``; shifts need torch alone.
+"""
+
+from penult.data._arrays import npz
+from penult.data._dataset import ImageDataset
+from penult.data._digits import digits
+from penult.data._folder import folder
+from penult.data._images import Images
+from penult.data._parquet import parquet
+from penult.data._read import read
+from penult.data._shifted import ShiftedDataset
+from penult.data._shifts import SHIFTS, shift
+
+__all__ = [
+    "SHIFTS",
+    "ImageDataset",
+    "Images",
+    "ShiftedDataset",
+    "digits",
+    "folder",
+    "npz",
+    "parquet",
+    "read",
+    "shift",
+]

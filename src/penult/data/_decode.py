@@ -1,0 +1,94 @@
+"""From encoded or raw images to tensors of one kind."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["adapt", "decode"]
+
+_GREY = ("1", "L", "LA", "La")
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
+
+
+def decode(data: bytes, mode: str | None, size: tuple[int, int] | None) -> Tensor:
+    """An encoded image as float32 (C, H, W) in [0, 1].
+
+    Raises:
+        ImportError: Pillow is not installed.
+        ValueError: It is no image, or of an unknown range of values.
+    """
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError('images are read by Pillow: pip install "penult[data]"', name=error.name) from error
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _pixels(image, mode, size)
+    except UnidentifiedImageError:
+        raise ValueError("it is of no format that Pillow knows") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they stumble on: SyntaxError, struct.error, IndexError, ...
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _pixels(image: Image.Image, mode: str | None, size: tuple[int, int] | None) -> Tensor:
+    """A Pillow image as a tensor."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating, of an unknown range; save it with 8 or 16 bits")
+    deep = image.mode.startswith("I")  # 16 bits, or 32 bits that hold 16
+    if deep:
+        image = image.convert("I")
+        low, high = cast("tuple[int, int]", image.getextrema())
+        if low < 0 or high > 65535:
+            raise ValueError(f"its pixels run from {low} to {high}; expected 16 bits, 0 to 65535")
+        image = image.convert("F")
+    else:
+        own = "L" if image.mode in _GREY else "RGB"
+        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+            image = _on_white(image)
+        if image.mode != (mode or own):
+            image = image.convert(mode or own)
+    if size is not None and size != (image.height, image.width):
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.float32 if deep else torch.uint8)
+    pixels = raw.view(image.height, image.width, -1).permute(2, 0, 1)
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(65535 if deep else 255)
+    return pixels.repeat(3, 1, 1) if deep and mode == "RGB" else pixels
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """What is seen of a partly transparent image on a white page."""
+    from PIL import Image
+
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+
+
+def adapt(image: Tensor, mode: str | None, size: tuple[int, int] | None) -> Tensor:
+    """The same for an image that is a tensor already: float32 (C, H, W) of a mode and size, never a view.
+
+    Raises:
+        ValueError: A mode is asked of an image that has neither 1 nor 3 channels.
+    """
+    if mode is not None and len(image) not in (1, 3):
+        raise ValueError(f"it has {len(image)} channels, which mode={mode!r} is not defined for; leave mode out")
+    if mode == "L" and len(image) == 3:
+        image = (image * image.new_tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+    elif mode == "RGB" and len(image) == 1:
+        image = image.repeat(3, 1, 1)
+    if size is not None and size != image.shape[1:]:
+        image = functional.interpolate(image.unsqueeze(0), size, mode="bilinear", antialias=True).squeeze(0)
+        image = image.clamp(0, 1)  # weights sum to 1 up to rounding
+    return image

@@ -1,0 +1,55 @@
+"""Any data set, by looking at what it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from penult.data._arrays import Arrays, npz
+from penult.data._dataset import ImageDataset
+from penult.data._digits import digits
+from penult.data._folder import folder
+from penult.data._parquet import parquet
+
+__all__ = ["read"]
+
+
+def read(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **options: Any) -> ImageDataset:
+    """Read a data set of images, whichever kind it is.
+
+    Args:
+        source: ``"digits"``; a ``.parquet`` file, a glob of them (``"data/train-*.parquet"``), a list of them or a
+            folder that holds them, for `parquet`; another folder, for `folder`; an ``.npz`` file, for `npz`.
+        options: Options of that reader: ``mode``, ``size`` and ``transform`` for all of them.
+
+    Returns:
+        The images, decoded when they are asked for.
+
+    Raises:
+        ValueError: `source` is none of these, or what the reader raises.
+        FileNotFoundError: There is nothing of that name.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> images, labels = next(iter(DataLoader(read("digits", size=16, mode="RGB"), batch_size=64)))
+        >>> images.shape, labels.shape
+        (torch.Size([64, 3, 16, 16]), torch.Size([64]))
+    """
+    if source == "digits":
+        images, labels, names = digits()
+        return ImageDataset(Arrays(images, "digits"), labels, names, **options)
+    if not isinstance(source, str | os.PathLike):
+        return parquet(source, **options)
+    path = Path(source)
+    if path.is_dir():
+        return (parquet if any(path.glob("[!.]*.parquet")) else folder)(path, **options)
+    if path.suffix == ".parquet":
+        return parquet(source, **options)
+    if path.suffix == ".npz":
+        return npz(path, **options)
+    known = '"digits", a .parquet file, glob or folder, a folder of images, or an .npz file'
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {os.fspath(source)!r}; a data set is {known}")
+    raise ValueError(f"{os.fspath(source)!r} is no data set that penult reads; that is {known}")

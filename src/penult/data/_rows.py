@@ -1,0 +1,116 @@
+"""Encoded images in the row groups of parquet files."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from penult.data._extra import extra
+
+__all__ = ["Rows", "open_parquet"]
+
+_KEPT = 64 * 2**20  # bytes of encoded images that one process keeps
+
+
+def open_parquet(path: Path) -> Any:
+    """A parquet file, to be used as a context.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: pyarrow is not installed.
+        ValueError: It is no parquet file.
+    """
+    parquet = extra("pyarrow.parquet", "parquet files are read by pyarrow")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no parquet file: {error}") from error
+
+
+class _Group(NamedTuple):
+    """A row group of a file."""
+
+    path: Path
+    number: int
+    row: int  # of the file, where the group begins
+    start: int  # index in the data set, where the group begins
+
+
+class Rows:
+    """Encoded images by number.
+
+    A file is open only while a row group is read: nothing is shared between processes. The row groups used last are
+    kept up to a number of bytes, and the very last one in any case.
+
+    Args:
+        name: What the set is called in errors.
+        column: Where the images are: bytes, or structs of bytes and path.
+        files: Each file, with the rows of each of its row groups.
+    """
+
+    def __init__(self, name: str, column: str, files: Iterable[tuple[Path, list[int]]]) -> None:
+        self._name, self._column = name, column
+        self._groups: list[_Group] = []
+        self._length = 0
+        for path, counts in files:
+            row = 0
+            for number, count in enumerate(counts):
+                self._groups.append(_Group(path, number, row, self._length))
+                row += count
+                self._length += count
+        self._starts = [group.start for group in self._groups]
+        self._kept: dict[_Group, Any] = {}  # the one used last stands at the end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __str__(self) -> str:
+        return self._name
+
+    def where(self, index: int) -> str:
+        group = self._group(index)
+        return f"row {group.row + index - group.start} of {group.path}"
+
+    def image(self, index: int) -> bytes:
+        group = self._group(index)
+        value = self._read(group)[index - group.start].as_py()
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if isinstance(data, bytes):
+            return data
+        if path is None:
+            raise ValueError(f"{self.where(index)} has no image: it is null")
+        file = group.path.parent / str(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"{self.where(index)} has no bytes but the path {path!r}; there is no file {file}")
+        return file.read_bytes()
+
+    def _group(self, index: int) -> _Group:
+        return self._groups[bisect.bisect_right(self._starts, index) - 1]
+
+    def _read(self, group: _Group) -> Any:
+        """The images of a row group, as an array of pyarrow."""
+        images = self._kept.pop(group, None)
+        if images is None:
+            images = _fetch(group, self._column)
+            room = _KEPT - images.nbytes
+            for other in reversed([*self._kept]):
+                room -= self._kept[other].nbytes
+                if room < 0:
+                    del self._kept[other]
+        self._kept[group] = images
+        return images
+
+
+def _fetch(group: _Group, column: str) -> Any:
+    with open_parquet(group.path) as file:
+        try:  # without threads: none of pyarrow's may be at work when a process is forked
+            return file.read_row_group(group.number, columns=[column], use_threads=False).column(0)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"row group {group.number} of {group.path} cannot be read: {error}") from error

@@ -1,0 +1,294 @@
+import json
+import pickle
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from penult.data import _rows as rows_module
+from penult.data import parquet, read
+
+NAMES = ["cat", "dog", "eel"]
+
+
+def values(dataset):
+    """What the images are filled with."""
+    items = [dataset[i] for i in range(len(dataset))]
+    images = items if dataset.labels is None else [image for image, _ in items]
+    assert all(image.min() == image.max() for image in images)
+    return [round(255 * float(image.max())) for image in images]
+
+
+@pytest.fixture
+def shards(tmp_path, make):
+    """Three files in an order that is not that of their making."""
+    for i in (2, 0, 1):
+        labels = [i, (i + 1) % 3, (i + 2) % 3]
+        make.parquet(tmp_path / f"train-{i:05}-of-00003.parquet", range(10 * i, 10 * i + 3), labels, NAMES)
+    return tmp_path
+
+
+ORDER = [0, 1, 2, 10, 11, 12, 20, 21, 22]
+
+
+def test_images_labels_and_names(tmp_path, make):
+    dataset = parquet(make.parquet(tmp_path / "a.parquet", [7, 8, 9], [2, 0, 1], NAMES))
+    assert len(dataset) == 3
+    image, label = dataset[0]
+    assert image.shape == (1, 4, 6)
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+    assert torch.equal(image, torch.full((1, 4, 6), 7 / 255))
+    assert label == 2
+    assert type(label) is int
+    assert dataset.class_names == tuple(NAMES)
+    assert dataset.labels.tolist() == [2, 0, 1]
+    assert dataset.labels.dtype == torch.int64
+    assert values(dataset) == [7, 8, 9]
+    assert repr(dataset) == f"ImageDataset(N=3, K=3, source={tmp_path / 'a.parquet'})"
+
+
+def test_shards_are_sorted(shards):
+    files = sorted(shards.iterdir(), reverse=True)
+    for source in (shards, str(shards), shards / "*.parquet", f"{shards}/train-*-of-00003.parquet", files):
+        dataset = parquet(source)
+        assert values(dataset) == ORDER
+        assert dataset.labels.tolist() == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+        assert values(read(source)) == ORDER
+    assert "3 files" in repr(dataset)
+
+
+def test_hidden_files_and_others_are_skipped(shards, make):
+    make.parquet(shards / ".train-00003-of-00003.parquet", [99], [0], NAMES)
+    (shards / "README.md").write_text("words")
+    assert values(parquet(shards)) == ORDER
+
+
+def test_a_folder_of_splits_is_not_one_set(shards, make):
+    make.parquet(shards / "test-00000-of-00001.parquet", [99], [0], NAMES)
+    with pytest.raises(ValueError, match=r"holds splits \(test, train\); read one of them: .*test-\*\.parquet"):
+        parquet(shards)
+    assert values(parquet(shards / "test-*.parquet")) == [99]
+
+
+def test_shards_of_different_sets(tmp_path, make):
+    first = make.parquet(tmp_path / "a.parquet", [1], [0], NAMES)
+    other = make.parquet(tmp_path / "b.parquet", [1], [0], ["x", "y"])
+    with pytest.raises(ValueError, match=r"a.parquet and .*b.parquet do not belong together: class names"):
+        parquet([first, other])
+    make.parquet(other, [1], pa.array([0], pa.int32()), NAMES)
+    with pytest.raises(ValueError, match=r"column 'label' 'int64' in the first, 'int32' in the second"):
+        parquet([first, other])
+    make.parquet(other, [1])
+    with pytest.raises(ValueError, match=r"column 'label' 'int64' in the first, 'missing' in the second"):
+        parquet([first, other])
+
+
+def test_without_labels(tmp_path, make):
+    for labels in (None, [-1, -1], [None, None], [None, -1]):
+        dataset = parquet(make.parquet(tmp_path / "a.parquet", [3, 4], labels, NAMES))
+        assert dataset.labels is None
+        assert isinstance(dataset[1], torch.Tensor)
+        assert values(dataset) == [3, 4]
+        assert torch.stack(list(dataset)).shape == (2, 1, 4, 6)
+        with pytest.raises(ValueError, match="has no labels"):
+            dataset.load()
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_labels_missing_in_part(tmp_path, make, missing):
+    path = make.parquet(tmp_path / "a.parquet", [3, 4, 5, 6], [0, 1, missing, missing])
+    with pytest.raises(ValueError, match=r"row 2 of .*a.parquet has no label \(-1 or null\), as 2 of 4"):
+        parquet(path)
+
+
+@pytest.mark.parametrize("wrong", [3, -2])
+def test_labels_out_of_range(tmp_path, make, wrong):
+    first = make.parquet(tmp_path / "a.parquet", [3], [0], NAMES)
+    path = make.parquet(tmp_path / "b.parquet", [3, 4, 5, 6], [0, 1, 2, wrong], NAMES)
+    with pytest.raises(ValueError, match=rf"row 3 of .*b.parquet has label {wrong}; .* below 3"):
+        parquet([first, path])
+
+
+def test_labels_that_are_no_integers(tmp_path, make):
+    path = make.parquet(tmp_path / "a.parquet", [3, 4], pa.array(["x", "y"]))
+    with pytest.raises(ValueError, match=r"'label' of .* is string; labels are integers"):
+        parquet(path)
+
+
+def test_class_labels_are_found_by_the_schema(tmp_path, make):
+    features = {"image": {"_type": "Image"}, "fine_label": {"_type": "ClassLabel", "names": NAMES}}
+    path = make.parquet(tmp_path / "a.parquet", [3, 4], [2, 1], label="fine_label", features=features)
+    assert parquet(path).class_names == tuple(NAMES)
+    assert parquet(path).labels.tolist() == [2, 1]
+    make.parquet(path, [3, 4], [2, 1], label="fine_label")  # no metadata: no such label
+    assert parquet(path).labels is None
+    assert parquet(path, label="fine_label").labels.tolist() == [2, 1]
+    make.parquet(path, [3, 4], [2, 1], label="labels")
+    assert parquet(path).labels.tolist() == [2, 1]
+    assert parquet(path).class_names is None
+    assert parquet(path).load().class_names == ("0", "1", "2")
+
+
+def test_columns_that_cannot_be_told(tmp_path, make):
+    path = make.parquet(tmp_path / "a.parquet", [3, 4], [2, 1], label="fine")
+    table = pq.read_table(path)
+    kinds = {name: {"_type": "ClassLabel", "names": NAMES} for name in ("fine", "coarse")}
+    table = table.append_column("coarse", pa.array([0, 1])).append_column("second", table["image"])
+    table = table.rename_columns(["first", "fine", "coarse", "second"])
+    metadata = {"huggingface": json.dumps({"info": {"features": kinds}})}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(ValueError, match=r"no column image; name one .* image=: first \(struct"):
+        parquet(path)
+    with pytest.raises(ValueError, match="may be the labels: fine, coarse; name one with label="):
+        parquet(path, image="second")
+    dataset = parquet(path, image="second", label="coarse")
+    assert dataset.labels.tolist() == [0, 1]
+    assert dataset.class_names == tuple(NAMES)
+    with pytest.raises(ValueError, match=r"no column 'colour'; it has first \(struct.*coarse \(int64\)"):
+        parquet(path, image="second", label="colour")
+    with pytest.raises(ValueError, match=r"'fine' of .* is int64; images are struct"):
+        parquet(path, image="fine", label="coarse")
+
+
+def test_foreign_metadata_are_left_alone(tmp_path, make):
+    path = make.parquet(tmp_path / "a.parquet", [3], [0])
+    inner = ("null", '{"features": [1]}', '{"features": {"label": 3}}')
+    for foreign in ("no json", "[]", *(f'{{"info": {each}}}' for each in inner)):
+        pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": foreign}), path)
+        assert parquet(path).class_names is None
+        assert parquet(path).labels.tolist() == [0]
+
+
+def test_plain_bytes_and_other_names(tmp_path, make):
+    cells = [make.encode(make.grey(i)) for i in (5, 6)]
+    for name in ("image", "img", "picture"):
+        path = make.parquet(tmp_path / "a.parquet", cells, [0, 1], image=name)
+        assert values(parquet(path)) == [5, 6]
+
+
+def test_paths_are_seen_from_the_file(tmp_path, make):
+    (tmp_path / "pictures").mkdir()
+    make.grey(44).save(tmp_path / "pictures" / "a.png")
+    path = make.parquet(tmp_path / "a.parquet", [43, {"bytes": None, "path": "pictures/a.png"}], [0, 1])
+    assert values(parquet(path)) == [43, 44]
+    (tmp_path / "pictures" / "a.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"row 1 of .*a.parquet has no bytes but the path 'pictures/a.png'"):
+        parquet(path)[1]
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}])
+def test_null_images(tmp_path, make, cell):
+    dataset = parquet(make.parquet(tmp_path / "a.parquet", [1, 2, 3, cell], [0, 1, 2, 0]))
+    assert dataset[2][1] == 2
+    with pytest.raises(ValueError, match=r"row 3 of .*a.parquet has no image: it is null"):
+        dataset[3]
+
+
+def test_corrupt_images(tmp_path, make):
+    whole = make.encode(make.grey(9, 40, 40), "jpeg")
+    cells = [{"bytes": each, "path": None} for each in (whole, whole[:-100], b"no image", b"", whole[:30])]
+    dataset = parquet(make.parquet(tmp_path / "a.parquet", cells, [0] * 5))
+    assert dataset[0][0].shape == (1, 40, 40)
+    for i in range(1, 5):
+        with pytest.raises(ValueError, match=rf"row {i} of .*a.parquet cannot be read as an image: ") as caught:
+            dataset[i]
+        assert "0x" not in str(caught.value)
+    loader = DataLoader(dataset, batch_size=2, num_workers=1)
+    with pytest.raises(ValueError, match="row 1 of"):
+        list(loader)
+
+
+def test_files_that_are_no_parquet(tmp_path, make):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but not at all PAR1")
+    with pytest.raises(ValueError, match=r"a.parquet is no parquet file"):
+        parquet(tmp_path / "a.parquet")
+    for absent in (tmp_path / "b.parquet", tmp_path / "b*.parquet", [tmp_path / "b.parquet"]):
+        with pytest.raises(FileNotFoundError, match=r"b\*?.parquet"):
+            parquet(absent)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no .parquet file in"):
+        parquet(tmp_path / "empty")
+    with pytest.raises(ValueError, match="list of parquet files is empty"):
+        parquet([])
+
+
+def test_damaged_row_groups_are_named(tmp_path, make):
+    path = make.parquet(tmp_path / "a.parquet", range(6), [0] * 6, rows=3)
+    dataset = parquet(path)
+    content = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    assert dataset[2][1] == 0
+    with pytest.raises(ValueError, match=r"row group 1 of .*a.parquet cannot be read"):
+        dataset[3]
+
+
+def test_empty_sets(tmp_path, make):
+    empty = make.parquet(tmp_path / "a.parquet", [], [], NAMES)
+    with pytest.raises(ValueError, match=r"a.parquet holds no image at all"):
+        parquet(empty)
+    assert values(parquet([empty, make.parquet(tmp_path / "b.parquet", [8], [0], NAMES)])) == [8]
+
+
+def test_a_bounded_number_of_bytes_is_kept(tmp_path, make, monkeypatch):
+    path = make.parquet(tmp_path / "a.parquet", range(20), [0] * 20, rows=2)
+    fetched, fetch = [], rows_module._fetch
+    monkeypatch.setattr(
+        rows_module, "_fetch", lambda group, column: fetched.append(group.number) or fetch(group, column)
+    )
+    dataset = parquet(path)
+    assert values(dataset) == values(dataset) == list(range(20))
+    assert fetched == list(range(10))  # all are kept
+    fetched.clear()
+    size = fetch(rows_module._Group(path, 0, 0, 0), "image").nbytes
+    monkeypatch.setattr(rows_module, "_KEPT", int(2.5 * size))  # room for two
+    dataset = parquet(path)
+    for i in (0, 2, 1, 3, 4, 0, 2, 4):  # row groups 0 1 0 1 2 0 1 2
+        dataset[i]
+        assert sum(each.nbytes for each in dataset._source._kept.values()) <= 2.5 * size
+    assert fetched == [0, 1, 2, 0, 1, 2]
+    fetched.clear()
+    monkeypatch.setattr(rows_module, "_KEPT", 0)
+    dataset = parquet(path)
+    for i in (0, 1, 0, 2, 3, 0):  # the last one stays in any case
+        dataset[i]
+        assert len(dataset._source._kept) == 1
+    assert fetched == [0, 1, 0]
+
+
+def test_pickles_without_what_is_kept(shards):
+    dataset = parquet(shards, size=3)
+    fresh = pickle.dumps(dataset)
+    dataset.load()
+    assert len(pickle.dumps(dataset)) == len(fresh)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert values(copy) == ORDER
+    assert copy.class_names == dataset.class_names
+    assert torch.equal(copy.load().images, dataset.load().images)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 warns where threads live
+@pytest.mark.parametrize(
+    "context", ["spawn", pytest.param("fork", marks=pytest.mark.skipif(sys.platform == "win32", reason="no fork"))]
+)
+def test_workers(shards, context):
+    dataset = parquet(shards)
+    dataset[4]  # something is kept when the workers begin
+    loader = DataLoader(Subset(dataset, [8, 0, 3, 1, 7]), 2, num_workers=2, multiprocessing_context=context)
+    batches = list(loader)
+    images, labels = (torch.cat(each) for each in zip(*batches, strict=True))
+    assert labels.tolist() == [1, 0, 1, 1, 0]
+    assert (255 * images[:, 0, 0, 0]).round().tolist() == [22, 0, 10, 1, 21]
+
+
+def test_pyarrow_is_asked_for(shards, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r'pip install "penult\[data\]"') as caught:
+        read(shards)
+    assert caught.value.name.startswith("pyarrow")
