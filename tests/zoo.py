@@ -148,6 +148,31 @@ def clip(self, x):
     return self.s.exp() * F.normalize(self.a(x), dim=-1) @ F.normalize(self.w, dim=-1).t()
 
 
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of maps, as vision models write it."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class CLIPSoftmaxNet(Net):
+    """Named after functions that it does not call."""
+
+    def forward(self, x):
+        logits = torch.empty(len(x), 3)
+        logits[:] = self.fc(self.a(x))
+        return logits
+
+
+def masked(squash):
+    def forward(self, x):
+        logits = squash(self, x).clone()
+        logits[:, 2] = -1e9
+        return logits
+
+    return forward
+
+
 IDS = torch.tensor([[1, 5, 3, 0, 0], [9, 2, 4, 8, 6], [7, 10, 1, 1, 0]])
 VECTORS, IMAGES, MAPS = seeded(6, 4), seeded(6, 1, 9, 9), seeded(3, 2, 6, 5)
 
@@ -268,7 +293,57 @@ FOUND = {
         ),
         "fc", "Linear", "reals", shares=False, says={"weight": None},
     ),
+    "einsum, ellipsis": Case(
+        lambda: net(lambda self, x: torch.einsum("...d,kd->...k", tokens(self, x), self.fc.weight)), "", "sin", "reals",
+        says={"kind": "einsum", "axes": ("batch", "token")},
+    ),
+    "einsum, no arrow": Case(
+        lambda: net(lambda self, x: torch.einsum("bd,kd", self.a(x), self.fc.weight)), "", "Linear", "reals",
+        says={"kind": "einsum"},
+    ),
+    "linalg.matmul": Case(
+        lambda: net(lambda self, x: torch.linalg.matmul(self.a(x), self.w), w=param(8, 3)), "", "Linear", "reals"
+    ),
+    "clamped against overflow": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x)).clamp(-1e4, 1e4)), "fc", "Linear", "reals"
+    ),
+    "a masked class": Case(
+        lambda: net(masked(lambda self, x: self.fc(self.a(x)))), "fc", "Linear", "reals", says={"bias": True}
+    ),
+    "named after what it does not do": Case(
+        lambda: shake(CLIPSoftmaxNet(None, a=nn.Linear(4, 8), fc=nn.Linear(8, 3))), "fc", "Linear", "reals"
+    ),
+    "log of softmax": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x)).softmax(-1).log()), "fc", "Linear", "reals",
+        says={"log_softmax": True},
+    ),
+    "nine other heads": Case(
+        lambda: net(
+            lambda self, x: {"logits": self.fc(self.a(x)), "other": [head(self.a(x)) for head in self.heads]},
+            heads=nn.ModuleList(nn.Linear(8, 3) for _ in range(9)),
+        ),
+        "fc", "Linear", "reals",
+    ),
     # norms
+    "channel norm, a pixel": Case(
+        lambda: conv_net(lambda self, x: self.fc(self.norm(self.a(x))), norm=ChannelNorm(8)), "fc", "ChannelNorm",
+        "sphere", MAPS, says=LN | {"class_axis": 1}, shares=False,
+    ),
+    "channel norm, pooled": Case(
+        lambda: conv_net(
+            lambda self, x: self.fc(self.norm(F.adaptive_avg_pool2d(self.a(x), 1)).flatten(1)), norm=ChannelNorm(8),
+            fc=nn.Linear(8, 3),
+        ),
+        "fc", "ChannelNorm", "sphere", MAPS, says=LN, shares=False,
+    ),
+    "norm, then flattened": Case(
+        lambda: net(lambda self, x: self.fc(self.norm(tokens(self, x)).flatten(1)), norm=nn.LayerNorm(8),
+                    fc=nn.Linear(40, 3)), "fc", "LayerNorm", "reals", says={"folded": None},
+    ),
+    "part of a norm": Case(
+        lambda: net(lambda self, x: self.fc(self.norm(self.a(x))[:, :4]), fc=nn.Linear(4, 3),
+                    norm=nn.RMSNorm(8, elementwise_affine=False)), "fc", "RMSNorm", "reals", says={"folded": None},
+    ),
     "layer norm": Case(lambda: mlp(nn.LayerNorm(8), nn.Dropout()), "3", "LayerNorm", "sphere", says=LN, shares=False),
     "layer norm, no bias": Case(
         lambda: mlp(nn.LayerNorm(8, bias=False)), "2", "LayerNorm", "sphere", says=LN, shares=False
@@ -302,6 +377,14 @@ FOUND = {
     "last token picked": Case(
         lambda: LanguageModel(pick=True), "lm_head", "RMSNorm", "sphere", IDS,
         says=RMS | {"positions": "picked", "axes": ("batch",)}, shares=False,
+    ),
+    "tokens first": Case(
+        lambda: net(lambda self, x: self.fc(tokens(self, x)).transpose(0, 1)), "fc", "sin", "reals",
+        says={"positions": "swapped", "axes": ("token", "batch")},
+    ),
+    "tokens first, log_softmax": Case(
+        lambda: net(lambda self, x: self.fc(tokens(self, x)).transpose(0, 1).log_softmax(-1)), "fc", "sin", "reals",
+        says={"positions": "swapped", "log_softmax": True},
     ),
     "pooling after the head": Case(
         lambda: net(lambda self, x: self.fc(tokens(self, x)).mean(1)), "fc", "sin", "reals", says={"positions": "mean"}
@@ -379,6 +462,27 @@ REFUSED = {
     ),
     "scale of the batch": (
         lambda: net(lambda self, x: self.fc(self.a(x)) / x.std(0).flip(0)[0]), VECTORS, "not those of a second one"
+    ),
+    "scale of one sample": (
+        lambda: net(lambda self, x: self.fc(self.a(x)) * x.norm(dim=1, keepdim=True)), VECTORS[:1], "second one"
+    ),
+    "scale of the batch, whatever its order": (
+        lambda: net(lambda self, x: self.fc(self.a(x)) / x.std()), VECTORS, "not those of a second one"
+    ),
+    "two heads, one sample": (
+        lambda: net(lambda self, x: self.fc(self.a(x)) + self.o(x.mean(1, keepdim=True)), o=nn.Linear(1, 3)),
+        VECTORS[:1], "second one",
+    ),
+    "two heads and a masked class": (
+        lambda: net(masked(lambda self, x: (self.fc(self.a(x)) + self.o(x.sin())) / 2), o=nn.Linear(4, 3)), VECTORS,
+        "residual",
+    ),
+    "soft cap and a masked class": (
+        lambda: net(masked(lambda self, x: 3 * torch.tanh(self.fc(self.a(x))))), VECTORS, "applies tanh"
+    ),
+    "soft caps of other kinds": (
+        lambda: net(lambda self, x: torch.stack([30 * torch.atan(self.fc(self.a(0.01 * x)) / 30)]).sum(0)), VECTORS,
+        "applies atan",
     ),
     "maximum over tokens": (lambda: net(lambda self, x: self.fc(tokens(self, x)).amax(1)), VECTORS, "nearest: fc"),
     "distances": (lambda: net(lambda self, x: -torch.cdist(self.a(x), self.fc.weight)), VECTORS, "no product"),

@@ -1,4 +1,5 @@
 import copy
+import gc
 import pickle
 import threading
 
@@ -9,9 +10,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
+from penult import GenerativePair, Sphere
 from penult.activations import Tap
 from penult.head import Head, find_head
-from zoo import FOUND
+from zoo import FOUND, net
 
 
 def seeded(*shape, seed=0):
@@ -269,7 +271,7 @@ def test_gradients_through_every_kind_of_head(name):
     assert torch.autograd.gradcheck(lambda x: tap(x), (x,))
     h, logits = tap(x)
     (h.sin().sum() + logits.cos().sum()).backward()
-    assert all(p.grad is not None for p in model.a.parameters()) if hasattr(model, "a") else True
+    assert next(model.parameters()).grad is not None
 
 
 def test_a_frozen_model_still_gives_gradients_to_its_input():
@@ -376,19 +378,143 @@ def test_threads_do_not_mix():
     tap.eval()
     inputs = [seeded(50, 4, seed=i) for i in range(8)]
     expected = [tap(x)[0] for x in inputs]
-    found = [None] * 8
+    found = [[] for _ in inputs]
 
     def work(i):
-        other = copy.deepcopy(tap)
-        for _ in range(5):
-            found[i] = other(inputs[i])[0]
+        found[i] += [tap(inputs[i])[0] for _ in range(30)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(len(mine) == 30 for mine in found)
+    assert all(torch.equal(h, right) for mine, right in zip(found, expected, strict=True) for h in mine)
+    assert sum(hooks(tap.model)) == 0
+
+
+class Auxiliary(nn.Module):
+    """A second head of the same shape that runs first, and only in training."""
+
+    def __init__(self, functional):
+        super().__init__()
+        self.a, self.aux, self.fc = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.functional = functional
+
+    def forward(self, x):
+        h = self.a(x)
+        aux = self.aux(h.sin()) if self.training else None
+        return (F.linear(h, self.fc.weight, self.fc.bias) if self.functional else self.fc(h)), aux
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_head_that_runs_in_training_alone_is_not_taken_for_it(functional, compiled):
+    torch._dynamo.reset()
+    model = Auxiliary(functional)
+    tap = Tap(model, find_head(model, seeded(6, 4))).train()
+    run = torch.compile(tap, backend="aot_eager") if compiled else tap
+    h, logits = run(seeded(5, 4, seed=3))
+    assert torch.allclose(tap.head(h), logits, atol=1e-5)
+    assert torch.allclose(h, model.a(seeded(5, 4, seed=3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_token_picked_is_the_models_own_where_logits_tie(dtype):
+    """Two classes with opposite rows, in half precision: many tokens have equal logits and different h."""
+
+    class Pick(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Linear(16, 2, bias=False)
+            with torch.no_grad():
+                self.score.weight[1] = -self.score.weight[0]
+
+        def forward(self, x, last):
+            return self.score(x).float()[torch.arange(len(x)), last]
+
+    model = Pick().to(dtype)
+    x, last = seeded(16, 512, 16).to(dtype), torch.randint(512, (16,), generator=torch.Generator().manual_seed(0))
+    head = find_head(model, x[:4, :9], last[:4] % 9)
+    assert head.certificate.positions == "picked"
+    h, _ = Tap(model, head)(x, last)
+    assert torch.equal(h, x[torch.arange(16), last])
+
+
+def test_a_mean_that_leaves_out_padding_is_told_apart():
+    def forward(self, x, mask):
+        logits = self.fc(self.a(x))
+        return (logits * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    model = net(forward)
+    x, mask = seeded(3, 5, 4), torch.ones(3, 5)
+    tap = Tap(model, find_head(model, x, mask))
+    assert tap.head.certificate.positions == "mean"
+    tap(seeded(2, 7, 4), torch.ones(2, 7))
+    mask[0, 3:] = 0
+    with pytest.raises(RuntimeError, match="a mean may leave out padding"):
+        tap(x, mask)
+
+
+def test_a_map_resized_by_a_factor_is_told_apart():
+    model = FOUND["1x1 convolution, resized"].make()
+    model._run = lambda self, x: F.interpolate(self.fc(self.a(x)), scale_factor=1.5, mode="bilinear")
+    tap = Tap(model, find_head(model, seeded(2, 2, 8, 8)))  # 6 x 6 becomes 9 x 9, as by size
+    tap(seeded(1, 2, 10, 10))
+    with pytest.raises(RuntimeError, match="resized by a factor"):
+        tap(seeded(2, 2, 11, 11))  # 9 x 9 becomes 13 x 13
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "cast", "load"])
+def test_head_and_model_stay_one(way):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    tap = Tap(model, find_head(model, seeded(5, 4)))
+    if way == "deepcopy":
+        tap = copy.deepcopy(tap)
+    elif way == "pickle":
+        tap = pickle.loads(pickle.dumps(tap))
+    elif way == "cast":
+        model.double().float()
+    else:
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    tap(seeded(5, 4))
+    with torch.no_grad():
+        for parameter in tap.model.parameters():
+            parameter.add_(1)
+    h, logits = tap(seeded(5, 4))
+    assert torch.allclose(tap.head(h), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "layer norm", "learned temperature", "weight norm", "functional"])
+def test_a_pair_sees_that_the_model_was_trained(name):
+    model, x = FOUND[name].make(), FOUND[name].inputs
+    head = find_head(model, x)
+    pair = GenerativePair(head, Sphere(1.0))
+    h, _ = Tap(model, head)(x)
+    pair.log_prob(h.detach())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="weights changed"):
+        pair.log_prob(h.detach())
+
+
+def test_a_head_outlives_its_model():
+    head = find_head(FOUND["layer norm"].make(), FOUND["layer norm"].inputs)
+    version = head.version
+    gc.collect()
+    assert head.version == version
+    pair = GenerativePair(head)
+    assert pair.log_prob(torch.randn(2, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_folded_tap_in_another_precision(dtype):
+    model = FOUND["layer norm"].make()
+    tap = Tap(model, find_head(model, seeded(6, 4))).eval().to(dtype)
+    h, logits = tap(seeded(6, 4).to(dtype))
+    assert logits.dtype == dtype
+    assert torch.allclose(tap.head(h), logits.to(h.dtype), atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 
 from penult.activations import Tap
 from penult.head import HeadCertificate, HeadNotFoundError, find_head
-from zoo import FOUND, IDS, REFUSED, LanguageModel, Net, cnn, mlp, net, seeded, shake, twice
+from zoo import FOUND, IDS, REFUSED, LanguageModel, Net, cnn, mlp, net, seeded, shake, tokens, twice
 
 
 def batch(name):
@@ -195,6 +195,39 @@ def test_the_residual_stream_may_go_on_in_place():
     assert head.certificate.support == "sphere"
 
 
+@pytest.mark.parametrize("between", [nn.LayerNorm(8, eps=0.5), nn.LayerNorm(8)])
+def test_one_sample_does_not_make_a_sphere(between):
+    mean = net(lambda self, x: self.fc(self.norm(tokens(self, x)).mean(1)), norm=nn.LayerNorm(8))
+    for model, support in ((mlp(between), "ball" if between.eps == 0.5 else "sphere"), (mean, "ball")):
+        assert find_head(model, seeded(1, 4)).certificate.support == support
+
+
+def test_some_rows_may_be_zero():
+    model = LanguageModel()
+    with torch.no_grad():
+        model.embed.weight[0] = 0  # as that of a padding token
+    head = find_head(model, IDS)
+    assert head.certificate.empty == 1
+    assert "1 classes have a row of zeros" in str(head.certificate)
+    h, logits = Tap(model, head)(IDS)
+    assert torch.allclose(head(h), logits, atol=1e-5)
+
+
+def test_a_norm_of_ones_with_a_gain_of_another_name_is_not_folded():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return F.rms_norm(x, (8,)) * self.gamma
+
+    model = mlp(Norm())
+    with torch.no_grad():
+        model[1].gamma.fill_(1)
+    assert find_head(model, seeded(6, 4)).norm is None
+
+
 def test_a_gain_of_zero_is_not_folded():
     model = mlp(nn.LayerNorm(8))
     with torch.no_grad():
@@ -273,13 +306,17 @@ def test_models_that_cannot_be_watched():
         scripted = torch.jit.script(mlp(nn.ReLU()))
     with pytest.raises(TypeError, match="TorchScript"):
         find_head(scripted, seeded(6, 4))
-    with pytest.raises(TypeError, match="TorchScript"):
+    with pytest.raises(HeadNotFoundError, match="'0' computes is TorchScript and cannot be watched"):
         find_head(nn.Sequential(scripted), seeded(6, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        part = torch.jit.script(nn.ReLU())
+    assert find_head(mlp(part), seeded(6, 4)).certificate.path == "2"
 
     class FullyShardedDataParallel(nn.Module):
         pass
 
-    with pytest.raises(TypeError, match="weights are sharded"):
+    with pytest.raises(TypeError, match="are sharded"):
         find_head(nn.Sequential(FullyShardedDataParallel()), seeded(6, 4))
 
 
@@ -416,6 +453,49 @@ def test_nothing_is_left_behind(fail):
     assert seen == ([] if fail else [1, 1])  # two forwards, in which the user's own hook ran
     handle.remove()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_other_state_is_not_left_behind():
+    import random
+
+    import numpy as np
+
+    class Messy(nn.Module):
+        """Counts in buffers, caches, draws from three sources, and merges weights in eval mode, as some adapters do."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc, self.merged = nn.Linear(4, 8), nn.Linear(8, 3), False
+            self.register_buffer("steps", torch.zeros(()))
+            self.register_buffer("cache", None)
+            self.register_buffer("sized", torch.zeros(0))
+
+        def train(self, mode=True):
+            if mode == self.merged:
+                with torch.no_grad():
+                    self.fc.weight.add_(-1.0 if mode else 1.0)
+                self.merged = not mode
+            return super().train(mode)
+
+        def forward(self, x):
+            self.steps += 1
+            self.cache = x * random.random()
+            self.sized.resize_(5).fill_(np.random.rand())  # noqa: NPY002
+            self.register_buffer("extra", torch.ones(2))
+            return self.fc(self.a(x))
+
+    model = Messy().train()
+    weight, state, draws = model.fc.weight.clone(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    find_head(model, batch(""))
+    assert model.training
+    assert not model.merged
+    assert torch.allclose(model.fc.weight, weight)
+    assert model.steps == 0
+    assert model.cache is None
+    assert model.sized.shape == (0,)
+    assert "extra" not in model.state_dict()
+    assert random.getstate() == state
+    assert np.random.get_state()[1].tolist() == draws[1].tolist()  # noqa: NPY002
 
 
 def test_a_refusal_leaves_nothing_behind_either():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from penult.head import Head
 from penult.head._capture import capture
-from penult.head._model import submodule, unwrap
+from penult.head._model import submodule, tensor_at, unwrap
 
 __all__ = ["Tap"]
 
@@ -25,7 +26,9 @@ class Tap(nn.Module):
     layer, h is the vector before that layer's gain and offset, so that ``head(h)`` gives the logits (for a model
     that returns log-probabilities, up to a number a sample).
 
-    ``torch.compile(tap)`` works where it does for the model.
+    ``torch.compile(tap)`` works where it does for the model. Where the head is computed in the model's own forward
+    rather than in a layer, all of the forward is watched, and `nn.TransformerEncoder` then takes its ordinary path in
+    place of its fused one.
 
     Args:
         model: The classifier; DataParallel, DistributedDataParallel and torch.compile wrappers are opened,
@@ -61,8 +64,7 @@ class Tap(nn.Module):
         certificate = head.certificate
         submodule(self.model, certificate.path)
         if certificate.weight is not None:
-            tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-            weight = tensors.get(certificate.weight)
+            weight = tensor_at(self.model, certificate.weight)
             classes, features = certificate.shape
             if weight is None or weight.numel() != classes * features:
                 what = "no such tensor" if weight is None else f"one of shape {tuple(weight.shape)}"
@@ -70,6 +72,7 @@ class Tap(nn.Module):
                     f"the head was found as {certificate.shape} with the weight {certificate.weight!r}, but the model "
                     f"has {what}: the head belongs to another model"
                 )
+        self._shared = _shared(self.model, head)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -92,17 +95,33 @@ class Tap(nn.Module):
             TypeError: The model's output holds no logits.
         """
         assert self.head.certificate is not None
+        if not torch.compiler.is_compiling():
+            self._share()  # the model may have been moved or loaded by itself
         return capture(self.model, self.head.certificate, args, kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Tap:
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        shared = {
-            name: (source, held.size(), held.stride(), held.storage_offset())
-            for name in ("weight", "bias")
-            if (held := getattr(self.head, name)) is not None
-            and (source := next((t for t in tensors if t.data_ptr() == held.data_ptr()), None)) is not None
-        }
         super()._apply(fn, recurse)
-        for name, (source, *place) in shared.items():  # moved apart by now, but W shall take memory once
-            setattr(self.head, name, source.detach().as_strided(*place))
+        self._share()  # moved apart by now, but W shall take memory once
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()  # a copy was made of each
+
+    def _share(self) -> None:
+        """Let the head hold the model's own W and b again, where it did from the start."""
+        for name, (source, *place) in self._shared.items():
+            tensor, held = tensor_at(self.model, source), getattr(self.head, name)
+            if tensor is not None and tensor.data_ptr() != held.data_ptr():
+                setattr(self.head, name, tensor.detach().as_strided(*place))
+
+
+def _shared(model: nn.Module, head: Head) -> dict[str, tuple[Any, ...]]:
+    """Which of the model's tensors W and b of a head are views of, and which views."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name in ("weight", "bias"):
+        held = getattr(head, name)
+        for source, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if held is not None and tensor.numel() == held.numel() and tensor.data_ptr() == held.data_ptr():
+                found[name] = source, held.size(), held.stride(), held.storage_offset()
+    return found

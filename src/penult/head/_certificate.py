@@ -46,15 +46,20 @@ class HeadCertificate:
             then the vector before them.
         samples: Number of activations seen.
         norm_path: Name of the folded layer's module, or None.
+        weight: Name of the parameter that is W, or of which W is a view; None if W is computed.
         weight_first: Whether W is the first operand of the product, as in ``W @ h.T``.
-        call: Which product of this shape and order within the module's forward made the logits, counted from 0.
-        forward_call: The same within the whole model's forward.
-        weight: Name of the parameter that is W, or a transposed view of it; None if W is computed.
+        operand: Whether the product is given the parameter itself, not a view of it.
+        call: Which product with this W (of this shape, if W is computed) in the module's forward makes the logits,
+            counted from 0.
+        forward_call: The same in the whole model's forward, where W is known only if it is the operand; None in files
+            of older versions.
         class_axis: Axis of the classes in the model's own output: -1, or 1 for maps (B, K, H, W).
         axes: Names of the axes before the last of h and of logits, as `Tap` gives them.
         positions: What happens to the positions of W h + b until they are logits, and so to those of h:
             ``"same"``, the ``"mean"`` over them, one a sample ``"picked"``, or the interpolation of a map.
+        shifted: Whether a bias was fitted, beside what the product itself adds.
         log_softmax: Whether the model returns log-probabilities: logits up to a number a sample.
+        empty: Number of classes whose row of W is zero, as of padding tokens that were never trained.
         confirmed: The residual on a second batch (the first one reversed), which the head had not seen; None if
             the model does not take it.
         unit_offset: Whether the folded gain is 1 + weight.
@@ -82,14 +87,17 @@ class HeadCertificate:
     folded: Literal["LayerNorm", "RMSNorm"] | None
     samples: int
     norm_path: str | None = None
+    weight: str | None = None
     weight_first: bool = False
+    operand: bool = False
     call: int = 0
     forward_call: int | None = None
-    weight: str | None = None
     class_axis: int = -1
     axes: tuple[str, ...] = ("batch",)
     positions: Positions = "same"
+    shifted: bool = False
     log_softmax: bool = False
+    empty: int = 0
     confirmed: float | None = None
     unit_offset: bool = False
 
@@ -120,6 +128,8 @@ class HeadCertificate:
                 f"  axes    h ({', '.join((*self.axes, 'd'))}), classes on axis {self.class_axis} of the model's output"
                 + after.get(self.positions, f"; {self.positions} resizing")
             )
+        if self.empty:
+            lines.append(f"  empty   {self.empty} classes have a row of zeros")
         if self.log_softmax:
             lines.append("  output  log-probabilities: logits up to a number a sample")
         if self.folded is not None:

@@ -40,7 +40,7 @@ def check_labels(labels: Tensor, logits_shape: torch.Size, offset: int = 0) -> N
         )
 
 
-def check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor, empty_rows: bool = False) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight is {what}; a head needs a floating-point tensor (K, d)")
@@ -56,7 +56,7 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs at least two classes")
     check_finite("weight", weight)
     zero = torch.cat([~rows.any(dim=1) for rows in blocks(weight)]).nonzero().flatten().tolist()
-    if zero:
+    if zero and not (empty_rows and len(zero) < len(weight)):
         names = ", ".join(map(str, zero[:8])) + (f" and {len(zero) - 8} more" if len(zero) > 8 else "")
         raise ValueError(
             f"the rows of weight for class {names} are all zero: such classes were never trained (padding, "

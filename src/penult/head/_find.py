@@ -19,7 +19,7 @@ from penult.head._model import compiled_parts_eager, logits_of, submodule, untou
 from penult.head._origin import Norm, Origin, gains, invertible, without_gain
 from penult.head._record import Candidate, Recorder
 from penult.head._refusal import are_probabilities, not_confirmed, not_found, refuse_other_tasks
-from penult.head._rows import rows_in_double
+from penult.head._rows import blocks, rows_in_double
 
 __all__ = ["find_head"]
 
@@ -96,7 +96,7 @@ def find_head(
             good.sort(key=lambda match: (match.scale != 1) + (match.shift is not None))
             refused: list[tuple[Match, float | None]] = []
             for match in good[:_TRIES]:
-                head = _head_of(model, match, logits, tolerance, fold)
+                head = _head_of(model, match, logits, tolerance, fold, recorder)
                 second = _second_residual(model, head, match, args, kwargs)
                 if second <= _slack(tolerance, logits, match) if second is not None else not match.fitted:
                     return _certified(head, confirmed=second, path=path, model=model)
@@ -105,7 +105,7 @@ def find_head(
                 raise not_confirmed(*refused[0], tolerance)
             everything += found
         everything.sort(key=lambda match: match.residual)
-        raise not_found(logits, everything, recorder.candidates, path, tolerance, squashed_by)
+        raise not_found(model, logits, everything, recorder.candidates, path, tolerance, squashed_by)
 
 
 def _slack(tolerance: float, logits: Tensor, match: Match) -> float:
@@ -128,7 +128,7 @@ def _name_of(module: nn.Module, tensor: Tensor) -> str | None:
     return None
 
 
-def _head_of(model: nn.Module, match: Match, logits: Tensor, tolerance: float, fold: bool) -> Head:
+def _head_of(model: nn.Module, match: Match, logits: Tensor, tolerance: float, fold: bool, recorder: Recorder) -> Head:
     """The head that a match stands for, with its certificate."""
     product, layout = match.candidate.product, match.layout
     target = logits.movedim(layout.class_axis, -1)
@@ -141,11 +141,23 @@ def _head_of(model: nn.Module, match: Match, logits: Tensor, tolerance: float, f
     if match.shift is not None:
         shift = _known(model, match.shift, tolerance).to(weight)
         bias = shift if bias is None else bias + shift
-    head, residual, norm = Head(weight, bias), match.residual, None
+    head, residual, norm = Head._of_model(weight, bias, sources=_sources(model, match, None)), match.residual, None
     if fold and (folded := _folded(model, head, h, match, target, tolerance)) is not None:
         head, h, residual, norm = folded
-    head.certificate = _certify(model, match, head, h, target, residual, norm)
+    head.certificate = _certify(model, match, head, h, target, residual, norm, recorder)
     return head
+
+
+def _sources(model: nn.Module, match: Match, norm: Norm | None) -> list[Tensor]:
+    """The model's tensors that a head was computed from, so that it can tell when they change."""
+    tensors = {id(x): x for x in (match.candidate.product.operand, match.candidate.product.bias) if x is not None}
+    if norm is not None:
+        tensors |= {id(x): x for x in model.get_submodule(norm.path).parameters()}
+    path = match.candidate.path
+    if match.fitted or _name_of(model, match.candidate.product.weight) is None:
+        # A scale, or what W was computed from, is among what the module has of its own.
+        tensors |= {id(x): x for x in model.get_submodule(path).parameters(recurse=path != "")}
+    return list(tensors.values())
 
 
 def _known(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
@@ -177,10 +189,13 @@ def _second_residual(
 
 
 def _reversed(x: Tensor) -> Tensor:
-    """A batch of the same shapes and values that looks different: images upside down, texts read backwards."""
+    """A batch of the same shapes that looks different: images upside down and paler, texts read backwards."""
+    if x.ndim == 0 or x.is_complex():
+        return x
     if x.is_floating_point():
-        return x.flip(tuple(range(min(1, x.ndim - 1), x.ndim))) if x.ndim else x
-    return x.flip(1) if x.ndim > 1 else x
+        return 0.7 * x.flip(tuple(range(min(1, x.ndim - 1), x.ndim)))
+    backwards = x.flip(1) if x.ndim > 1 else x
+    return x.flatten().roll(1).view_as(x) if torch.equal(backwards, x) else backwards
 
 
 def _folded(
@@ -188,7 +203,8 @@ def _folded(
 ) -> tuple[Head, Tensor, float, Norm] | None:
     """The head that reads h before gain and offset, that h, the residual and the norm; None if that is not proved."""
     norm, direct = _norm_before(match.candidate.origin)
-    if norm is None or match.candidate.stride not in (1, norm.stride):
+    # The head has to read the normalised axis, and all of it.
+    if norm is None or h.shape[-1] != norm.width or match.candidate.stride not in (1, norm.stride):
         return None
     gain, offset = gains(model.get_submodule(norm.path), norm.unit_offset)
     if not invertible(gain, offset, h.dtype):
@@ -202,8 +218,8 @@ def _folded(
         shift = torch.cat([rows @ offset.to(rows) for rows in rows_in_double(weight)]).to(weight.device)
         bias = (shift if bias is None else shift + bias.to(shift)).to(wide)
     weight = weight.to(wide) if gain is None else weight.to(wide) * gain.to(wide)
-    direct = direct and match.layout.positions in ("same", "picked")
-    new = Head(weight, bias, norm=norm.kind if direct else None)
+    direct = direct and match.layout.positions in ("same", "swapped", "picked")
+    new = Head._of_model(weight, bias, norm=norm.kind if direct else None, sources=_sources(model, match, norm))
     guess = new(z.to(wide))
     residual = relative_error(guess.log_softmax(-1) if match.log_softmax else guess, logits)
     # The model rounds what the fold leaves exact, which half precision shows.
@@ -226,58 +242,79 @@ def _on_ball(z: Tensor, kind: Literal["layer", "rms"], dtype: torch.dtype) -> bo
 
 
 def _certify(
-    model: nn.Module, match: Match, head: Head, h: Tensor, logits: Tensor, residual: float, norm: Norm | None
+    model: nn.Module,
+    match: Match,
+    head: Head,
+    h: Tensor,
+    logits: Tensor,
+    residual: float,
+    norm: Norm | None,
+    recorder: Recorder,
 ) -> HeadCertificate:
     candidate, layout = match.candidate, match.layout
     norms = torch.linalg.vector_norm(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
-    shortest, longest = norms.min().item(), norms.max().item()
-    minimum, maximum = h.min().item(), h.max().item()
-    rows = torch.linalg.vector_norm(head.weight.float() / match.scale, dim=-1)
-    unit = abs(longest - 1) <= 1e-3 and abs(shortest - 1) <= 1e-3
-    cosine = unit and norm is None and bool(((rows - 1).abs() <= 1e-3).all())
+    low, high = h.min().item(), h.max().item()
+    name, operand = _name_of(model, candidate.product.weight), candidate.product.operand
+    if layout.positions == "picked":  # the whole forward is watched
+        call = recorder.before_in_model(candidate, by_address=name is not None)
+    else:
+        call = recorder.before(candidate, by_address=name is not None)
     return HeadCertificate(
         path=candidate.path,
-        kind="cosine" if cosine else candidate.product.kind,
+        kind="cosine" if norm is None and _is_cosine(norms, candidate.product.weight) else candidate.product.kind,
         scale=match.scale,
         residual=residual,
         shape=(head.num_classes, head.in_features),
         bias=head.bias is not None,
         before=None if candidate.origin is None else candidate.origin.name,
-        support=_support(candidate.origin, norm, minimum, maximum, shortest, longest),
+        support=_support(candidate.origin, norm, head.norm is not None, low, high, norms, h.shape[-1]),
         zeros=(h == 0).sum().item() / h.numel(),
-        norms=(shortest, longest),
-        minimum=minimum,
-        maximum=maximum,
+        norms=(norms.min().item(), norms.max().item()),
+        minimum=low,
+        maximum=high,
         gauge=head.mean_row.float().norm().item(),
         folded=None if norm is None else ("LayerNorm" if norm.kind == "layer" else "RMSNorm"),
         samples=norms.numel(),
         norm_path=None if norm is None else norm.path,
+        weight=name,
         weight_first=candidate.product.first,
-        call=candidate.call,
-        forward_call=candidate.forward_call,
-        weight=_name_of(model, candidate.product.weight),
+        operand=isinstance(operand, nn.Parameter),
+        call=call,
+        forward_call=recorder.before_in_model(candidate, by_operand=isinstance(operand, nn.Parameter)),
         class_axis=layout.class_axis,
-        axes=axes_of(logits.ndim, layout.class_axis),
+        axes=axes_of(logits.ndim, layout.class_axis, layout.positions),
         positions=layout.positions,
+        shifted=match.shift is not None,
         log_softmax=match.log_softmax,
+        empty=sum(int((~rows.any(dim=1)).sum()) for rows in blocks(candidate.product.weight)),
         unit_offset=norm is not None and norm.unit_offset,
     )
 
 
+def _is_cosine(norms: Tensor, weight: Tensor) -> bool:
+    """Whether activations and rows have norm 1."""
+    unit = bool(((norms - 1).abs() <= 1e-3).all())
+    return unit and all(bool(((rows.norm(dim=1) - 1).abs() <= 1e-3).all()) for rows in rows_in_double(weight))
+
+
 def _support(
-    origin: Origin | None, norm: Norm | None, minimum: float, maximum: float, shortest: float, longest: float
+    origin: Origin | None, norm: Norm | None, direct: bool, low: float, high: float, norms: Tensor, features: int
 ) -> Support:
+    """Where the activations lie, by what made them and what was seen."""
     names = {each.name.lower().rstrip("_") for each in (origin, origin and origin.pooled) if each is not None}
-    normalized = norm is not None or abs(longest - 1) <= 1e-3 or (origin is not None and origin.normalized)
-    if normalized and longest - shortest <= 1e-3 * longest:
-        return "sphere"
+    shortest, longest = norms.min().item(), norms.max().item()
     if norm is not None:
-        return "ball"
-    if names & {"tanh", "softsign"} and -1 <= minimum and maximum <= 1:
+        radius = features**0.5
+        return "sphere" if direct and max(longest - radius, radius - shortest) <= 1e-3 * radius else "ball"
+    alike = longest - shortest <= 1e-3 * longest
+    scaled = norms.numel() > 1 and origin is not None and origin.scaled
+    if alike and (abs(longest - 1) <= 1e-3 or scaled or (origin is not None and origin.normalized)):
+        return "sphere"
+    if names & {"tanh", "softsign"} and -1 <= low and high <= 1:
         return "cube"
     if names & {"relu6", "hardtanh", "sigmoid", "hardsigmoid"}:
         return "box"
-    return "orthant" if minimum >= 0 else "reals"
+    return "orthant" if low >= 0 else "reals"
 
 
 def _certified(head: Head, *, confirmed: float | None, path: str | None, model: nn.Module) -> Head:

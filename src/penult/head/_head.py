@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, final
 
@@ -24,7 +25,8 @@ class Head(nn.Module):
     """A softmax head: logits = W h + b.
 
     W and b are held by reference, detached: a head takes no memory beside the model's own, and follows the
-    model if it is trained further. Loading a state dict into it writes into the model, too; `clone` first if
+    model if it is trained further. (A head that `find_head` had to compute, with a scale or a norm's gain folded in,
+    does not: find it again.) Loading a state dict into it writes into the model, too; `clone` first if
     that is not wanted. ``version`` counts the changes of W.
 
     Args:
@@ -84,11 +86,41 @@ class Head(nn.Module):
         self.radius = None if norm is None else math.sqrt(self.in_features)
         self.temperature = 1.0
 
+    @classmethod
+    def _of_model(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        norm: Literal["layer", "rms"] | None = None,
+        sources: Sequence[Tensor] = (),
+    ) -> Head:
+        """A head as a model has it: some rows may be zero, as those of padding tokens.
+
+        Args:
+            weight: (K, d).
+            bias: (K,) or None.
+            norm: As for a head.
+            sources: The model's tensors that W and b were computed from; ``version`` counts their changes, too.
+        """
+        check_weight(weight, empty_rows=True)
+        check_bias(bias, weight)
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head._hold(weight, bias)
+        head.certificate, head.norm, head.temperature = None, norm, 1.0
+        head.radius = None if norm is None else math.sqrt(head.in_features)
+        head._sources = [weakref.ref(source) for source in sources]
+        head._seen = [version_of(source) for source in sources]
+        return head
+
     def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("mean_row", _wide_mean_row(self.weight), persistent=False)
-        self._span: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        self._span: tuple[Tensor, int, Tensor] | None = None
+        self._sources: list[weakref.ref[Tensor]] = []
+        self._seen: list[int] = []
 
     def _derive(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, temperature: float = 1.0) -> Head:
         """A head of the same classes with other numbers, which are not checked: centered rows may be zero."""
@@ -100,6 +132,7 @@ class Head(nn.Module):
         head.norm = self.norm
         head.radius = None if self.radius is None else self.radius * scale
         head.temperature = self.temperature * temperature
+        head._sources, head._seen = list(self._sources), list(self._seen)
         return head
 
     @property
@@ -118,9 +151,13 @@ class Head(nn.Module):
         return self.weight.new_zeros(self.num_classes) if self.bias is None else self.bias
 
     @property
-    def version(self) -> tuple[int, int]:
-        """Changes whenever W or b is changed in place, be it by the model that shares them."""
-        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias)
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever W or b, or a tensor of the model that they were computed from, is changed in place."""
+        for i, source in enumerate(self._sources):
+            tensor = source()
+            if tensor is not None:  # the model is still there
+                self._seen[i] = version_of(tensor)
+        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias), *self._seen
 
     def forward(self, h: Tensor) -> Tensor:
         """The logits of activations.
@@ -372,8 +409,9 @@ class Head(nn.Module):
             tensor([[1., 0.]])
         """
         kept = self._span
-        if kept is None or kept[0] is not self.weight or kept[1] != self.version:
-            self._span = kept = (self.weight, self.version, span_of(self.weight))
+        version = version_of(self.weight)
+        if kept is None or kept[0] is not self.weight or kept[1] != version:
+            self._span = kept = (self.weight, version, span_of(self.weight))
         return kept[2]
 
     def clone(self) -> Head:
@@ -393,14 +431,30 @@ class Head(nn.Module):
         return text if self.temperature == 1 else f"{text}, temperature={self.temperature:.4g}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Head:
+        if self.certificate is not None and self.certificate.folded is not None:
+            fn = _at_least_single(fn)  # what the fold computes, half precision could not hold
         super()._apply(fn, recurse)
         self._span = None  # it holds on to the weight as it was
         self.mean_row = _wide_mean_row(self.weight)  # which a move to half precision would have rounded
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_sources": [], "_seen": []}  # a copy belongs to no model
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.mean_row = _wide_mean_row(self.weight)
+
+
+def _at_least_single(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same move, but floating tensors stay in at least float32."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        narrow = new.is_floating_point() and torch.finfo(new.dtype).bits < 32
+        return tensor.to(new.device, torch.promote_types(tensor.dtype, torch.float32)) if narrow else new
+
+    return moved
 
 
 def _wide_mean_row(weight: Tensor) -> Tensor:

@@ -13,8 +13,17 @@ from torch import Tensor
 __all__ = ["Layout", "Positions", "axes_of", "class_axes", "layouts"]
 
 Positions = Literal[
-    "same", "mean", "picked", "nearest", "linear", "bilinear", "bilinear aligned", "bicubic", "bicubic aligned"
-]
+    "same",
+    "swapped",
+    "mean",
+    "picked",
+    "nearest",
+    "linear",
+    "bilinear",
+    "bilinear aligned",
+    "bicubic",
+    "bicubic aligned",
+]  # fmt: skip
 
 _RESIZED: dict[Positions, tuple[int, dict[str, Any]]] = {  # number of spatial axes, and how
     "linear": (1, {"mode": "linear", "align_corners": False}),
@@ -35,8 +44,8 @@ class Layout:
 
     Attributes:
         class_axis: Axis of the classes in the model's own output.
-        positions: ``"same"``; the ``"mean"`` over positions; one position a sample ``"picked"``; or the
-            interpolation that resizes a map.
+        positions: ``"same"``; batch and tokens ``"swapped"``; the ``"mean"`` over positions; one position a sample
+            ``"picked"``; or the interpolation that resizes a map.
     """
 
     class_axis: int
@@ -65,6 +74,8 @@ class Layout:
                     "find the head again with a batch like this one"
                 )
             return h.reshape(shape)
+        if self.positions == "swapped":
+            return h.transpose(0, 1)
         if self.positions == "mean":
             start = 1 if logits.ndim == h.ndim else logits.ndim - 1
             return h.flatten(start, -2).mean(-2).reshape(shape)
@@ -88,8 +99,12 @@ def class_axes(logits: Tensor, classes: int) -> Iterator[int]:
 def layouts(product: torch.Size, logits: torch.Size, class_axis: int) -> Iterator[Layout]:
     """The layouts that shapes (*P, K) and (*S, K) allow."""
     p, s = product[:-1], logits[:-1]
-    if p == s or p.numel() == s.numel():
+    # Positions may be flattened or not, but where there are as many axes, a reshape would mix them up.
+    if p == s or (p.numel() == s.numel() and len(p) != len(s)):
         yield Layout(class_axis, "same")
+    if len(p) >= 2 and s == (p[1], p[0], *p[2:]):
+        yield Layout(class_axis, "swapped")
+    if p == s or p.numel() == s.numel():
         return
     pooled = len(s) < len(p) and p[: len(s)] == s
     squashed = len(s) == len(p) and s[:1] == p[:1] and s[1:].numel() == 1
@@ -104,8 +119,11 @@ def layouts(product: torch.Size, logits: torch.Size, class_axis: int) -> Iterato
 _SPATIAL: dict[int, tuple[str, ...]] = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
-def axes_of(ndim: int, class_axis: int) -> tuple[str, ...]:
+def axes_of(ndim: int, class_axis: int, positions: Positions) -> tuple[str, ...]:
     """Names of the axes before the last of h (..., d) and of logits (..., K)."""
+    if positions == "swapped":
+        first, second, *rest = axes_of(ndim, class_axis, "same")
+        return (second, first, *rest)
     spatial = ndim - 2
     if spatial < 0:
         return ()

@@ -47,7 +47,7 @@ class Match:
 def matches(candidate: Candidate, logits: Tensor, *, fit: bool) -> Iterator[Match]:
     """The readings of a model's output through one product, with or without fitted scale and shift."""
     product = candidate.product
-    if not (product.weight.is_floating_point() and product.h.is_floating_point()):
+    if not (product.weight.is_floating_point() and product.h.is_floating_point()) or product.weight.shape[0] < 2:
         return
     for axis in class_axes(logits, product.weight.shape[0]):
         target = logits.movedim(axis, -1)
@@ -55,25 +55,47 @@ def matches(candidate: Candidate, logits: Tensor, *, fit: bool) -> Iterator[Matc
         found = list(layouts(shape, target.shape, axis))
         if not found:
             continue
-        values = F.linear(product.h, product.weight, product.bias)
-        wide = torch.promote_types(target.dtype, torch.float32)
-        target = target.to(wide)
         log_softmax = is_log_softmax(target)
         for layout in found:
-            aligned = layout.apply(values, values, logits.movedim(axis, -1)).to(wide)
-            for after in (False, True) if log_softmax else (False,):
-                for scale, shift in _fits(aligned, target, centred=after) if fit else [(1.0, None)]:
-                    guess = aligned * scale
-                    guess = guess if shift is None else guess + shift
-                    guess = guess.log_softmax(-1) if after else guess
-                    yield Match(candidate, layout, scale, shift, after, relative_error(guess, target))
+            step = math.ceil(target.shape[:-1].numel() / _ROWS)
+            if layout.positions == "same" and step > 1:  # large maps: some rows first, all if those fit
+                h, part = (x.reshape(-1, x.shape[-1])[::step] for x in (product.h, target))
+                first = list(_readings(candidate, layout, h, part, log_softmax, fit))
+                if min(match.residual for match in first) > 1e-2:
+                    yield from first
+                    continue
+            yield from _readings(candidate, layout, product.h, target, log_softmax, fit)
+
+
+def _readings(
+    candidate: Candidate, layout: Layout, h: Tensor, logits: Tensor, log_softmax: bool, fit: bool
+) -> Iterator[Match]:
+    values = F.linear(h, candidate.product.weight, candidate.product.bias)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    aligned, target = layout.apply(values, values, logits).to(wide), logits.to(wide)
+    for after in (False, True) if log_softmax else (False,):
+        for scale, shift in _fits(aligned, target, centred=after) if fit else [(1.0, None)]:
+            guess = aligned * scale
+            guess = guess if shift is None else guess + shift
+            guess = guess.log_softmax(-1) if after else guess
+            yield Match(candidate, layout, scale, shift, after, relative_error(guess, target))
 
 
 def relative_error(guess: Tensor, logits: Tensor) -> float:
-    """Largest absolute error over max(1, max abs(logits)); inf for NaN."""
+    """Largest absolute error over max(1, max abs(logits)); inf for NaN.
+
+    Classes that a model masks with a huge negative number, the same for all samples, are judged by themselves: they
+    would hide any error of the others.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    error = (guess.to(wide) - logits.to(wide)).abs().max().item()
-    return math.inf if math.isnan(error) else error / max(1.0, logits.abs().max().item())
+    z, y = (x.to(wide).reshape(-1, x.shape[-1]) for x in (logits, guess))
+    error = (y - z).abs()
+    if bool(error.isnan().any()):
+        return math.inf
+    size, worst = z.abs().amax(0), error.amax(0)
+    masked = (z == z[0]).all(0) & (size > 1e4)
+    parts = [(worst[rows], size[rows]) for rows in (masked, ~masked) if bool(rows.any())]
+    return max(float(e.max()) / max(1.0, float(s.max())) for e, s in parts)
 
 
 def is_log_softmax(logits: Tensor) -> bool:
@@ -84,7 +106,7 @@ def is_log_softmax(logits: Tensor) -> bool:
 
 def _fits(values: Tensor, logits: Tensor, *, centred: bool) -> Iterator[tuple[float, Tensor | None]]:
     """Least squares of logits = scale * values + shift: a shift alone, a scale alone, both."""
-    p, z = (each.flatten(end_dim=-2) for each in (values, logits))
+    p, z = (each.reshape(-1, each.shape[-1]) for each in (values, logits))
     step = math.ceil(len(p) / _ROWS)
     p, z = p[::step].double(), z[::step].double()
     if centred:  # what is the same for all classes is gone

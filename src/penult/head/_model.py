@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -11,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["compiled_parts_eager", "evaluating", "first_input", "logits_of", "submodule", "untouched", "unwrap"]
+__all__ = [
+    "compiled_parts_eager",
+    "evaluating",
+    "first_input",
+    "is_scripted",
+    "logits_of",
+    "submodule",
+    "tensor_at",
+    "untouched",
+    "unwrap",
+]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -29,19 +41,33 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             break
+    if is_scripted(model):
+        raise TypeError("the model is TorchScript, whose calls cannot be watched; give the model it was made from")
     for name, module in model.named_modules():
-        where = f"{type(module).__name__} at {name!r}" if name else f"the model is a {type(module).__name__}"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{where}: what TorchScript computes cannot be watched; give the model it was made from")
         if type(module).__name__ == "FullyShardedDataParallel":
             raise TypeError(
-                f"{where}: its weights are sharded, and a head that refers to them would soon refer to nothing; "
-                "gather them into a plain copy of the model first"
+                f"the weights of {name or 'the model'!r} are sharded (FSDP), and a head that refers to them would soon "
+                "refer to nothing; gather them into a plain copy of the model first"
             )
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor":
             raise TypeError(f"parameter {name!r} is a DTensor; gather it (full_tensor()) in a plain copy of the model")
     return model
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module is TorchScript."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def tensor_at(model: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of that name, or None."""
+    path, _, last = name.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(path), last, None)
+    except AttributeError:
+        return None
+    return tensor if isinstance(tensor, Tensor) else None
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -55,31 +81,55 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def compiled_parts_eager(model: nn.Module, path: str | None = None) -> AbstractContextManager[Any]:
-    """Run parts that torch.compile has taken as they were written, where the path (or any) leads into one."""
-    names = [path] if path is not None else [name for name, _ in model.named_modules()]
-    inside = any("_orig_mod" in name.split(".") for name in names)
-    return torch.compiler.set_stance("force_eager") if inside else nullcontext()
+    """Run what torch.compile has taken as it was written: anywhere, or if it holds the module at a path."""
+    if path is not None and "_orig_mod" not in path.split("."):
+        return nullcontext()
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled yet, and loading it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients for a while; afterwards training flags, buffers and random states are as before."""
-    buffers = [
-        (module, name, value, value.clone())
-        for module in model.modules()
-        for name, value in module._buffers.items()
-        if value is not None
-    ]
-    tensors = chain(model.parameters(), (value for _, _, value, _ in buffers))
+    """Eval mode without gradients for a while; afterwards training flags, buffers and random states are as before.
+
+    Random states are torch's, Python's and NumPy's; a generator of the model's own cannot be seen.
+    """
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if not is_scripted(module)]
+    copies = [(value, value.clone()) for _, held in buffers for value in held.values() if value is not None]
+    tensors = list(chain(model.parameters(), (value for value, _ in copies)))
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    with evaluating(model), torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
+    born = any(tensor.is_inference() for tensor in tensors)  # such a model runs in inference mode only
+    with (
+        evaluating(model),
+        torch.random.fork_rng(devices=devices),
+        _kept_random(),
+        nullcontext() if born else torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         try:
             yield
         finally:
-            for module, name, value, copy in buffers:
-                if not torch.equal(value, copy):
-                    value.copy_(copy)
-                module._buffers[name] = value
+            for value, copy in copies:
+                if value.shape != copy.shape or not torch.equal(value, copy):
+                    value.resize_(copy.shape).copy_(copy)
+            for module, held in buffers:
+                module._buffers.clear()
+                module._buffers.update(held)
+
+
+@contextmanager
+def _kept_random() -> Iterator[None]:
+    """The random states of Python and, if it is loaded, NumPy."""
+    numpy = sys.modules.get("numpy")
+    python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
 
 
 @contextmanager
@@ -90,6 +140,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
+        for module, training in flags:
+            if type(module).train is not nn.Module.train:  # which may do more than set the flag, as merging weights
+                module.train(training)
         for module, training in flags:
             module.training = training
 

@@ -26,12 +26,6 @@ _PASS_THROUGH_MODULES = (
 )  # fmt: skip
 _KINDS: tuple[Literal["layer", "rms"], ...] = ("layer", "rms")
 _POOLING = ("mean", "avg_pool", "avgpool")
-# What may stand between a product and logits that are still affine in h.
-_AFFINE = frozenset("mul rmul div truediv true_divide rtruediv add radd sub rsub neg interpolate log_softmax".split())
-_SQUASHING = (
-    "softmax", "sigmoid", "tanh", "relu", "elu", "silu", "swish", "softplus", "softsign", "mish", "clamp", "clip",
-    "amax", "max", "threshold",
-)  # fmt: skip
 # What such a function does to a tensor is worth more to know than the name of the module around it.
 _TELLING = ("relu", "tanh", "sigmoid", "softsign", "elu", "silu", "swish", "norm", *_POOLING)
 
@@ -44,12 +38,14 @@ class Norm:
         path: Its module's name.
         kind: ``"layer"`` if the mean is taken off, ``"rms"`` if not.
         unit_offset: Whether its gain is 1 + weight.
-        stride: Stride of the normalised axis in its output.
+        width: Length of the normalised axis.
+        stride: Its stride in the output.
     """
 
     path: str
     kind: Literal["layer", "rms"]
     unit_offset: bool
+    width: int
     stride: int
 
 
@@ -77,23 +73,14 @@ class Origin:
         return self.behind if any(word in self.name.lower() for word in _POOLING) else None
 
     @property
-    def squashed_by(self) -> str | None:
-        """The function, not affine, that the last product went through, if this is what became of one."""
-        if self.inner is not None:
-            return self.inner.squashed_by
-        name = self.name.lower().strip("_")
-        if name in _AFFINE or any(word in name for word in _POOLING):
-            return None if self.behind is None else self.behind.squashed_by
-        return self.name if any(word in name for word in _SQUASHING) else None
+    def scaled(self) -> bool:
+        """Whether something was multiplied or divided."""
+        return self.name.strip("_") in ("mul", "rmul", "div", "truediv")
 
     @property
     def normalized(self) -> bool:
         """Whether vectors were divided by their norms, and at most multiplied by a number since."""
-        return "normalize" in self.name or (
-            self.name.strip("_") in ("mul", "rmul", "div", "truediv")
-            and self.behind is not None
-            and self.behind.normalized
-        )
+        return "normalize" in self.name or (self.scaled and self.behind is not None and self.behind.normalized)
 
 
 class Origins:
@@ -169,27 +156,37 @@ def invertible(gain: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -
 
 
 def _norm_of(module: nn.Module, path: str, x: Tensor, output: Tensor) -> Norm | None:
-    """The norm over the last axis that this call proves a module to be, whatever its class; None if it is none."""
+    """The norm over the last axis, or over the channels of maps, that this call proves a module to be.
+
+    Its class plays no part; None if it is none.
+    """
     gain = getattr(module, "weight", None)
-    plain = gain is None and "norm" in type(module).__name__.lower()
-    if not (plain or (isinstance(gain, Tensor) and gain.shape == output.shape[-1:])):
-        return None
+    plain = next(module.parameters(), None) is None and "norm" in type(module).__name__.lower()
     if x.shape != output.shape or not (x.is_floating_point() and output.is_floating_point()) or x.numel() == 0:
         return None
-    eps = next(
-        (e for name in ("eps", "variance_epsilon", "epsilon") if (e := getattr(module, name, None)) is not None), 0
-    )
+    for axis in (-1, 1) if x.ndim == 4 else (-1,):
+        if plain or (isinstance(gain, Tensor) and gain.shape == output.movedim(axis, -1).shape[-1:]):
+            found = _kind_of(module, plain, x.movedim(axis, -1), output.movedim(axis, -1))
+            if found is not None:
+                return Norm(path, *found, output.shape[axis], output.stride(axis))
+    return None
+
+
+def _kind_of(module: nn.Module, plain: bool, x: Tensor, output: Tensor) -> tuple[Literal["layer", "rms"], bool] | None:
+    """Which norm over the last axis makes this output of x, and whether its gain is 1 + weight."""
+    given_eps = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
+    eps = next((value for value in given_eps if value is not None), 0.0)
     x, given = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (x, output))
     bound = max(1e-4, 4 * torch.finfo(output.dtype).eps) * float(given.abs().max())
     for kind in _KINDS:
         centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
         z = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
         for unit_offset in (False,) if plain else (False, True):
-            factor, offset = gains(module, unit_offset)
+            factor, offset = (None, None) if plain else gains(module, unit_offset)
             expected = z if factor is None else z * factor
             expected = expected if offset is None else expected + offset
             if bool(((expected - given).abs() <= bound).all()):
-                return Norm(path, kind, unit_offset, output.stride(-1))
+                return kind, unit_offset
     return None
 
 

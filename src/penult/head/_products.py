@@ -24,6 +24,7 @@ class Product(NamedTuple):
         bias: (K,) if the call adds one.
         axis: The axis of the call's output that counts the K classes.
         first: Whether W is the first of the two operands.
+        operand: W as it was given: a parameter, often, where ``weight`` is a view of one.
     """
 
     kind: Kind
@@ -31,6 +32,7 @@ class Product(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     axis: int
+    operand: Tensor
     first: bool = False
 
     @property
@@ -53,31 +55,31 @@ def products(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
 def _contract(kind: Kind, a: Tensor, i: int, b: Tensor, j: int, bias: Tensor | None = None) -> Iterator[Product]:
     """A product over axis i of `a` and axis j of `b` whose output has the axes of `a`, then those of `b`."""
     if b.ndim == 2:
-        yield Product(kind, a.movedim(i, -1), b.movedim(j, -1), bias, -1)
+        yield Product(kind, a.movedim(i, -1), b.movedim(j, -1), bias, -1, b)
     if a.ndim == 2:
-        yield Product(kind, b.movedim(j, -1), a.movedim(i, -1), None, 0, first=True)
+        yield Product(kind, b.movedim(j, -1), a.movedim(i, -1), None, 0, a, first=True)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Product]:
     if weight.ndim == 2:
-        yield Product("linear", input, weight, bias, -1)
+        yield Product("linear", input, weight, bias, -1, weight)
 
 
 def _matmul(*args: Any, **kwargs: Any) -> Iterator[Product]:
     input, other = [*args, *kwargs.values()][:2]  # torch has several names for the second
     if other.ndim == 2 and input.ndim >= 1:
-        yield Product("matmul", input, other.mT, None, -1)
+        yield Product("matmul", input, other.mT, None, -1, other)
     if input.ndim == 2 and other.ndim >= 1:
         h, axis = (other.mT, -2) if other.ndim > 1 else (other, -1)
-        yield Product("matmul", h, input, None, axis, first=True)
+        yield Product("matmul", h, input, None, axis, input, first=True)
 
 
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any
 ) -> Iterator[Product]:
     plain = beta == 1 and alpha == 1 and input.shape in ((mat2.shape[1],), (1, mat2.shape[1]))
-    yield Product("matmul", mat1, mat2.mT, input.flatten() if plain else None, -1)
-    yield Product("matmul", mat2.mT, mat1, None, 0, first=True)
+    yield Product("matmul", mat1, mat2.mT, input.flatten() if plain else None, -1, mat2)
+    yield Product("matmul", mat2.mT, mat1, None, 0, mat1, first=True)
 
 
 def _inner(*args: Any, **kwargs: Any) -> Iterator[Product]:
@@ -98,21 +100,30 @@ def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, **_: Any) -> Iterator[Produc
 def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "..." in equation:
+    if not isinstance(equation, str) or len(operands) != 2:
         return
-    inputs, output = equation.replace(" ", "").split("->")
+    inputs, arrow, output = equation.replace(" ", "").replace("...", ".").partition("->")
     axes = inputs.split(",")
+    if not arrow:  # what is named once, in the order of the alphabet
+        output = "." * ("." in inputs) + "".join(sorted(c for c in set(inputs) - {",", "."} if inputs.count(c) == 1))
     for swapped in (False, True):
         (h, h_axes), (weight, w_axes) = (operands[swapped], axes[swapped]), (operands[not swapped], axes[not swapped])
         summed, classes = set(w_axes) - set(output), set(w_axes) & set(output)
-        if len(w_axes) != 2 or len(summed) != 1 or len(classes) != 1:
+        if len(w_axes) != 2 or "." in w_axes or len(summed) != 1 or len(classes) != 1:
             continue
         d, k = summed.pop(), classes.pop()
         rest = h_axes.replace(d, "")
         # The other axes of h must come out as they went in: no further sum, no diagonal.
         if h_axes.count(d) == 1 and k not in rest and output.replace(k, "") == rest and output.count(k) == 1:
-            weight = weight if w_axes.index(d) == 1 else weight.mT
-            yield Product("einsum", h.movedim(h_axes.index(d), -1), weight, None, output.index(k), first=swapped)
+            oriented = weight if w_axes.index(d) == 1 else weight.mT
+            place, axis = (_axis(name, names) for name, names in ((d, h_axes), (k, output)))
+            yield Product("einsum", h.movedim(place, -1), oriented, None, axis, weight, first=swapped)
+
+
+def _axis(name: str, names: str) -> int:
+    """Where an axis is, counted from the end if an ellipsis comes before it."""
+    index = names.index(name)
+    return index - len(names) if "." in names[:index] else index
 
 
 def _conv(
@@ -129,7 +140,7 @@ def _conv(
 
     pointwise = all(size == 1 for size in weight.shape[2:]) and groups == 1 and only(stride, 1)
     if pointwise and (padding in ("valid", "same") or only(padding, 0)) and input.ndim == weight.ndim:
-        yield Product("conv", input.movedim(1, -1), weight.flatten(1), bias, 1)
+        yield Product("conv", input.movedim(1, -1), weight.flatten(1), bias, 1, weight)
 
 
 def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Iterator[Product]:
@@ -140,12 +151,13 @@ def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Iterator
     for x, rows, first in ((x1, x2, False), (x2, x1, True)):
         if rows.ndim >= 2 and rows.shape[:-2].numel() == 1 and x.ndim >= 2 and x.shape[-2] == 1:
             weight = F.normalize(rows.reshape(rows.shape[-2:]), dim=-1, eps=eps)
-            yield Product("cosine", F.normalize(x.squeeze(-2), dim=-1, eps=eps), weight, None, -1, first)
+            yield Product("cosine", F.normalize(x.squeeze(-2), dim=-1, eps=eps), weight, None, -1, rows, first)
 
 
 _READERS: dict[Any, Callable[..., Iterator[Product]]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
+    torch.linalg.matmul: _matmul,
     torch.mm: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from penult.head._model import first_input
+from penult.head._lineage import Lineage
+from penult.head._model import first_input, is_scripted
 from penult.head._origin import Key, Origin, Origins, key_of, tensors_in
 from penult.head._products import Product, products
 
 __all__ = ["Candidate", "Recorder"]
 
-_KEPT = 8  # a number of classes; each holds activations, and the head is among the last
+_KEPT = 32  # of each number of classes: they hold activations, and the head is among the last
+
+
+class Call(NamedTuple):
+    """A product that was computed, without its tensors."""
+
+    modules: frozenset[str]  # that were running
+    place: tuple[int, int, bool]
+    address: int  # of W
+    operand: int  # identity of the tensor that was given as W
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +37,14 @@ class Candidate:
     Attributes:
         product: The product; its h is a copy, safe from what the model does next.
         path: Name of the innermost module that was running.
-        call: How many products of this shape and order the module had computed before.
-        forward_call: And the model.
+        number: How many products the model had computed before.
         origin: What made h.
         stride: Stride of h along d.
     """
 
     product: Product
     path: str
-    call: int
-    forward_call: int
+    number: int
     origin: Origin | None
     stride: int
 
@@ -46,11 +54,12 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._names = {module: name for name, module in model.named_modules()}
+        self._names = {module: name for name, module in model.named_modules() if not is_scripted(module)}
         self._hooks = ExitStack()
         self._running: list[tuple[str, Key | None]] = []  # modules, and the key of what each reads
-        self._count: Counter[tuple[str, tuple[int, int, bool]]] = Counter()
+        self._calls: list[Call] = []
         self._origins = Origins()
+        self._lineage = Lineage()
         self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
     def __enter__(self) -> Recorder:
@@ -70,12 +79,17 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        found = False
         for product in products(func, args, kwargs):
             self._candidate(product)
-        operands = tensors_in([*args, *kwargs.values()])
-        source = self._origin_of(max(operands, key=Tensor.numel, default=None))  # before an in-place change
+            found = True
+        operands = list(tensors_in([*args, *kwargs.values()]))
+        keys = [key_of(operand) for operand in operands]  # before an in-place change
+        source = self._origin_of(max(operands, key=Tensor.numel, default=None))
         output = func(*args, **kwargs)
         self._origins.function(func, source, output)
+        changed = [operand for operand, key in zip(operands, keys, strict=True) if key_of(operand) != key]
+        self._lineage.function(func, keys, [*tensors_in([output]), *changed], product=found)
         return output
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,22 +101,41 @@ class Recorder(TorchFunctionMode):
         self._origins.module(module, path, first_input(args, kwargs), key, output)
 
     def squashed_by(self, output: Tensor) -> str | None:
-        """The function, not affine, by which the model makes its output of a product; None if there is none."""
-        origin = self._origin_of(output)
-        return None if origin is None else origin.squashed_by
+        """The function, not affine, that the output went through after its last product; None if there is none."""
+        return self._lineage.squashed_by(output)
 
     def _origin_of(self, tensor: Tensor | None) -> Origin | None:
         return None if tensor is None else self._origins.of(key_of(tensor))
+
+    def before(self, candidate: Candidate, *, by_address: bool) -> int:
+        """How many products like this one its module had computed before, told by place and perhaps by W."""
+        mine = self._calls[candidate.number]
+        return sum(
+            candidate.path in call.modules
+            and call.place == mine.place
+            and not (by_address and call.address != mine.address)
+            for call in self._calls[: candidate.number]
+        )
+
+    def before_in_model(self, candidate: Candidate, *, by_address: bool = False, by_operand: bool = False) -> int:
+        """How many the model had, told by place and perhaps by W, or by the very tensor that was given as W."""
+        mine = self._calls[candidate.number]
+        return sum(
+            call.place == mine.place
+            and not (by_address and call.address != mine.address)
+            and not (by_operand and call.operand != mine.operand)
+            for call in self._calls[: candidate.number]
+        )
 
     def _candidate(self, product: Product) -> None:
         running = [path for path, _ in self._running] or [""]
         candidate = Candidate(
             product=product._replace(h=product.h.detach().clone()),
             path=running[-1],
-            call=self._count[running[-1], product.place],
-            forward_call=self._count["", product.place],
+            number=len(self._calls),
             origin=Origin("normalize", None, None) if product.kind == "cosine" else self._origin_of(product.h),
             stride=product.h.stride(-1) if product.h.ndim else 1,
         )
-        self._count.update((name, product.place) for name in {*running, ""})
+        address = product.operand.data_ptr()
+        self._calls.append(Call(frozenset({*running, ""}), product.place, address, id(product.operand)))
         self.candidates[product.weight.shape[0]].append(candidate)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from penult.head._certificate import HeadNotFoundError
 from penult.head._match import Match, relative_error
+from penult.head._model import is_scripted
 from penult.head._record import Candidate
 
 __all__ = ["are_probabilities", "not_confirmed", "not_found", "refuse_other_tasks"]
@@ -28,7 +29,8 @@ def refuse_other_tasks(model: nn.Module, logits: Tensor) -> None:
             f"the model's output has shape {tuple(logits.shape)}: one logit a sample (a sigmoid or a regression) is "
             f"no softmax. {_SIGMOID}"
         )
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    configs = (getattr(module, "config", None) for module in model.modules())
+    problem = next((kind for config in configs if (kind := getattr(config, "problem_type", None))), None)
     if problem == "regression":
         raise HeadNotFoundError("the model's config says problem_type='regression': its outputs are no logits")
     if problem == "multi_label_classification":
@@ -39,6 +41,7 @@ def refuse_other_tasks(model: nn.Module, logits: Tensor) -> None:
 
 
 def not_found(
+    model: nn.Module,
     logits: Tensor,
     ranked: Sequence[Match],
     candidates: Mapping[int, Sequence[Candidate]],
@@ -57,9 +60,11 @@ def not_found(
         made = ", ".join(f"{k} ({each[-1].path or 'the model itself'})" for k, each in list(candidates.items())[-6:])
         seen = f"no product has that number of classes; the numbers of rows seen: {made or 'none'}"
     subject = "no linear map of one activation" if path is None else f"nothing computed in {path!r}"
+    scripted = [name for name, module in model.named_modules() if is_scripted(module)]
+    unseen = f" What {scripted[0]!r} computes is TorchScript and cannot be watched." if scripted else ""
     return HeadNotFoundError(
         f"{subject} reproduces the logits of shape {shape} within tolerance {tolerance:g} ({seen}). "
-        f"{_cause(logits, list(best.values()), squashed_by)} "
+        f"{_cause(logits, list(best.values()), squashed_by)}{unseen} "
         "If W and b are known, build penult.Head(weight, bias) from them"
     )
 
