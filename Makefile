@@ -44,6 +44,8 @@ docs: $(VENV)/.docs  ## build the documentation into docs/_build/html
 
 bench: $(VENV)/.dev  ## run every benchmark that needs no data folder and refresh the tables
 	@$(BIN)/python benchmarks/vmf.py
+	@$(BIN)/python benchmarks/extract.py
+	@$(BIN)/python benchmarks/families.py
 	@$(BIN)/python benchmarks/tables.py
 
 tables: $(VENV)/.dev  ## rewrite the tables of README and docs from benchmarks/results

@@ -14,8 +14,8 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def committed():
-    return json.loads((BENCHMARKS / "results" / "vmf.json").read_text(encoding="utf-8"))
+def committed(name="vmf"):
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def check_accuracy(section):
@@ -72,6 +72,14 @@ def test_committed_results_name_their_origin():
         assert {"seed", "quick", "code"} <= set(section["settings"])
 
 
+def test_committed_extraction():
+    sections = committed("extract")["sections"]
+    assert set(sections) == {"overhead", "memory"}
+    assert not any(section["settings"]["quick"] for section in sections.values())
+    memory = sections["memory"]["cells"]
+    assert memory["data_mib"] > 1.5 * memory["extract, 10 N"]  # which the data would not have fitted in
+
+
 # --- a run of one's own -------------------------------------------------------------------------------------
 
 
@@ -113,7 +121,7 @@ def test_bad_arguments():
 
 
 def test_help():
-    for script in ("vmf.py", "tables.py"):
+    for script in ("vmf.py", "extract.py", "families.py", "tables.py"):
         outcome = run(script, "--help")
         assert outcome.returncode == 0
         assert f"python benchmarks/{script}" in outcome.stdout

@@ -123,7 +123,7 @@ def test_an_exception_in_the_middle_leaves_the_old_file(tmp_path, monkeypatch, w
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(io if where == "save_file" else os, where, fail)
+    monkeypatch.setattr("penult.io._file.save_file" if where == "save_file" else f"os.{where}", fail)
     with pytest.raises(type(error)):
         io.write(path, {"x": torch.zeros(99)}, "x", {})
     monkeypatch.undo()
@@ -206,3 +206,137 @@ def test_malformed_metadata(tmp_path, text, words):
     save_file({"x": torch.zeros(1)}, tmp_path / "a", metadata={"penult": text})
     with pytest.raises(io.FileFormatError, match=words):
         io.read(tmp_path / "a")
+
+
+# ---- folders of shards --------------------------------------------------------------------------------------
+
+
+def shards(folder, count=3):
+    for i in range(count):
+        io.write(folder / f"x-{i}.safetensors", {"x": torch.arange(i)}, "x", {})
+    return {f"x-{i}.safetensors": {"rows": i} for i in range(count)}
+
+
+def test_index_round_trip(tmp_path):
+    facts = shards(tmp_path)
+    path = io.write_index(str(tmp_path), facts, "numbers", {"by": ["me"], "κ": 1.5})
+    assert path == tmp_path / io.INDEX_NAME
+    index = io.read_index(str(tmp_path), kind=("numbers", "letters"))
+    assert list(index.shards.items()) == list(facts.items())
+    assert index.kind == "numbers"
+    assert index.metadata == {"by": ["me"], "κ": 1.5}
+    assert set(index.versions) == {"penult", "torch"}
+    record = json.loads(path.read_text())
+    assert record["schema"] == io.SCHEMA_VERSION
+    assert [entry["bytes"] for entry in record["shards"]] == [(tmp_path / name).stat().st_size for name in facts]
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("shards", "metadata", "error", "words"),
+    [
+        ({"none": {}}, {}, FileNotFoundError, "none"),
+        ({"../a": {}}, {}, ValueError, "no plain file name"),
+        ({"a": {"bytes": 1}}, {}, ValueError, "may not use the names bytes"),
+        ({"a": {}}, {"shards": []}, ValueError, "shards"),
+        ({"a": {"o": object()}}, {}, TypeError, "JSON"),
+        ({"a": {"o": float("inf")}}, {}, ValueError, "NaN"),
+    ],
+)
+def test_bad_indices_are_not_written(tmp_path, shards, metadata, error, words):
+    (tmp_path / "a").touch()
+    with pytest.raises(error, match=words):
+        io.write_index(tmp_path, shards, "x", metadata)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_no_index(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        io.read_index(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no index\.json in"):
+        io.read_index(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(io.FileFormatError, match="a file, not a folder"):
+        io.read_index(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../x-0.safetensors", "no plain file name"),
+        ("/etc/passwd", "no plain file name"),
+        ("..", "no plain file name"),
+        ("sub/x-0.safetensors", "no plain file name"),
+        ("..\\x", "no plain file name"),
+        ("C:x", "no plain file name"),
+        ("x\0", "no plain file name"),
+        ("", "no plain file name"),
+        (".", "no plain file name"),
+        ("x-1.safetensors", "no name of its own"),
+        (None, "no name of its own"),
+        (["x"], "no name of its own"),
+        ("x-9.safetensors", r"incomplete: x-9\.safetensors is missing"),
+    ],
+)
+def test_bad_shard_names(tmp_path, name, words):
+    io.write_index(tmp_path, shards(tmp_path), "x", {})
+    record = json.loads((tmp_path / io.INDEX_NAME).read_text())
+    record["shards"][2]["name"] = name
+    (tmp_path / io.INDEX_NAME).write_text(json.dumps(record))
+    with pytest.raises(io.FileFormatError, match=words):
+        io.read_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not valid JSON"),
+        ("\udcff", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "no schema"),
+        ('{"schema": 1}', "no kind"),
+        ('{"schema": 7, "kind": "x"}', "written by schema 7.*upgrade penult"),
+        ('{"schema": 1, "kind": "y", "shards": []}', "holds a 'y', but 'x' was wanted"),
+        ('{"schema": 1, "kind": "x"}', "no list of shards"),
+        ('{"schema": 1, "kind": "x", "shards": {}}', "no list of shards"),
+        ('{"schema": 1, "kind": "x", "shards": [1]}', "no name of its own"),
+        ('{"schema": 1, "kind": "x", "shards": [{"name": "a"}]}', "no size"),
+        ('{"schema": 1, "kind": "x", "shards": [{"name": "a", "bytes": "5"}]}', "no size"),
+    ],
+)
+def test_malformed_indices(tmp_path, text, words):
+    (tmp_path / io.INDEX_NAME).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(io.FileFormatError, match=words):
+        io.read_index(tmp_path, kind="x")
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_a_shard_of_another_size(tmp_path, keep):
+    io.write_index(tmp_path, shards(tmp_path), "x", {})
+    path = tmp_path / "x-1.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(io.FileFormatError, match=r"x-1\.safetensors has \d+ bytes, but \d+ in the index"):
+        io.read_index(tmp_path)
+
+
+def test_an_interrupted_index_leaves_the_old_one(tmp_path, monkeypatch):
+    io.write_index(tmp_path, shards(tmp_path), "x", {"old": True})
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        io.write_index(tmp_path, {}, "x", {})
+    monkeypatch.undo()
+    assert io.read_index(tmp_path).metadata == {"old": True}
+    assert leftovers(tmp_path) == []
+
+
+def test_leftovers(tmp_path):
+    for name in ("a.safetensors", ".a.safetensors.tmp", ".a.1-zzzzzzzz.tmp", "a.1-01234567.tmp"):
+        (tmp_path / name).touch()
+    assert io.leftovers(tmp_path) == {}
+    with io.aside(tmp_path / "b.json") as temporary:
+        assert io.leftovers(tmp_path) == {temporary: "b.json"}
+    assert io.leftovers(tmp_path) == {}

@@ -3,54 +3,85 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from penult import io
 from penult.activations._activations import Activations
+from penult.activations._batch import Reader
+from penult.activations._blocks import Memory
+from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
+from penult.activations._progress import Progress, reporting
+from penult.activations._resume import check_batch, check_record, checksum, refusal
 from penult.activations._tap import Tap
-from penult.head._checks import check_labels
+from penult.activations._writer import SHARD_SIZE, Writer
 from penult.head._model import evaluating
 
 __all__ = ["extract"]
-
-_LABEL_KEYS = ("labels", "label", "y")
 
 
 def extract(
     tap: Tap,
     loader: Iterable[Any],
+    out: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
-    progress: Callable[[int, int | None], object] | None = None,
+    dtype: torch.dtype | None = None,
+    class_names: Sequence[str] | None = None,
+    shard_size: int = SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress | bool | None = None,
 ) -> Activations:
-    """Run a whole loader through a tap, in eval mode and without gradients.
+    """Run a whole loader through a tap, in eval mode and without gradients, into memory or into a folder.
 
     A batch may be
 
     - a tensor: what the model takes;
     - a tuple or list: what the model takes, and the labels if there is a second entry (None for no labels);
       further entries are left out;
-    - a mapping: the labels are under ``"labels"``, ``"label"`` or ``"y"``, if any; of the rest, what is no
-      tensor is left out. One tensor goes to the model by position, several go by keyword.
+    - a mapping, also a Hugging Face BatchEncoding or BatchFeature: the labels are under ``"labels"``, ``"label"`` or
+      ``"y"``, if any; of the rest, what is no tensor is left out. One tensor goes to the model by position, several
+      go by keyword.
 
-    Models that give logits (B, T, K) for tokens are read as B * T samples, with labels (B, T).
+    Models that give logits (B, T, K) for tokens or (B, H, W, K) for pixels are read as so many samples, with labels
+    (B, T) or (B, H, W). Samples are left out where the label is -100, and where an ``attention_mask`` of the shape of
+    the samples is 0.
+
+    With `out`, batches gather until they are a shard, which is written and forgotten: memory does not grow with the
+    data. The folder is complete once its index is written. A run that was interrupted or killed leaves whole shards,
+    and the same call resumes: it goes through the loader from the start, skips what is stored without running the
+    model, and recomputes the last stored batch to see that loader and model are the same. A complete folder is
+    returned, after the same look at its first batch. One process writes to a folder at a time.
 
     Args:
         tap: The model with its head.
-        loader: Batches; a DataLoader or any iterable. They are moved to the model's device.
-        device: Where to gather; None means the CPU.
-        progress: Called after each batch with the number of batches done and their total (None if unknown).
+        loader: Batches; a DataLoader or any iterable, in the same order each time. They are moved to the model's
+            device.
+        out: A folder that is new, empty, or of an extraction; None gathers in memory.
+        device: Where to gather in memory; None means the CPU.
+        dtype: How to keep activations and logits, for example ``torch.float16``; None means as the model gives them.
+        class_names: K names to keep with them.
+        shard_size: Bytes after which a shard ends, at the end of a batch; memory holds about two shards.
+        overwrite: Start anew where `out` holds activations. Other files are never touched.
+        progress: True for a bar on stderr, False for none, or what to call after each batch with the number of
+            batches done and their total (None if unknown). None means a bar if `out` is given and stderr is a
+            terminal.
 
     Returns:
-        All activations and logits, and all labels if the batches have them.
+        All activations and logits, and all labels if the batches have them; with `out`, ``Activations.open(out)``.
 
     Raises:
-        TypeError: A batch of another kind, or labels that are no integers.
-        ValueError: No batch at all, labels in some batches only, of a wrong shape or out of range.
+        FileExistsError: `out` holds other files and no activations.
+        RuntimeError: Another process is writing to `out`.
+        TypeError: A batch of another kind, labels that are no integers, or a dtype that is not floating.
+        ValueError: No batch at all, labels in some batches only, of a wrong shape or out of range; labels that are
+            the input_ids; a value too large for `dtype`; a wrong number of class names; or `out` holds what other
+            arguments, another model or another loader gave.
+        penult.io.FileFormatError: A file in `out` is damaged.
 
     Example:
         >>> from penult.head import find_head
@@ -59,50 +90,102 @@ def extract(
         >>> extract(Tap(model, find_head(model, torch.randn(2, 4))), batches).labels
         tensor([0, 2, 1])
     """
-    there = next(chain(tap.model.parameters(), tap.model.buffers()), tap.head.weight).device
-    here = torch.device("cpu" if device is None else device)
-    total = operator.length_hint(loader, -1)
-    features: list[Tensor] = []
-    outputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    count = 0
-    with evaluating(tap), torch.no_grad():
+    names = None if class_names is None else tuple(class_names)
+    if names is not None and len(names) != tap.head.num_classes:
+        raise ValueError(f"there are {len(names)} class_names for {tap.head.num_classes} classes")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}; activations are kept in a floating dtype")
+    if out is not None and device is not None:
+        raise ValueError(f"device={device} says where to gather in memory, but out={out} is a folder; give one of them")
+    if shard_size < 1:
+        raise ValueError(f"shard_size is {shard_size}; it is a positive number of bytes")
+    reader = Reader(tap, dtype, torch.device("cpu" if device is None else device))
+    with evaluating(tap), reporting(progress, streams=out is not None) as report:
+        if out is None:
+            return _in_memory(reader, loader, names, report)
+        asked = {
+            "in_features": tap.head.in_features,
+            "num_classes": tap.head.num_classes,
+            "class_names": None if names is None else list(names),
+            "shard_size": shard_size,
+            "head": checksum(tap.head),
+        }
+        if dtype is not None:
+            asked |= {"dtype": name_of(dtype), "logits_dtype": name_of(dtype)}
+        return _on_disk(reader, loader, Path(out), asked, overwrite, report)
+
+
+def _in_memory(reader: Reader, loader: Iterable[Any], names: tuple[str, ...] | None, report: Progress) -> Activations:
+    parts: list[Memory] = []
+    total = _length(loader)
+    for batch in loader:
+        parts.append(reader.rows(batch))
+        report(len(parts), total)
+    _check_any(len(parts), sum(map(len, parts)))
+    with torch.inference_mode(False):  # ordinary tensors, so that autograd takes them
+        labels = [part.labels for part in parts if part.labels is not None]
+        return Activations(
+            torch.cat([part.activations for part in parts]),
+            torch.cat([part.logits for part in parts]),
+            torch.cat(labels) if labels else None,
+            names,
+        )
+
+
+def _on_disk(
+    reader: Reader, loader: Iterable[Any], folder: Path, asked: dict[str, Any], overwrite: bool, report: Progress
+) -> Activations:
+    total = _length(loader)
+    if (folder / io.INDEX_NAME).exists() and not overwrite:
+        stored = finished(folder)
+        _check_finished(reader, loader, folder, asked, stored)
+        report(stored.batches, stored.batches)
+        return Activations.open(folder)
+    with writing(folder, overwrite):
+        stored = unfinished(folder)
+        if stored.shards:
+            check_record(folder, stored.record, asked)
+        writer = Writer(folder, stored, **asked)
+        done, count = 0, stored.rows
         for done, batch in enumerate(loader, start=1):
-            args, kwargs, labels = _parts(batch)
-            if done > 1 and (labels is None) != (not targets):
-                what = "no labels, but those before it have" if labels is None else "labels, but none before it"
-                raise ValueError(f"batch {done - 1} (counted from 0) has {what}")
-            h, logits = tap(*(x.to(there) for x in args), **{name: x.to(there) for name, x in kwargs.items()})
-            if labels is not None:
-                check_labels(labels, logits.shape, offset=count)
-                targets.append(labels.flatten().to(here, torch.int64))
-            features.append(h.flatten(end_dim=-2).to(here))
-            outputs.append(logits.flatten(end_dim=-2).to(here))
-            count += len(outputs[-1])
-            if progress is not None:
-                progress(done, total if total >= 0 else None)
-    if not features:
+            if done < stored.batches:
+                reader.skip(batch)
+            elif done == stored.batches:
+                rows = reader.rows(batch)
+                check_record(folder, stored.record, record_of(rows.facts, **asked))
+                check_batch(folder, done - 1, stored.last_batch(), rows)
+            else:
+                rows = reader.rows(batch)
+                writer.add(rows)
+                count += len(rows)
+            report(done, total)
+        if done < stored.batches:
+            raise refusal(folder, f"the loader gave {done} batches, but {stored.batches} are stored")
+        _check_any(done, count)
+        writer.finish()
+    return Activations.open(folder)
+
+
+def _check_finished(reader: Reader, loader: Iterable[Any], folder: Path, asked: dict[str, Any], stored: Stored) -> None:
+    check_record(folder, stored.record, asked)
+    total = _length(loader)
+    if total is not None and total != stored.batches:
+        raise refusal(folder, f"the loader has {total} batches, but {stored.batches} are stored")
+    for batch in loader:
+        rows = reader.rows(batch)
+        check_record(folder, stored.record, record_of(rows.facts, **asked))
+        check_batch(folder, 0, stored.first_batch(), rows)
+        return
+    _check_any(0, 0)
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    length = operator.length_hint(loader, -1)
+    return length if length >= 0 else None
+
+
+def _check_any(batches: int, rows: int) -> None:
+    if not batches:
         raise ValueError("the loader gave no batch at all; is the data set empty, or a generator used up?")
-    return Activations(torch.cat(features), torch.cat(outputs), torch.cat(targets) if targets else None)
-
-
-def _parts(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor | None]:
-    """What the model takes by position and by keyword, and the labels."""
-    if isinstance(batch, Tensor):
-        return (batch,), {}, None
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return (batch[0],), {}, batch[1] if len(batch) > 1 else None
-    if isinstance(batch, Mapping):
-        label = next((key for key in _LABEL_KEYS if key in batch), None)
-        inputs = {key: value for key, value in batch.items() if key != label and isinstance(value, Tensor)}
-        labels = None if label is None else batch[label]
-        if len(inputs) == 1:
-            return tuple(inputs.values()), {}, labels
-        if inputs:
-            return (), inputs, labels
-    what = f"{type(batch).__name__}"
-    if isinstance(batch, Mapping):
-        what += f" with keys {list(batch)}, of which none holds an input tensor"
-    elif isinstance(batch, tuple | list) and batch:
-        what += f" that begins with a {type(batch[0]).__name__}"
-    raise TypeError(f"a batch is a {what}; it must be a tensor, (tensor, labels), or a dict of tensors and labels")
+    if not rows:
+        raise ValueError(f"no sample is left of {batches} batches: every label is -100, or every attention_mask 0")

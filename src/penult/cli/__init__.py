@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import penult
-from penult.cli import demo
+from penult.cli import demo, extract, fit, head, sample
 from penult.cli.console import fail
 
 __all__ = ["app", "main"]
@@ -20,7 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
+for command in (head.head, extract.extract, fit.fit, sample.sample, demo.demo):
+    app.command(command.__name__)(command)
 
 
 def _version(value: bool) -> None:

@@ -1,13 +1,9 @@
-"""Files: tensors in safetensors with JSON metadata, written atomically and read without running any code."""
+"""One file of tensors and metadata."""
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import stat
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["SCHEMA_VERSION", "File", "FileFormatError", "aside", "read", "write", "write_bytes"]
+from penult.io._aside import aside
+from penult.io._record import FileFormatError, decode, encode
 
-SCHEMA_VERSION = 1
-"""Version of the metadata layout that this penult writes, and the newest that it reads."""
+__all__ = ["File", "read", "write"]
 
 _METADATA_KEY = "penult"
-_RESERVED = ("schema", "kind", "versions")
-
-
-class FileFormatError(ValueError):
-    """A file is not what it should be: damaged, foreign, of another kind or from a newer penult."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,60 +76,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
         raise IsADirectoryError(f"cannot write {path}: it is a folder; give a file name inside it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
-    header = {_METADATA_KEY: _encode(kind, metadata)}
+    header = {_METADATA_KEY: encode(kind, metadata)}
     copies = _owned(tensors)
     with aside(path) as temporary:
         save_file(copies, temporary, metadata=header)
-    return path
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its name when the block ends well, and else goes.
-
-    A reader sees the old file or the new one, never a part of either.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with aside(Path(folder) / "note.txt") as temporary:
-        ...         _ = temporary.write_text("whole")
-        ...     [file.name for file in Path(folder).iterdir()]
-        ['note.txt']
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        yield temporary
-        os.chmod(temporary, mode)  # safetensors leaves files that their owner alone may read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # otherwise a power cut could leave the new name on an empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # after a successful replace there is none
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write a file of any kind, such as a page or a picture, atomically; missing folders are made.
-
-    Args:
-        path: Where to write; a file of that name is replaced.
-        data: All that the file is to hold.
-
-    Returns:
-        The path written.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_bytes(f"{folder}/new/page.html", b"<p>").read_bytes()
-        b'<p>'
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as temporary:
-        temporary.write_bytes(data)
     return path
 
 
@@ -148,6 +89,9 @@ def read(
     device: str | torch.device = "cpu",
 ) -> File:
     """Read a file that `write` made. Nothing in the file is ever executed.
+
+    On the CPU the tensors are the file itself, mapped into memory: what is never looked at is never read, and writing
+    to them leaves the file as it is.
 
     Args:
         path: The file.
@@ -177,12 +121,8 @@ def read(
             header = file.metadata() or {}
             if _METADATA_KEY not in header:
                 raise FileFormatError(_foreign(path, list(file.keys())))
-            found, metadata, versions = _decode(path, header[_METADATA_KEY])
-            wanted = (kind,) if isinstance(kind, str) else kind
-            if wanted is not None and found not in wanted:
-                names = " or ".join(repr(name) for name in sorted(wanted))
-                raise FileFormatError(f"{path} holds a {found!r}, but {names} was wanted")
-            return File({name: file.get_tensor(name) for name in file.keys()}, found, metadata, versions)
+            record = decode(path, header[_METADATA_KEY], kind)
+            return File({name: file.get_tensor(name) for name in file.keys()}, *record)
     except SafetensorError as error:
         raise FileFormatError(_damaged(path, error)) from error
 
@@ -200,45 +140,6 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(copy.untyped_storage().data_ptr())
         copies[name] = copy
     return copies
-
-
-def _encode(kind: str, metadata: Mapping[str, Any]) -> str:
-    from penult import __version__  # here, because penult imports this module while it is itself loading
-
-    taken = sorted(set(_RESERVED) & set(metadata))
-    if taken:
-        raise ValueError(f"metadata may not use the names {', '.join(taken)}: penult writes them itself")
-    versions = {"penult": __version__, "torch": torch.__version__}
-    record = {"schema": SCHEMA_VERSION, "kind": kind, **metadata, "versions": versions}
-    try:
-        return json.dumps(record, allow_nan=False)
-    except TypeError as error:
-        raise TypeError(
-            f"metadata must be made of JSON values (dict, list, str, number, bool, None): {error}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"metadata must be plain JSON without NaN, infinity or cycles: {error}") from error
-
-
-def _decode(path: Path, text: str) -> tuple[str, dict[str, Any], dict[str, str]]:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FileFormatError(
-            f"{path}: the penult metadata is not valid JSON ({error}); write the file again"
-        ) from error
-    schema = record.get("schema") if isinstance(record, dict) else None
-    if not isinstance(schema, int):
-        raise FileFormatError(f"{path}: the penult metadata has no schema number; write the file again")
-    if schema > SCHEMA_VERSION:
-        raise FileFormatError(
-            f"{path} was written by schema {schema}, this penult reads up to {SCHEMA_VERSION}: "
-            "upgrade penult with pip install -U penult"
-        )
-    kind, versions = record.get("kind"), record.get("versions", {})
-    if not isinstance(kind, str) or not isinstance(versions, dict):
-        raise FileFormatError(f"{path}: the penult metadata has no kind or no versions; write the file again")
-    return kind, {name: value for name, value in record.items() if name not in _RESERVED}, versions
 
 
 def _foreign(path: Path, keys: list[str]) -> str:

@@ -1,0 +1,140 @@
+"""What a loader gives, and the rows of activations that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from penult.activations._blocks import Memory
+from penult.activations._tap import Tap
+from penult.head._checks import check_labels
+
+__all__ = ["Reader"]
+
+_LABEL_KEYS = ("labels", "label", "y")
+_IGNORED = -100  # as in torch.nn.functional.cross_entropy
+
+
+class _Parts(NamedTuple):
+    """A batch."""
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    labels: Any = None
+    mask: Tensor | None = None
+    ids: Tensor | None = None
+
+
+class Reader:
+    """Runs batches through a tap, one after the other.
+
+    Args:
+        tap: The model with its head.
+        dtype: What activations and logits become, or None for what they are.
+        target: Where the rows go.
+    """
+
+    def __init__(self, tap: Tap, dtype: torch.dtype | None, target: torch.device) -> None:
+        self._tap, self._dtype, self._target = tap, dtype, target
+        self._device = next(chain(tap.model.parameters(), tap.model.buffers()), tap.head.weight).device
+        self._batches = self._seen = 0
+        self._labelled = False
+
+    def skip(self, batch: Any) -> None:
+        """Count a batch whose rows are known."""
+        labels = self._next(batch).labels
+        self._seen += labels.numel() if isinstance(labels, Tensor) else 0
+
+    def rows(self, batch: Any) -> Memory:
+        """The rows of a batch."""
+        parts = self._next(batch)
+        # Not in inference mode: what the model keeps of this forward could not be trained on afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            args = [x.to(self._device) for x in parts.args]
+            h, logits = self._tap(*args, **{name: x.to(self._device) for name, x in parts.kwargs.items()})
+            labels, keep = self._wanted(parts, logits.shape)
+            h, logits = h.flatten(end_dim=-2), logits.flatten(end_dim=-2)
+            if not keep.all():
+                labels = None if labels is None else labels[keep]
+                h, logits = (x[keep.to(x.device)] for x in (h, logits))
+            h, logits = _cast("activations", h, self._dtype), _cast("logits", logits, self._dtype)
+            return Memory(self._own(h), self._own(logits), None if labels is None else self._own(labels))
+
+    def _own(self, x: Tensor) -> Tensor:
+        """A copy: the model's tensor may be a part of a much larger one, or one that it writes to again."""
+        return x.to(self._target, copy=True)
+
+    def _next(self, batch: Any) -> _Parts:
+        parts = _parts(batch)
+        labelled = parts.labels is not None
+        if self._batches and labelled != self._labelled:
+            what = "labels, but none before it" if labelled else "no labels, but those before it have"
+            raise ValueError(f"batch {self._batches} (counted from 0) has {what}")
+        self._batches, self._labelled = self._batches + 1, labelled
+        return parts
+
+    def _wanted(self, parts: _Parts, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
+        """The labels (M,) and which rows to keep (M,), on the CPU."""
+        keep = torch.ones(shape[:-1], dtype=torch.bool)
+        if parts.mask is not None and parts.mask.shape == keep.shape:
+            keep = parts.mask.cpu() != 0
+        labels = parts.labels
+        if labels is None:
+            return None, keep.flatten()
+        check_labels(torch.zeros_like(labels) if isinstance(labels, Tensor) else labels, shape)
+        labels = labels.to("cpu", torch.int64)
+        counted = labels != _IGNORED
+        if parts.ids is not None and counted.any() and _same(labels, parts.ids, counted):
+            raise ValueError(
+                "the labels of the batch are its input_ids, the convention of language models that shift them "
+                "themselves; penult takes the class that each position predicts: labels shifted by one with -100 at "
+                "the end, torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)"
+            )
+        keep = keep & counted
+        check_labels(labels.masked_fill(~keep, 0), shape, offset=self._seen)
+        self._seen += labels.numel()
+        return labels.flatten(), keep.flatten()
+
+
+def _same(labels: Tensor, ids: Tensor, where: Tensor) -> bool:
+    return ids.shape == labels.shape and torch.equal(labels[where], ids.to(labels)[where])
+
+
+def _cast(name: str, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In another dtype, unless a value would become infinite."""
+    if dtype is None or x.dtype == dtype:
+        return x
+    cast = x.to(dtype)
+    lost = cast.isinf() & x.isfinite()
+    if lost.any():
+        raise ValueError(
+            f"{name} hold {float(x[lost][0]):.6g}, but the largest {dtype} is {torch.finfo(dtype).max:.6g}; use "
+            f"dtype={torch.bfloat16 if dtype == torch.float16 else x.dtype}"
+        )
+    return cast
+
+
+def _parts(batch: Any) -> _Parts:
+    """What the model takes by position and by keyword, the labels, and what says which rows count."""
+    if isinstance(batch, Tensor):
+        return _Parts((batch,), {})
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        return _Parts((batch[0],), {}, batch[1] if len(batch) > 1 else None)
+    if isinstance(batch, Mapping):
+        label = next((key for key in _LABEL_KEYS if key in batch), None)
+        inputs = {key: value for key, value in batch.items() if key != label and isinstance(value, Tensor)}
+        facts = None if label is None else batch[label], inputs.get("attention_mask"), inputs.get("input_ids")
+        if len(inputs) == 1:
+            return _Parts(tuple(inputs.values()), {}, *facts)
+        if inputs:
+            return _Parts((), inputs, *facts)
+    what = f"{type(batch).__name__}"
+    if isinstance(batch, Mapping):
+        what += f" with keys {list(batch)}, of which none holds an input tensor"
+    elif isinstance(batch, tuple | list) and batch:
+        what += f" that begins with a {type(batch[0]).__name__}"
+    raise TypeError(f"a batch is a {what}; it must be a tensor, (tensor, labels), or a dict of tensors and labels")

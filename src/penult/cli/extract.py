@@ -1,0 +1,83 @@
+"""``penult extract``."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penult.cli import sources
+from penult.cli.console import RichReporter
+
+__all__ = ["HEAD_FILE", "extract"]
+
+HEAD_FILE = "head.penult.safetensors"
+
+
+class Precision(str, Enum):
+    """How numbers are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def extract(
+    model: sources.Model,
+    data: Annotated[str, typer.Argument(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
+    out: Annotated[Path, typer.Option(help="Folder for the activations; a run that was killed continues there.")],
+    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 128,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
+    size: sources.Size = None,
+    mode: sources.Mode = None,
+    mean: sources.Mean = None,
+    std: sources.Std = None,
+    weights: sources.Weights = None,
+    path: sources.HeadPath = None,
+    fold: sources.Fold = True,
+    dtype: Annotated[Precision, typer.Option(help="How to store activations and logits.")] = Precision.float32,
+    overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds other activations.")] = False,
+    device: sources.Device = "cpu",
+    as_json: sources.AsJson = False,
+) -> None:
+    """Run a data set through a model and store its activations, logits and labels in shards.
+
+    The folder also gets the head that the activations belong to, so that `penult fit` needs nothing else.
+
+    Example: penult extract mypackage.models:resnet "train-*.parquet" --out activations/ --dtype float16
+    """
+    import torch
+
+    from penult.activations import Tap
+    from penult.activations import extract as run
+    from penult.head import find_head
+    from penult.pair import GenerativePair
+
+    reporter = RichReporter(stderr=as_json)
+    if sources.is_file(model):
+        raise ValueError(
+            f"{model} is a file; to extract activations the network has to run: give package.module:factory"
+        )
+    network = sources.load_model(model, weights).to(sources.device_of(device))
+    dataset = sources.load_images(data, size=size, mode=mode, mean=mean, std=std)
+    loader = sources.batches_of(dataset, batch_size, workers)
+    batch = sources.first_images(dataset, 16)
+    head = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
+    reporter.line(str(head.certificate))
+    acts = run(
+        Tap(network, head),
+        loader,
+        out,
+        dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
+        class_names=dataset.class_names,
+        overwrite=overwrite,
+        progress=True,
+    )
+    GenerativePair(head).save(out / HEAD_FILE)
+    reporter.line(f"{out}: {acts}")
+    if as_json:
+        facts = {"out": str(out), "samples": len(acts), "features": acts.in_features, "classes": acts.num_classes}
+        typer.echo(json.dumps(facts | {"labels": acts.labels is not None, "dtype": dtype.value}, indent=2))

@@ -1,0 +1,79 @@
+"""``penult head``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from penult.cli import sources
+from penult.cli.console import RichReporter
+
+__all__ = ["head"]
+
+
+def head(
+    model: sources.Model,
+    data: Annotated[str | None, typer.Option(help="Images to run it on: parquet, folder, .npz or digits.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Shape of a random input in place of data: 3,224,224.")] = None,
+    batch_size: Annotated[int, typer.Option(help="How many inputs to run the model on.", min=1)] = 16,
+    size: sources.Size = None,
+    mode: sources.Mode = None,
+    mean: sources.Mean = None,
+    std: sources.Std = None,
+    weights: sources.Weights = None,
+    path: sources.HeadPath = None,
+    fold: sources.Fold = True,
+    weight_key: sources.WeightKey = None,
+    bias_key: sources.BiasKey = None,
+    out: Annotated[Path | None, typer.Option(help="Write the pair that the head implies without data.")] = None,
+    seed: sources.Seed = 0,
+    device: sources.Device = "cpu",
+    as_json: sources.AsJson = False,
+) -> None:
+    """Find the head of a model, or read one from a file, and say what is known of it.
+
+    Example: penult head mypackage.models:resnet --data test.parquet --out resnet.penult.safetensors
+    """
+    import torch
+
+    from penult.head import find_head
+    from penult.pair import GenerativePair
+
+    reporter = RichReporter(stderr=as_json)
+    if sources.is_file(model):
+        found = sources.load_head(model, weight_key, bias_key)
+    else:
+        network = sources.load_model(model, weights).to(sources.device_of(device))
+        if data is not None:
+            dataset = sources.load_images(data, size=size, mode=mode, mean=mean, std=std)
+            batch = sources.first_images(dataset, batch_size)
+        elif shape is not None:
+            try:
+                extents = [int(part) for part in shape.split(",")]
+            except ValueError:
+                raise ValueError(f"--shape {shape!r} is no list of numbers such as 3,224,224") from None
+            batch = torch.randn(batch_size, *extents, generator=torch.Generator().manual_seed(seed))
+        else:
+            raise ValueError(f"to find the head of {model} it has to run: give --data, or --shape for random inputs")
+        found = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
+    facts: dict[str, Any] = {
+        "classes": found.num_classes,
+        "features": found.in_features,
+        "rank": found.rank,
+        "bias": found.bias is not None,
+        "gauge": float(found.mean_row.norm()),
+        "certificate": None if found.certificate is None else asdict(found.certificate),
+    }
+    reporter.line(str(found.certificate or found))
+    reporter.line(f"  rank    {found.rank} dimensions of span(W), which is all that the softmax sees")
+    if out is not None:
+        in_file = sources.is_file(model)
+        pair = sources.load_pair(model, weight_key, bias_key) if in_file else GenerativePair(found)
+        facts["out"] = str(pair.save(out))
+        reporter.line(f"{out}: {pair.base}")
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))

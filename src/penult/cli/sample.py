@@ -1,0 +1,63 @@
+"""``penult sample``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penult.cli import sources
+from penult.cli.console import RichReporter
+
+__all__ = ["sample"]
+
+
+def sample(
+    pair: Annotated[str, typer.Argument(metavar="PAIR", help="A *.penult.safetensors, or a file that holds a head.")],
+    out: Annotated[Path, typer.Option(help="Folder for the activations, as `penult extract` writes them.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="How many; of each --class.", min=1)] = 1000,
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", help="Draw of this class (repeatable); else y ~ the implied prior.")
+    ] = None,
+    weight_key: sources.WeightKey = None,
+    bias_key: sources.BiasKey = None,
+    seed: sources.Seed = 0,
+    device: sources.Device = "cpu",
+    as_json: sources.AsJson = False,
+) -> None:
+    """Draw activations and labels from a pair.
+
+    Example: penult sample resnet.penult.safetensors -n 500 --class 3 --class 5 --out drawn/
+    """
+    import torch
+
+    from penult.activations import Activations
+
+    reporter = RichReporter(stderr=as_json)
+    law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
+    generator = torch.Generator(sources.device_of(device)).manual_seed(seed)
+    if classes:
+        labels = torch.tensor(classes, device=sources.device_of(device)).repeat_interleave(count)
+        h = law.given(labels).sample((), generator=generator)
+    else:
+        h, labels = law.sample((count,), generator=generator)
+    logits = law.head(h)
+    acts = Activations(h.cpu(), logits.cpu(), labels.cpu())
+    acts.save(out)
+    confidence, predicted = logits.softmax(-1).max(-1)
+    facts = {
+        "out": str(out),
+        "samples": len(acts),
+        "accuracy": float((predicted == labels).double().mean()),
+        "confidence": float(confidence.double().mean()),
+        "norm": float(torch.linalg.vector_norm(h.double(), dim=-1).mean()),
+    }
+    reporter.line(f"{out}: {acts}")
+    reporter.line(
+        f"the head is right on {facts['accuracy']:.1%} of them, with mean confidence {facts['confidence']:.1%}; "
+        f"mean norm {facts['norm']:.4g}"
+    )
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))

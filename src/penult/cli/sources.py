@@ -1,0 +1,263 @@
+"""What the commands are given: models, heads, data sets, seeds."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from penult.data import ImageDataset
+    from penult.head import Head
+    from penult.pair import GenerativePair
+
+__all__ = [
+    "AsJson",
+    "BiasKey",
+    "Device",
+    "Fold",
+    "HeadPath",
+    "Mean",
+    "Mode",
+    "Model",
+    "Seed",
+    "Size",
+    "Std",
+    "WeightKey",
+    "Weights",
+    "batches_of",
+    "device_of",
+    "first_images",
+    "is_file",
+    "load_head",
+    "load_images",
+    "load_model",
+    "load_pair",
+]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="package.module:factory, which is imported and called; or a .safetensors file that holds a head.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the facts as JSON; progress goes to stderr.")]
+Weights = Annotated[Path | None, typer.Option(help="A .safetensors state dict for the model that the factory makes.")]
+HeadPath = Annotated[str | None, typer.Option("--path", help="Name of the head's module, if known.")]
+Fold = Annotated[bool, typer.Option(help="Fold a norm layer before the head into it.")]
+WeightKey = Annotated[str | None, typer.Option(help="Name of W in a .safetensors file.")]
+BiasKey = Annotated[str | None, typer.Option(help="Name of b in a .safetensors file.")]
+Size = Annotated[str | None, typer.Option(help="Resize images to this, e.g. 224 or 32x48.")]
+Mode = Annotated[str | None, typer.Option(help="Convert images to L (grey) or RGB.")]
+Mean = Annotated[str | None, typer.Option(help="Subtracted from images in 0..1, e.g. 0.485,0.456,0.406.")]
+Std = Annotated[str | None, typer.Option(help="Images are divided by it, e.g. 0.229,0.224,0.225.")]
+
+
+def is_file(model: str) -> bool:
+    """Whether a MODEL is a file rather than a factory."""
+    return model.endswith(".safetensors") or Path(model).exists()
+
+
+def load_model(name: str, weights: Path | None = None) -> nn.Module:
+    """The model that ``package.module:factory`` gives; the current folder is looked in as well.
+
+    Raises:
+        ValueError: The name has another form, there is no such module or factory, or it makes no nn.Module.
+    """
+    from torch import nn
+
+    module_name, colon, attribute = name.partition(":")
+    if not (colon and module_name and attribute):
+        raise ValueError(f"MODEL {name!r} is neither a .safetensors file nor of the form package.module:factory")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"MODEL {name!r}: there is no module {error.name!r} on the Python path or in {os.getcwd()}"
+        ) from error
+    except AttributeError as error:
+        raise ValueError(f"MODEL {name!r}: {error}") from error
+    model = factory if isinstance(factory, nn.Module) else factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"MODEL {name!r} made a {type(model).__name__}, not an nn.Module")
+    if weights is not None:
+        _load_weights(model, weights)
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        raise ValueError(f"--weights {path} does not exist")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"--weights {path} is no safetensors file ({error}). penult reads no pickles: load a .pt or .pth file in "
+            "a factory of your own"
+        ) from error
+    found = model.load_state_dict(state, strict=False)
+    if found.missing_keys or found.unexpected_keys:
+        raise ValueError(
+            f"--weights {path} does not fit the model: missing {found.missing_keys[:5]}, unexpected "
+            f"{found.unexpected_keys[:5]}"
+        )
+
+
+def load_pair(path: str | Path, weight_key: str | None = None, bias_key: str | None = None) -> GenerativePair:
+    """A pair that penult wrote, or the data-free pair of a head among the tensors of another safetensors file.
+
+    Raises:
+        ValueError: No such file, a damaged one, or no unambiguous head in it.
+    """
+    from penult.pair import GenerativePair, load
+
+    if weight_key is None and bias_key is None and _is_penults(path):
+        return load(path)
+    return GenerativePair(load_head(path, weight_key, bias_key))
+
+
+def load_head(path: str | Path, weight_key: str | None = None, bias_key: str | None = None) -> Head:
+    """The head of a pair that penult wrote, or one among the tensors of another safetensors file.
+
+    Raises:
+        ValueError: No such file, a damaged one, or no unambiguous head in it.
+    """
+    from penult.head import Head
+    from penult.pair import load
+
+    if weight_key is None and bias_key is None and _is_penults(path):
+        return load(path).head
+    return Head(*_head_tensors(Path(path), weight_key, bias_key))
+
+
+def _is_penults(path: str | Path) -> bool:
+    """Whether penult wrote a safetensors file; what is none, or is not there, is an error."""
+    from safetensors import SafetensorError, safe_open
+
+    from penult import io
+
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "penult" in (file.metadata() or {})
+    except SafetensorError:
+        io.read(path)  # which says what it is instead
+        raise
+
+
+def _head_tensors(path: Path, weight_key: str | None, bias_key: str | None) -> tuple[Tensor, Tensor | None]:
+    """W and b of a state dict: as named, or its only matrix with a bias."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # no mapping
+        if weight_key is None:
+            matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight")]
+            heads = [name for name in matrices if shapes.get(_bias_of(name)) == shapes[name][:1]]
+            if len(matrices) != 1 and len(heads) != 1:
+                shown = ", ".join(f"{name} {shapes[name]}" for name in matrices[-6:]) or "none"
+                raise ValueError(
+                    f"{path} holds no unambiguous head; name it with --weight-key and --bias-key. Its matrices: {shown}"
+                )
+            weight_key = heads[0] if len(heads) == 1 else matrices[0]
+        if bias_key is None and shapes.get(_bias_of(weight_key)) == shapes.get(weight_key, ())[:1]:
+            bias_key = _bias_of(weight_key)
+        for key in (weight_key, bias_key):
+            if key is not None and key not in shapes:
+                raise ValueError(f"{path} holds no tensor {key!r}; it holds {', '.join(list(shapes)[-8:])}")
+        return file.get_tensor(weight_key), None if bias_key is None else file.get_tensor(bias_key)
+
+
+def _bias_of(weight_key: str) -> str:
+    return weight_key.removesuffix("weight") + "bias"
+
+
+def load_images(source: str, *, size: str | None, mode: str | None, mean: str | None, std: str | None) -> ImageDataset:
+    """A data set with the preprocessing that options ask for."""
+    from penult.data import read
+
+    return read(source, size=_size(size), mode=mode, transform=_normalize(mean, std))
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.lower().replace("x", ",").split(",")]
+        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+    except (ValueError, IndexError):
+        raise ValueError(f"--size {text!r} is neither one number nor HEIGHTxWIDTH") from None
+
+
+class _Normalize:
+    """Images less a mean, over a standard deviation, channel by channel; can be sent to workers."""
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        self.mean, self.std = mean, std
+
+    def __call__(self, image: Tensor) -> Tensor:
+        mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (image - mean) / std
+
+
+def _normalize(mean: str | None, std: str | None) -> _Normalize | None:
+    if mean is None and std is None:
+        return None
+    values = []
+    for name, text, default in (("--mean", mean, "0"), ("--std", std, "1")):
+        try:
+            values.append([float(part) for part in (text or default).split(",")])
+        except ValueError:
+            raise ValueError(f"{name} {text!r} is no number, nor one a channel such as 0.485,0.456,0.406") from None
+    if min(values[1]) <= 0:
+        raise ValueError(f"--std {std!r} must be positive")
+    return _Normalize(*values)
+
+
+def batches_of(dataset: ImageDataset, batch_size: int, workers: int) -> Any:
+    """A loader in the data set's own order."""
+    from torch.utils.data import DataLoader
+
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+
+
+def first_images(dataset: ImageDataset, count: int) -> Tensor:
+    """The first images, to find a head with."""
+    import torch
+
+    items = [dataset[i] for i in range(min(count, len(dataset)))]
+    return torch.stack([item if dataset.labels is None else item[0] for item in items])
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name, if there is one.
+
+    Raises:
+        ValueError: There is none.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,25 @@
+"""Files: tensors in safetensors with JSON metadata, written atomically and read without running any code.
+
+One file holds tensors, a kind and metadata (`write`, `read`). What is too large for one file is a folder of such files,
+its shards, with a JSON index that is written last (`write_index`, `read_index`).
+"""
+
+from penult.io._aside import aside, leftovers, write_bytes
+from penult.io._file import File, read, write
+from penult.io._index import INDEX_NAME, Index, read_index, write_index
+from penult.io._record import SCHEMA_VERSION, FileFormatError
+
+__all__ = [
+    "INDEX_NAME",
+    "SCHEMA_VERSION",
+    "File",
+    "FileFormatError",
+    "Index",
+    "aside",
+    "leftovers",
+    "read",
+    "read_index",
+    "write",
+    "write_bytes",
+    "write_index",
+]

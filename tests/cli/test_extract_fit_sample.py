@@ -1,0 +1,90 @@
+"""The way of a user: from a model and images to activations, a fitted pair, and draws."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import penult
+from penult.cli import app
+
+
+@pytest.fixture
+def activations(penult_json, here):
+    facts = penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
+    assert facts == {
+        "out": "acts", "samples": 1797, "features": 64, "classes": 10, "labels": True, "dtype": "float32"
+    }  # fmt: skip
+    return here / "acts"
+
+
+def test_from_model_to_draws(penult_json, here, activations):
+    acts = penult.Activations.open(activations)
+    assert acts.class_names == tuple(map(str, range(10)))
+    facts = penult_json("fit", activations, "--out", "net.penult.safetensors")
+    assert facts["base"] == "elliptic"
+    assert sum(facts["prior"]) == pytest.approx(1, abs=1e-5)
+    pair = penult.load(here / "net.penult.safetensors")
+    assert torch.allclose(pair.posterior(acts.activations).probs, acts.logits.softmax(-1), atol=1e-4)
+
+    wanted = ("-n", "40", "--class", "3", "--class", "5")
+    drawn = penult_json("sample", "net.penult.safetensors", *wanted, "--out", "drawn")
+    assert drawn["samples"] == 80
+    some = penult.Activations.open(here / "drawn")
+    assert torch.equal(some.labels, torch.tensor([3, 5]).repeat_interleave(40))
+    assert torch.allclose(pair.head(some.activations), some.logits, atol=1e-4)
+    again = penult_json("sample", "net.penult.safetensors", *wanted, "--out", "more")
+    assert {k: v for k, v in again.items() if k != "out"} == {k: v for k, v in drawn.items() if k != "out"}
+    joint = penult_json("sample", "net.penult.safetensors", "--out", "joint", "--seed", "1")
+    assert joint["samples"] == 1000
+    assert torch.equal(penult.Activations.open(here / "drawn").activations, penult.Activations.open("more").activations)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (["--base", "sphere"], "Sphere(radii="),
+        (["--base", "centered"], "loc=(64,)"),
+        (["--base", "elliptic"], "scale_tril=(64, 64)"),
+        (["--base", "sphere", "--no-ambient"], "subspace=(9, 64)"),
+    ],
+)
+def test_bases(here, activations, options, kind):
+    done = CliRunner().invoke(app, ["fit", "acts", "--out", "net.penult.safetensors", *options])
+    assert done.exit_code == 0, done.output
+    assert kind in done.stdout
+    assert "implied prior" in done.stdout
+
+
+def test_extracting_again_returns_what_is_there_and_half_precision(penult_json, here, activations):
+    before = {path.name: path.stat().st_mtime_ns for path in activations.glob("activations-*")}
+    penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
+    assert {path.name: path.stat().st_mtime_ns for path in activations.glob("activations-*")} == before
+    facts = penult_json("extract", "usernets:trained", "digits", "--out", "half", "--dtype", "float16")
+    assert facts["dtype"] == "float16"
+    assert penult.Activations.open(here / "half").activations.dtype == torch.float16
+    assert penult_json("fit", "half", "--out", "half.penult.safetensors")["samples"] == 1797
+
+
+def test_a_head_of_its_own(penult_json, here, activations):
+    penult_json("head", "usernets:trained", "--shape", "1,8,8", "--out", "head.penult.safetensors")
+    penult_json("fit", "acts", "--head", "head.penult.safetensors", "--out", "net.penult.safetensors")
+    assert penult_json("sample", "digits.safetensors", "-n", "10", "--out", "raw")["samples"] == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["extract", "digits.safetensors", "digits", "--out", "x"], "the network has to run: give"),
+        (["extract", "usernets:trained", "gone", "--out", "x"], "gone"),
+        (["fit", "nowhere", "--out", "x.safetensors"], "nowhere"),
+        (["fit", "acts", "--head", "digits.safetensors", "--out", "x.safetensors"], "does not make the stored logits"),
+        (["fit", "acts", "--head", "two.safetensors", "--weight-key", "a.weight", "--out", "x"], "(3, 4)"),
+        (["fit", "acts", "--head", "gone.safetensors", "--out", "x"], "gone.safetensors does not exist"),
+        (["fit", "acts", "--out", "no/such/folder.safetensors"], "no/such"),
+        (["sample", "gone.safetensors", "--out", "x"], "does not exist"),
+        (["sample", "digits.safetensors", "--class", "10", "--out", "x"], "label 10 is out of range"),
+        (["sample", "digits.safetensors", "--out", "acts"], "acts"),
+    ],
+)
+def test_bad_input(refused, activations, arguments, words):
+    assert words in refused(*arguments)

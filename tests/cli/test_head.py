@@ -1,0 +1,86 @@
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import penult
+from penult.cli import app
+
+
+def test_a_factory_with_data(penult_json, here):
+    facts = penult_json("head", "usernets:trained", "--data", "digits", "--out", "net.penult.safetensors")
+    assert (facts["classes"], facts["features"], facts["rank"], facts["bias"]) == (10, 64, 9, True)
+    assert facts["certificate"]["path"] == "fc"
+    assert facts["certificate"]["support"] == "orthant"
+    pair = penult.load(here / "net.penult.safetensors")
+    assert pair.head.certificate.residual == facts["certificate"]["residual"] == 0
+
+
+def test_a_factory_with_a_shape_a_module_and_a_dotted_name(penult_json):
+    assert penult_json("head", "usernets:trained", "--shape", "1,8,8")["features"] == 64
+    assert penult_json("head", "usernets:network", "--shape", "1,8,8")["features"] == 64
+    assert penult_json("head", "usernets:Nets.small", "--shape", "1,8,8", "--path", "fc")["features"] == 16
+
+
+def test_weights_of_a_state_dict(penult_json, here):
+    weights = ("--weights", "digits.safetensors")
+    penult_json("head", "usernets:trained", *weights, "--shape", "1,8,8", "--out", "a.penult.safetensors")
+    facts = penult_json("head", "digits.safetensors", "--out", "b.penult.safetensors")
+    assert facts["certificate"] is None
+    a, b = (penult.load(here / f"{name}.penult.safetensors").head for name in "ab")
+    assert torch.equal(a.weight, b.weight)
+    assert torch.equal(a.bias, b.bias)
+
+
+def test_preprocessing(penult_json):
+    facts = penult_json(
+        "head", "usernets:trained", "--data", "digits", "--size", "16x8", "--mean", "0.5", "--std", "0.25",
+        "--batch-size", "5",
+    )  # fmt: skip
+    assert facts["certificate"]["samples"] == 5
+
+
+def test_what_it_prints(here):
+    done = CliRunner().invoke(app, ["head", "usernets:trained", "--data", "digits"])
+    assert done.exit_code == 0
+    assert "path=fc  linear 64->10  residual=0  support: orthant (>=0)" in done.stdout
+    assert "rank    9 dimensions" in done.stdout
+
+
+def test_heads_in_files(penult_json):
+    facts = penult_json("head", "two.safetensors", "--weight-key", "b.weight")
+    assert (facts["classes"], facts["features"], facts["bias"]) == (5, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["usernets:trained"], "give --data, or --shape"),
+        (["usernets"], "neither a .safetensors file nor of the form package.module:factory"),
+        (["nothere:factory", "--shape", "4"], "no module 'nothere'"),
+        (["usernets:missing", "--shape", "4"], "has no attribute 'missing'"),
+        (["usernets:nothing", "--shape", "4"], "made a int, not an nn.Module"),
+        (["usernets:trained", "--shape", "a,b"], "--shape 'a,b' is no list"),
+        (["usernets:trained", "--data", "gone.parquet"], "gone.parquet"),
+        (["usernets:trained", "--data", "digits", "--size", "big"], "--size 'big'"),
+        (["usernets:trained", "--data", "digits", "--std", "0"], "must be positive"),
+        (["usernets:trained", "--data", "digits", "--mean", "x"], "--mean 'x' is no number"),
+        (["usernets:trained", "--shape", "1,8,8", "--device", "warp"], "--device 'warp' cannot be used"),
+        (["usernets:trained", "--shape", "1,8,8", "--path", "nope"], "no module at path 'nope'"),
+        (["usernets:trained", "--shape", "1,8,8", "--weights", "gone.safetensors"], "does not exist"),
+        (["usernets:trained", "--shape", "1,8,8", "--weights", "two.safetensors"], "does not fit the model"),
+        (["usernets:trained", "--shape", "1,8,8", "--weights", "pickled.pth"], "reads no pickles"),
+        (["usernets:probabilities", "--data", "digits"], "a softmax inside the model"),
+        (["two.safetensors"], "no unambiguous head; name it with --weight-key"),
+        (["two.safetensors", "--weight-key", "c.weight"], "no tensor 'c.weight'"),
+        (["gone.safetensors"], "does not exist"),
+        (["pickled.pth"], "pickle"),
+    ],
+)
+def test_bad_input(refused, arguments, words):
+    assert words in refused("head", *arguments)
+
+
+def test_help_has_an_example():
+    for command in ("head", "extract", "fit", "sample", "demo"):
+        page = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120"}).output
+        assert f"Example: penult {command}" in page, command
