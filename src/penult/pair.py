@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Categorical
 
 from penult import io
-from penult.bases import Base, Sphere
+from penult.bases import Base, Gaussian, Sphere
 from penult.distributions import Tilt
 from penult.head import Head
 from penult.head._rows import version_of
@@ -190,7 +190,7 @@ class GenerativePair(nn.Module):
         return torch.promote_types(self.head.weight.dtype, torch.float32)
 
     def _remember(self) -> None:
-        self._head_version: tuple[int, int] | None = self.head.version
+        self._head_version: tuple[int, ...] | None = self.head.version
         self._evidence: tuple[object, Tensor] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -305,7 +305,7 @@ def load(
         Sphere(radius=2)
     """
     file = io.read(path, kind="pair", device=device)
-    known: dict[str, type[Base]] = {"Sphere": Sphere} | {cls.__name__: cls for cls in bases}
+    known: dict[str, type[Base]] = {cls.__name__: cls for cls in (Gaussian, Sphere, *bases)}
     try:
         description = file.metadata["base"]
         head_config, name, config = file.metadata["head"], description["class"], description["config"]

@@ -46,6 +46,7 @@ def test_from_model_to_draws(penult_json, here, activations):
         (["--base", "centered"], "loc=(64,)"),
         (["--base", "elliptic"], "scale_tril=(64, 64)"),
         (["--base", "sphere", "--no-ambient"], "subspace=(9, 64)"),
+        (["--base", "gaussian"], "Gaussian(loc=(64,), covariance_matrix=(64, 64))"),
     ],
 )
 def test_bases(here, activations, options, kind):

@@ -1,6 +1,7 @@
 """Base measures: what all classes of a head share."""
 
 from penult.bases.base import Base, BaseInfo
+from penult.bases.gaussian import Gaussian
 from penult.bases.sphere import Sphere
 
-__all__ = ["Base", "BaseInfo", "Sphere"]
+__all__ = ["Base", "BaseInfo", "Gaussian", "Sphere"]

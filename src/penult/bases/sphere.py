@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from penult import special
+from penult.activations import Activations
 from penult.bases._confidence import implied_radius, unit
-from penult.bases._moments import mean_posterior, tilted_gaussian
+from penult.bases._moments import tilted_gaussian
+from penult.bases._pool import Pool
 from penult.bases._radii import RadialHistogram
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import _sampling
@@ -160,7 +162,7 @@ class Sphere(Base):
     def fit(
         cls,
         head: Head,
-        activations: Tensor,
+        activations: Tensor | Activations,
         shape: Literal["round", "centered", "elliptic"] = "round",
         ambient: bool = True,
         shrinkage: float = 0.02,
@@ -173,7 +175,7 @@ class Sphere(Base):
 
         Args:
             head: The head; its soft labels take the place of labels.
-            activations: Activations (N, d), N ≥ 2.
+            activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`, which may be larger than memory.
             shape: ``"round"`` (about the origin), ``"centered"`` (about the centre of the label-free spherical
                 Gaussian fit) or ``"elliptic"`` (centre and covariance of the full one).
             ambient: In all of R^d, or in span(W) with the class-independent mean outside it.
@@ -193,35 +195,25 @@ class Sphere(Base):
         """
         if shape not in ("round", "centered", "elliptic"):
             raise ValueError(f"shape must be 'round', 'centered' or 'elliptic'; got {shape!r}")
-        if not isinstance(activations, Tensor) or not activations.is_floating_point():
-            what = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
-            raise TypeError(f"activations must be a floating tensor (N, d), got {what}; pass acts.activations")
-        if activations.dim() != 2 or activations.shape[1] != head.in_features or activations.shape[0] < 2:
-            raise ValueError(
-                f"activations has shape {tuple(activations.shape)}; expected (N, {head.in_features}) with N >= 2"
-            )
-        if not bool(activations.isfinite().all()):
-            bad = int((~activations.isfinite().all(-1)).sum())
-            raise ValueError(f"{bad} of {len(activations)} activations hold NaN or infinity; leave them out first")
         if not 0 <= shrinkage <= 1 or radii < 1:
             raise ValueError(f"shrinkage must lie in [0, 1] and radii be at least 1; got {shrinkage} and {radii}")
+        pool = Pool(head, activations)
         device = head.weight.device
-        work = activations.detach().to(device)
         outside: Tensor | None = None
         subspace = None
         if not ambient:
             subspace = head.span().double()
-            mean = work.mean(0, dtype=torch.float64)
+            mean = pool.mean()
             outside = mean - subspace.T @ (subspace @ mean)
         loc = scale_tril = None
         if shape != "round":
             kind: Literal["full", "spherical"] = "full" if shape == "elliptic" else "spherical"
-            loc, covariance = tilted_gaussian(head, mean_posterior(head, work), work, kind, shrinkage, subspace)
+            loc, covariance = tilted_gaussian(head, pool, kind, shrinkage, subspace)
             if shape == "elliptic":
                 scale_tril, failed = torch.linalg.cholesky_ex(covariance)
                 if int(failed):
                     raise ValueError(
-                        f"the covariance of {len(work)} activations in {len(covariance)} dimensions is singular; "
+                        f"the covariance of {len(pool)} activations in {len(covariance)} dimensions is singular; "
                         f"pass more activations or a shrinkage above {shrinkage}"
                     )
         if subspace is not None and outside is not None:
@@ -230,11 +222,11 @@ class Sphere(Base):
         chart = {"loc": loc, "scale_tril": scale_tril, "subspace": subspace}
         base = cls(torch.ones(1, device=device).double(), **chart)
         histogram = RadialHistogram()
-        for block in work.split(_PAIRS // head.in_features + 1):
-            histogram.update(torch.linalg.vector_norm(base.read(block.double()), dim=-1).clamp_min(1e-18))
+        for rows in pool:
+            histogram.update(torch.linalg.vector_norm(base.read(rows.double()), dim=-1).clamp_min(1e-18))
         radius, share = (a.to(device) for a in histogram.atoms(radii))
         if float(radius.max()) <= 1e-15:
-            raise ValueError(f"all {len(work)} activations lie at the centre, so there is no radius to fit")
+            raise ValueError(f"all {len(pool)} activations lie at the centre, so there is no radius to fit")
         log_total = torch.full_like(radius, -torch.inf)
         bias = head.full_bias.double()
         for part, block in head.centered_blocks():

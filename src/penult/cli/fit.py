@@ -24,13 +24,14 @@ class BaseName(str, Enum):
     sphere = "sphere"
     centered = "centered"
     elliptic = "elliptic"
+    gaussian = "gaussian"
 
 
 def fit(
     activations: Annotated[Path, typer.Argument(help="Folder that `penult extract` wrote.")],
     out: Annotated[Path, typer.Option(help="The pair, e.g. resnet.penult.safetensors.")],
     base: Annotated[BaseName, typer.Option(help="What all classes share.")] = BaseName.elliptic,
-    ambient: Annotated[bool, typer.Option(help="In all of R^d; --no-ambient: in span(W).")] = True,
+    ambient: Annotated[bool, typer.Option(help="Spheres in all of R^d; --no-ambient: in span(W).")] = True,
     head: Annotated[Path | None, typer.Option(help="File with the head, if not the one in the folder.")] = None,
     weight_key: sources.WeightKey = None,
     bias_key: sources.BiasKey = None,
@@ -41,7 +42,7 @@ def fit(
     Example: penult fit activations/ --base elliptic --out resnet.penult.safetensors
     """
     from penult.activations import Activations
-    from penult.bases import Sphere
+    from penult.bases import Base, Gaussian, Sphere
     from penult.pair import GenerativePair
 
     reporter = RichReporter(stderr=as_json)
@@ -63,12 +64,16 @@ def fit(
             f"the head in {file} does not make the stored logits of {activations}: their softmaxes differ by up to "
             f"{error:.2g}. A norm layer that was folded belongs to the head: use the head that extract wrote"
         )
-    shapes: dict[BaseName, Literal["round", "centered", "elliptic"]] = {
-        BaseName.sphere: "round",
-        BaseName.centered: "centered",
-        BaseName.elliptic: "elliptic",
-    }
-    fitted = Sphere.fit(found, acts.activations.to(found.weight), shape=shapes[base], ambient=ambient)
+    fitted: Base
+    if base is BaseName.gaussian:
+        fitted = Gaussian.fit(found, acts)
+    else:
+        shapes: dict[BaseName, Literal["round", "centered", "elliptic"]] = {
+            BaseName.sphere: "round",
+            BaseName.centered: "centered",
+            BaseName.elliptic: "elliptic",
+        }
+        fitted = Sphere.fit(found, acts, shape=shapes[base], ambient=ambient)
     pair = GenerativePair(found, fitted)
     pair.save(out)
     prior = pair.prior.probs

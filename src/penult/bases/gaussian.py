@@ -1,0 +1,191 @@
+"""The Gaussian: classes differ by Σ w_y, and share Σ."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penult.activations import Activations
+from penult.bases._moments import CovarianceType, tilted_gaussian
+from penult.bases._pool import Pool
+from penult.bases.base import Base, BaseInfo
+from penult.head import Head
+
+__all__ = ["Gaussian"]
+
+
+class Gaussian(Base):
+    r"""Gaussian measure N(m, Σ), whose tilts are Gaussian with the same covariance.
+
+    .. math:: \log M(w) = w \cdot m + \tfrac12 w^\top \Sigma w, \qquad p(h|y) = N(m + \Sigma w_y,\; \Sigma) .
+
+    It is the generative side of linear discriminant analysis, read from the head.
+
+    Args:
+        loc: The mean m (d,).
+        covariance_matrix: Σ (d, d), symmetric and positive definite; or its diagonal (d,).
+
+    Raises:
+        ValueError: A shape does not fit, a value is not finite, or Σ is not symmetric and positive definite.
+
+    Example:
+        >>> base = Gaussian(torch.zeros(2), torch.tensor([1.0, 4.0]))
+        >>> base.log_mgf(torch.tensor([[1.0, 0.5]]))
+        tensor([1.])
+        >>> base.tilt(torch.tensor([1.0, 0.5])).mean
+        tensor([1., 2.])
+    """
+
+    loc: Tensor
+    covariance_matrix: Tensor
+    scale_tril: Tensor
+
+    def __init__(self, loc: Tensor, covariance_matrix: Tensor) -> None:
+        super().__init__()
+        if loc.ndim != 1 or covariance_matrix.shape not in (loc.shape, (*loc.shape, *loc.shape)):
+            raise ValueError(
+                f"loc has shape {tuple(loc.shape)} and covariance_matrix {tuple(covariance_matrix.shape)}; they must "
+                "be (d,) and (d, d), or (d,) for a diagonal one"
+            )
+        for name, value in (("loc", loc), ("covariance_matrix", covariance_matrix)):
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} of shape {tuple(value.shape)} holds NaN or infinity")
+        dtype = torch.promote_types(torch.promote_types(loc.dtype, covariance_matrix.dtype), torch.float32)
+        self.register_buffer("loc", loc.detach().to(dtype))
+        self.register_buffer("covariance_matrix", covariance_matrix.detach().to(dtype))
+        self.register_buffer("scale_tril", _cholesky(self.covariance_matrix), persistent=False)
+
+    @classmethod
+    def fit(
+        cls,
+        head: Head,
+        activations: Tensor | Activations,
+        covariance_type: CovarianceType = "full",
+        shrinkage: float = 0.02,
+    ) -> Gaussian:
+        """The Gaussian of most likelihood to unlabelled activations, with the head's soft labels in place of labels.
+
+        In closed form; of the sums that it takes, none grows with the number of activations.
+
+        Args:
+            head: The head.
+            activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`, which may be larger than memory.
+            covariance_type: ``"full"``, ``"diag"`` or ``"spherical"``, as in scikit-learn.
+            shrinkage: Share of the activations' covariance that is replaced by a multiple of the identity.
+
+        Raises:
+            TypeError: If ``activations`` is neither a floating tensor nor `Activations`.
+            ValueError: If ``activations`` is too few, has a wrong shape, is not finite or constant; or an option is
+                unknown.
+
+        Example:
+            >>> head = Head(torch.eye(3))
+            >>> h = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+            >>> Gaussian.fit(head, h, covariance_type="diag").covariance_matrix.shape
+            torch.Size([3])
+        """
+        if covariance_type not in ("full", "diag", "spherical"):
+            raise ValueError(f"covariance_type must be 'full', 'diag' or 'spherical'; got {covariance_type!r}")
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage must lie in [0, 1]; got {shrinkage}")
+        loc, covariance = tilted_gaussian(head, Pool(head, activations), covariance_type, shrinkage)
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+        return cls(loc, covariance if covariance_type == "full" else covariance.diagonal()).to(dtype)
+
+    @property
+    def info(self) -> BaseInfo:
+        """Facts about this measure."""
+        return BaseInfo(
+            name="gaussian" if self.covariance_matrix.ndim == 2 else "diagonal gaussian",
+            reference="Lebesgue measure",
+            support="R^d",
+            needs_data=True,
+            exact_mgf=True,
+            source="linear discriminant analysis, fitted without labels",
+        )
+
+    @property
+    def in_features(self) -> int:
+        """The dimension d of activations."""
+        return self.loc.shape[0]
+
+    def log_mgf(self, weight: Tensor) -> Tensor:
+        """Log M(w) = w·m + w'Σw / 2 for rows (*B, d), (*B,)."""
+        self._check_features(weight, "weight")
+        return weight @ self.loc.to(weight.dtype) + 0.5 * self._root(weight).square().sum(-1)
+
+    def log_prob(self, h: Tensor) -> Tensor:
+        """Log density of N(m, Σ) at h (*S, d), with respect to Lebesgue measure: (*S,)."""
+        self._check_features(h, "h")
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        centred, scale = h.to(dtype) - self.loc.to(dtype), self.scale_tril.to(dtype)
+        if scale.ndim == 1:
+            z, log_det = centred / scale, scale.log().sum()
+        else:
+            flat = centred.reshape(-1, self.in_features)
+            z = torch.linalg.solve_triangular(scale.T, flat, upper=True, left=False).reshape(centred.shape)
+            log_det = scale.diagonal().log().sum()
+        return -0.5 * z.square().sum(-1) - log_det - 0.5 * self.in_features * math.log(2 * math.pi)
+
+    def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One activation m + Σ w + L z for each i of ``index`` (N,), z standard normal: (N, d)."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        scale = self.scale_tril.to(dtype)
+        shape = (*index.shape, self.in_features)
+        z = torch.randn(shape, dtype=dtype, device=weight.device, generator=generator)
+        root = self._root(weight.to(dtype))
+        if scale.ndim == 1:
+            return self.loc.to(dtype) + scale * (root[index] + z)
+        return self.loc.to(dtype) + (root[index] + z) @ scale.T
+
+    def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
+        """A product rule over twelve standard deviations, in dimension at most 3."""
+        d = self.in_features
+        if d > 3:
+            return None
+        per_axis = max(2, round(nodes ** (2 / d))) if d > 1 else nodes
+        step = 24 / per_axis
+        line = (torch.arange(per_axis, dtype=torch.float64) + 0.5) * step - 12
+        z = torch.cartesian_prod(*[line] * d).reshape(-1, d)
+        scale = self.scale_tril.double()
+        spread = z * scale if scale.ndim == 1 else z @ scale.T
+        log_volume = (scale if scale.ndim == 1 else scale.diagonal()).log().sum() + d * math.log(step)
+        points = (self.loc.double() + spread).to(self.loc.dtype)
+        return points, log_volume.to(self.loc.dtype).expand(len(points))
+
+    def extra_repr(self) -> str:
+        """Shapes, for ``print``."""
+        return f"loc={tuple(self.loc.shape)}, covariance_matrix={tuple(self.covariance_matrix.shape)}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.scale_tril = _cholesky(self.covariance_matrix)
+
+    def _root(self, weight: Tensor) -> Tensor:
+        """L'w for rows (*B, d), whose square is w'Σw."""
+        scale = self.scale_tril.to(weight.dtype)
+        return weight * scale if scale.ndim == 1 else weight @ scale
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """L (d, d), or the standard deviations (d,) of a diagonal Σ."""
+    if covariance.ndim == 1:
+        if not bool((covariance > 0).all()):
+            raise ValueError(
+                f"the diagonal of covariance_matrix must be positive; its least is {float(covariance.min())}"
+            )
+        return covariance.sqrt()
+    asymmetry = float((covariance - covariance.T).abs().max())
+    if asymmetry > 1e-4 * float(covariance.abs().max()):
+        raise ValueError(f"covariance_matrix is not symmetric (off by {asymmetry:.2g})")
+    scale, failed = torch.linalg.cholesky_ex(covariance.double())
+    if int(failed):
+        raise ValueError(
+            f"covariance_matrix of shape {tuple(covariance.shape)} is not positive definite; fit with a larger "
+            "shrinkage, or with more activations"
+        )
+    root: Tensor = scale.to(covariance.dtype)
+    return root
