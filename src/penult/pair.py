@@ -305,7 +305,8 @@ def load(
         Sphere(radius=2)
     """
     file = io.read(path, kind="pair", device=device)
-    known: dict[str, type[Base]] = {cls.__name__: cls for cls in (Gaussian, Sphere, *bases)}
+    own: tuple[type[Base], ...] = (Gaussian, Sphere)
+    known = {cls.__name__: cls for cls in (*own, *bases)}
     try:
         description = file.metadata["base"]
         head_config, name, config = file.metadata["head"], description["class"], description["config"]
