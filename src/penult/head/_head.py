@@ -439,7 +439,7 @@ class Head(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sources": [], "_seen": []}  # a copy belongs to no model
+        return {**self.__dict__, "_sources": [], "_seen": []}  # a copy belongs to no model
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

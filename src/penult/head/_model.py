@@ -84,7 +84,8 @@ def compiled_parts_eager(model: nn.Module, path: str | None = None) -> AbstractC
     """Run what torch.compile has taken as it was written: anywhere, or if it holds the module at a path."""
     if path is not None and "_orig_mod" not in path.split("."):
         return nullcontext()
-    if "torch._dynamo" not in sys.modules:  # nothing can be compiled yet, and loading it takes seconds
+    # Before it is loaded, which takes seconds, nothing can be compiled; older versions of torch have no stances.
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
