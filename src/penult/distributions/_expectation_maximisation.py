@@ -1,0 +1,185 @@
+"""Maximum a posteriori fit of a Gaussian mixture, as sums over batches.
+
+The sufficient statistics of a Gaussian are t(u) = (u_i u_j for i ≥ j, u_i, 1), and its log density is linear in
+them. So the E-step is one matrix product, t(u) with the natural parameters of all components, and what the M-step
+needs is another, the responsibilities with t(u). Nothing of size samples × components × dimensions is formed.
+Products and sums are float64: the quadratic form of a component far from the origin cancels.
+
+The covariances have an inverse-Wishart prior, worth ``strength`` samples of covariance Ψ,
+
+    log p(Σ) = −½ ν [log|Σ| + tr(Ψ Σ⁻¹)] + const,  which makes  Σ_c = (S_c + ν Ψ) / (N_c + ν)
+
+(Fraley and Raftery, "Bayesian Regularization for Normal Mixture Estimation and Model-Based Clustering", 2007).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Components", "Prior", "maximise", "start"]
+
+_ELEMENTS = 1 << 21  # of statistics and responsibilities handled at a time
+_LLOYD = 10  # rounds of k-means before the first M-step
+
+
+class Components(NamedTuple):
+    """A mixture: log weights (C,), means (C, m) and Cholesky factors (C, m, m), all float64."""
+
+    logits: Tensor
+    means: Tensor
+    scale_tril: Tensor
+
+
+class Prior(NamedTuple):
+    """What the covariances are drawn to: Ψ (m, m), float64, and the number of samples ν it counts for."""
+
+    covariance: Tensor
+    strength: float
+
+
+def start(points: Tensor, components: int, strength: float, generator: torch.Generator) -> tuple[Components, Prior]:
+    """A first mixture and the prior, from k-means on a sample.
+
+    The centres start as those of k-means++ (Arthur and Vassilvitskii, "k-means++: The Advantages of Careful
+    Seeding", 2007). Each coordinate is divided by the root of its standard deviation first, half way to equal
+    scales: clusters differ in small coordinates too. The prior's Ψ is the covariance within the clusters, pooled.
+
+    Args:
+        points: A sample (n, m), float64.
+        components: How many components, at most; fewer where fewer points are distinct.
+        strength: ν of the prior.
+        generator: Of the device of ``points``.
+
+    Returns:
+        The mixture and its prior.
+    """
+    spread = points.square().mean(0)
+    scale = spread.clamp_min(1e-12 * spread.max()).pow(0.25)
+    scaled = points / scale
+    centres = _seeds(scaled, components, generator)
+    for _ in range(_LLOYD):
+        nearest = _nearest(scaled, centres)
+        counts = nearest.bincount(minlength=len(centres)).to(points).unsqueeze(-1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, scaled)
+        centres = torch.where(counts > 0, sums / counts, centres)
+    nearest, centres = _nearest(scaled, centres), centres * scale
+    off = points - centres[nearest]
+    floor = torch.diag(1e-3 * spread.clamp_min(1e-12 * spread.max()))  # for clusters of one point each
+    prior = Prior(off.mT @ off / len(points) + floor, strength)
+    total = points.new_zeros(len(centres), _width(points.shape[-1]))
+    for some, which in zip(
+        _blocks(points, len(centres)), _blocks(nearest, len(centres), points.shape[-1]), strict=True
+    ):
+        total += torch.nn.functional.one_hot(which, len(centres)).to(points).mT @ _statistics(some)
+    return _update(total, centres, prior), prior
+
+
+def maximise(
+    mixture: Components, prior: Prior, batches: Callable[[], Iterable[Tensor]], iterations: int, tolerance: float
+) -> tuple[Components, list[float]]:
+    """Expectation maximisation (Dempster, Laird and Rubin, 1977) of log likelihood plus log prior.
+
+    Args:
+        mixture: Where to start.
+        prior: On the covariances.
+        batches: Gives the points again at each call, (n, m) float64 at a time.
+        iterations: Updates, at least one, at most this many.
+        tolerance: An update that gains less than this, per point, is the last.
+
+    Returns:
+        The mixture, without the components that hold less than half a point, and the objective per point of the
+        mixture before each update: it never decreases but by rounding.
+    """
+    history: list[float] = []
+    counts = mixture.logits.exp()
+    for _ in range(iterations):
+        natural = _natural(mixture)
+        total, likelihood, seen = torch.zeros_like(natural), 0.0, 0
+        for batch in batches():
+            for points in _blocks(batch, len(natural)):
+                statistics = _statistics(points)
+                joint = statistics @ natural.mT
+                evidence = joint.logsumexp(-1, keepdim=True)
+                total += (joint - evidence).exp_().mT @ statistics
+                likelihood += float(evidence.sum())
+                seen += len(points)
+        history.append((likelihood + _log_prior(mixture, prior)) / seen)
+        mixture, counts = _update(total, mixture.means, prior), total[:, -1]
+        if len(history) > 1 and history[-1] - history[-2] < tolerance:
+            break
+    kept = counts >= 0.5
+    return Components(*(part[kept] for part in mixture)), history
+
+
+def _width(dims: int) -> int:
+    return dims * (dims + 1) // 2 + dims + 1
+
+
+def _blocks(points: Tensor, components: int, dims: int | None = None) -> Sequence[Tensor]:
+    width = _width(points.shape[-1] if dims is None else dims)
+    blocks: Sequence[Tensor] = points.split(max(1, _ELEMENTS // (width + 2 * components)))
+    return blocks
+
+
+def _statistics(points: Tensor) -> Tensor:
+    """t(u) for points (n, m): (n, m(m+1)/2 + m + 1)."""
+    rows, columns = torch.tril_indices(points.shape[-1], points.shape[-1], device=points.device)
+    return torch.cat([points[:, rows] * points[:, columns], points, points.new_ones(len(points), 1)], dim=-1)
+
+
+def _natural(mixture: Components) -> Tensor:
+    """The log density of each component with its weight, as coefficients of t(u): (C, m(m+1)/2 + m + 1)."""
+    m = mixture.means.shape[-1]
+    precision = torch.cholesky_inverse(mixture.scale_tril)
+    pulled = (precision @ mixture.means.unsqueeze(-1)).squeeze(-1)
+    rows, columns = torch.tril_indices(m, m, device=pulled.device)
+    quadratic = precision[:, rows, columns] * torch.where(rows == columns, -0.5, -1.0).to(pulled)
+    constant = (
+        mixture.logits
+        - 0.5 * ((pulled * mixture.means).sum(-1) + m * math.log(2 * math.pi))
+        - mixture.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    )
+    return torch.cat([quadratic, pulled, constant.unsqueeze(-1)], dim=-1)
+
+
+def _update(total: Tensor, means: Tensor, prior: Prior) -> Components:
+    """The M-step; a component without points keeps its mean, and has weight 0 and the prior's covariance."""
+    m = means.shape[-1]
+    counts = total[:, -1]
+    held = (counts > 1e-100).unsqueeze(-1)
+    safe = torch.where(held, counts.unsqueeze(-1), 1.0)
+    means = torch.where(held, total[:, -m - 1 : -1] / safe, means)
+    rows, columns = torch.tril_indices(m, m, device=total.device)
+    second = total.new_zeros(len(total), m, m)
+    second[:, rows, columns] = total[:, : -m - 1]
+    second[:, columns, rows] = total[:, : -m - 1]
+    scatter = second - counts[:, None, None] * means.unsqueeze(-1) * means.unsqueeze(-2)
+    covariance = (scatter + prior.strength * prior.covariance) / (counts + prior.strength)[:, None, None]
+    return Components((counts / counts.sum()).log(), means, torch.linalg.cholesky(covariance))
+
+
+def _log_prior(mixture: Components, prior: Prior) -> float:
+    log_det = 2 * mixture.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum()
+    trace = (torch.cholesky_inverse(mixture.scale_tril) * prior.covariance).sum()
+    return -0.5 * prior.strength * float(log_det + trace)
+
+
+def _seeds(points: Tensor, components: int, generator: torch.Generator) -> Tensor:
+    chosen = torch.randint(len(points), (1,), generator=generator, device=points.device)
+    nearest = (points - points[chosen]).square().sum(-1)
+    picks = [chosen]
+    while len(picks) < components and bool(nearest.max() > 0):
+        picks.append(torch.multinomial(nearest, 1, generator=generator))
+        nearest = torch.minimum(nearest, (points - points[picks[-1]]).square().sum(-1))
+    return points[torch.cat(picks)]
+
+
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    """The index of the nearest centre of each point, (n,)."""
+    half = 0.5 * centres.square().sum(-1)
+    return torch.cat([(half - some @ centres.mT).argmin(-1) for some in _blocks(points, len(centres))])
