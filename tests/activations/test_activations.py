@@ -93,7 +93,7 @@ def test_indexing_what_was_indexed(place):
 @pytest.mark.parametrize(
     ("index", "error", "words"),
     [
-        (2, TypeError, r"use acts\[2 : 3\]"),
+        (2, TypeError, r"acts\[2 : 3\] is a set of one"),
         (torch.tensor([6]), IndexError, "out of (range|bounds)"),
         (torch.tensor([True]), IndexError, "mask"),
         (slice(None, None, -1), ValueError, "step"),

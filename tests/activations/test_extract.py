@@ -392,3 +392,18 @@ def test_bar(tmp_path, capsys, monkeypatch):
     assert printed(tmp_path / "c", progress=False) == ""
     monkeypatch.setattr(sys, "stderr", None)
     extract(tap, batches, tmp_path / "d")
+
+
+def test_a_head_that_is_not_the_models_any_more(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    tap = Tap(model, find_head(model, torch.randn(5, 4)))  # the norm is folded, so that the head is a copy
+    with torch.no_grad():
+        model[2].weight.mul_(3)
+    for out in (None, tmp_path / "acts"):
+        with pytest.raises(ValueError, match=r"the head does not make the model's logits.*find the head again"):
+            extract(tap, [torch.randn(5, 4)], out)
+
+
+def test_a_model_is_no_tap():
+    with pytest.raises(TypeError, match=r"tap is a Linear; make one of the model: penult\.Tap\(model"):
+        extract(nn.Linear(4, 3), [torch.randn(5, 4)])

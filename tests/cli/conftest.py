@@ -26,7 +26,13 @@ def probabilities():
 def nothing():
     return 3
 
+none = None
+
+def broken():
+    return {}["layer4"]
+
 class Nets:
+    needs = staticmethod(lambda config: DigitsNet())
     small = staticmethod(lambda: DigitsNet(width=16))
 '''
 

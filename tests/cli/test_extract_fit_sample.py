@@ -12,7 +12,8 @@ from penult.cli import app
 def activations(penult_json, here):
     facts = penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
     assert facts == {
-        "out": "acts", "samples": 1797, "features": 64, "classes": 10, "labels": True, "dtype": "float32"
+        "out": "acts", "samples": 1797, "features": 64, "classes": 10, "labels": True, "dtype": "float32",
+        "resumed_after_shards": 0, "was_complete": False,
     }  # fmt: skip
     return here / "acts"
 
@@ -23,6 +24,8 @@ def test_from_model_to_draws(penult_json, here, activations):
     facts = penult_json("fit", activations, "--out", "net.penult.safetensors")
     assert facts["base"] == "elliptic"
     assert sum(facts["prior"]) == pytest.approx(1, abs=1e-5)
+    assert 0 < facts["draws_confidence"] < 1
+    assert facts["stored_confidence"] == pytest.approx(acts.logits.softmax(-1).amax(-1).mean().item(), rel=0.05)
     pair = penult.load(here / "net.penult.safetensors")
     assert torch.allclose(pair.posterior(acts.activations).probs, acts.logits.softmax(-1), atol=1e-4)
 
@@ -34,6 +37,8 @@ def test_from_model_to_draws(penult_json, here, activations):
     assert torch.allclose(pair.head(some.activations), some.logits, atol=1e-4)
     again = penult_json("sample", "net.penult.safetensors", *wanted, "--out", "more")
     assert {k: v for k, v in again.items() if k != "out"} == {k: v for k, v in drawn.items() if k != "out"}
+    assert penult_json("fit", "drawn", "--base", "sphere", "--out", "again.penult.safetensors")["samples"] == 80
+    penult_json("sample", "net.penult.safetensors", *wanted, "--out", "more", "--overwrite")
     joint = penult_json("sample", "net.penult.safetensors", "--out", "joint", "--seed", "1")
     assert joint["samples"] == 1000
     assert torch.equal(penult.Activations.open(here / "drawn").activations, penult.Activations.open("more").activations)
@@ -58,7 +63,8 @@ def test_bases(here, activations, options, kind):
 
 def test_extracting_again_returns_what_is_there_and_half_precision(penult_json, here, activations):
     before = {path.name: path.stat().st_mtime_ns for path in activations.glob("activations-*")}
-    penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
+    again = penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
+    assert again["was_complete"]
     assert {path.name: path.stat().st_mtime_ns for path in activations.glob("activations-*")} == before
     facts = penult_json("extract", "usernets:trained", "digits", "--out", "half", "--dtype", "float16")
     assert facts["dtype"] == "float16"
@@ -79,12 +85,19 @@ def test_a_head_of_its_own(penult_json, here, activations):
         (["extract", "usernets:trained", "gone", "--out", "x"], "gone"),
         (["fit", "nowhere", "--out", "x.safetensors"], "nowhere"),
         (["fit", "acts", "--head", "digits.safetensors", "--out", "x.safetensors"], "does not make the stored logits"),
-        (["fit", "acts", "--head", "two.safetensors", "--weight-key", "a.weight", "--out", "x"], "(3, 4)"),
-        (["fit", "acts", "--head", "gone.safetensors", "--out", "x"], "gone.safetensors does not exist"),
+        (["fit", "acts", "--head", "two.safetensors", "--weight-key", "a.weight", "--out", "x.safetensors"], "(3, 4)"),
+        (["fit", "acts", "--head", "gone.safetensors", "--out", "x.safetensors"], "gone.safetensors does not exist"),
         (["fit", "acts", "--out", "no/such/folder.safetensors"], "no/such"),
         (["sample", "gone.safetensors", "--out", "x"], "does not exist"),
         (["sample", "digits.safetensors", "--class", "10", "--out", "x"], "label 10 is out of range"),
         (["sample", "digits.safetensors", "--out", "acts"], "acts"),
+        (["sample", "digits.safetensors", "--out", "d.npz"], "becomes a folder of shards"),
+        (["sample", "acts", "--out", "x"], "is a folder; a pair is a file"),
+        (["fit", "acts", "--out", "x.pth"], "is a safetensors file, so name it"),
+        (
+            ["extract", "usernets:trained", "digits", "--mode", "RGB", "--out", "x"],
+            "given images of shape (16, 3, 8, 8)",
+        ),
     ],
 )
 def test_bad_input(refused, activations, arguments, words):

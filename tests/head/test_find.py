@@ -489,7 +489,7 @@ def test_other_state_is_not_left_behind():
     find_head(model, batch(""))
     assert model.training
     assert not model.merged
-    assert torch.allclose(model.fc.weight, weight)
+    assert torch.allclose(model.fc.weight, weight, atol=1e-6)  # merged and unmerged
     assert model.steps == 0
     assert model.cache is None
     assert model.sized.shape == (0,)

@@ -192,7 +192,11 @@ class Activations:
 
     def __getitem__(self, index: Any) -> Activations:  # a slice, indices (M,) or a mask (N,)
         if isinstance(index, int):
-            raise TypeError(f"acts[{index}] would be no set; use acts[{index} : {index + 1}]")
+            start = index % len(self) if -len(self) <= index < len(self) else index
+            raise TypeError(
+                f"acts[{index}] would be one row and no set; acts[{start} : {start + 1}] is a set of one, and "
+                "acts.batches(size) goes through all"
+            )
         if isinstance(self._rows, Memory):
             return self._checked(self._rows[index])
         if isinstance(index, slice) and index.step in (None, 1):

@@ -42,7 +42,7 @@ class Reader:
         self._tap, self._dtype, self._target = tap, dtype, target
         self._device = next(chain(tap.model.parameters(), tap.model.buffers()), tap.head.weight).device
         self._batches = self._seen = 0
-        self._labelled = False
+        self._labelled = self._checked = False
 
     def skip(self, batch: Any) -> None:
         """Count a batch whose rows are known."""
@@ -56,6 +56,7 @@ class Reader:
         with torch.inference_mode(False), torch.no_grad():
             args = [x.to(self._device) for x in parts.args]
             h, logits = self._tap(*args, **{name: x.to(self._device) for name, x in parts.kwargs.items()})
+            self._check_head(h, logits)
             labels, keep = self._wanted(parts, logits.shape)
             h, logits = h.flatten(end_dim=-2), logits.flatten(end_dim=-2)
             if not keep.all():
@@ -63,6 +64,21 @@ class Reader:
                 h, logits = (x[keep.to(x.device)] for x in (h, logits))
             h, logits = _cast("activations", h, self._dtype), _cast("logits", logits, self._dtype)
             return Memory(self._own(h), self._own(logits), None if labels is None else self._own(labels))
+
+    def _check_head(self, h: Tensor, logits: Tensor) -> None:
+        """Raise, at the first batch, unless the head gives the model's softmax."""
+        if self._checked or not h.numel():
+            return
+        head, self._checked = self._tap.head, True
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        theirs = (logits.to(wide) / head.temperature).softmax(-1)
+        off = (head(h.to(head.weight.dtype)).to(wide).softmax(-1) - theirs).abs()
+        error = float(off[off.isfinite()].max()) if off.isfinite().any() else 0.0
+        if error > max(1e-2, 8 * torch.finfo(logits.dtype).eps):
+            raise ValueError(
+                f"the head does not make the model's logits: their softmaxes differ by up to {error:.2g}. The model "
+                "may have been trained or loaded since the head was found, or be another one: find the head again"
+            )
 
     def _own(self, x: Tensor) -> Tensor:
         """A copy: the model's tensor may be a part of a much larger one, or one that it writes to again."""

@@ -77,10 +77,11 @@ def extract(
     Raises:
         FileExistsError: `out` holds other files and no activations.
         RuntimeError: Another process is writing to `out`.
-        TypeError: A batch of another kind, labels that are no integers, or a dtype that is not floating.
-        ValueError: No batch at all, labels in some batches only, of a wrong shape or out of range; labels that are
-            the input_ids; a value too large for `dtype`; a wrong number of class names; or `out` holds what other
-            arguments, another model or another loader gave.
+        TypeError: `tap` is no Tap, a batch is of another kind, labels are no integers, or a dtype is not floating.
+        ValueError: The head does not make the model's logits, as after further training; no batch at all, labels in
+            some batches only, of a wrong shape or out of range; labels that are the input_ids; a value too large for
+            `dtype`; a wrong number of class names; or `out` holds what other arguments, another model or another
+            loader gave.
         penult.io.FileFormatError: A file in `out` is damaged.
 
     Example:
@@ -90,6 +91,10 @@ def extract(
         >>> extract(Tap(model, find_head(model, torch.randn(2, 4))), batches).labels
         tensor([0, 2, 1])
     """
+    if not isinstance(tap, Tap):
+        raise TypeError(
+            f"tap is a {type(tap).__name__}; make one of the model: penult.Tap(model, penult.find_head(model, batch))"
+        )
     names = None if class_names is None else tuple(class_names)
     if names is not None and len(names) != tap.head.num_classes:
         raise ValueError(f"there are {len(names)} class_names for {tap.head.num_classes} classes")

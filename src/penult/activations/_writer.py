@@ -14,7 +14,7 @@ from penult.activations._folder import Stored, record_of, shard_name
 
 __all__ = ["SHARD_SIZE", "Writer"]
 
-SHARD_SIZE = 64 * 2**20
+SHARD_SIZE = 16 * 2**20
 """Bytes of a shard, if nothing else is asked for."""
 
 

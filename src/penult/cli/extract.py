@@ -39,6 +39,7 @@ def extract(
     path: sources.HeadPath = None,
     fold: sources.Fold = True,
     dtype: Annotated[Precision, typer.Option(help="How to store activations and logits.")] = Precision.float32,
+    shard_size: Annotated[float, typer.Option(help="MiB of a shard; what a kill can cost.", min=0.001)] = 16.0,
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds other activations.")] = False,
     device: sources.Device = "cpu",
     as_json: sources.AsJson = False,
@@ -51,12 +52,14 @@ def extract(
     """
     import torch
 
+    from penult import io
     from penult.activations import Tap
     from penult.activations import extract as run
     from penult.head import find_head
     from penult.pair import GenerativePair
 
     reporter = RichReporter(stderr=as_json)
+    sources.folder_path(out)
     if sources.is_file(model):
         raise ValueError(
             f"{model} is a file; to extract activations the network has to run: give package.module:factory"
@@ -65,19 +68,31 @@ def extract(
     dataset = sources.load_images(data, size=size, mode=mode, mean=mean, std=std)
     loader = sources.batches_of(dataset, batch_size, workers)
     batch = sources.first_images(dataset, 16)
-    head = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
+    with sources.running(tuple(batch.shape)):
+        head = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
     reporter.line(str(head.certificate))
-    acts = run(
-        Tap(network, head),
-        loader,
-        out,
-        dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
-        class_names=dataset.class_names,
-        overwrite=overwrite,
-        progress=True,
-    )
+    before = [] if overwrite else sorted(path.name for path in out.glob("activations-*.safetensors"))
+    complete = (out / io.INDEX_NAME).exists() and not overwrite
+    if complete:
+        reporter.line(
+            f"{out} is complete: nothing is computed but its first batch, to compare; --overwrite starts anew"
+        )
+    elif before:
+        reporter.line(f"{out} holds {len(before)} whole shards of a run that was stopped: resuming after them")
+    with sources.running(tuple(batch.shape)):
+        acts = run(
+            Tap(network, head),
+            loader,
+            out,
+            dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
+            class_names=dataset.class_names,
+            shard_size=round(shard_size * 2**20),
+            overwrite=overwrite,
+            progress=True,
+        )
     GenerativePair(head).save(out / HEAD_FILE)
     reporter.line(f"{out}: {acts}")
     if as_json:
         facts = {"out": str(out), "samples": len(acts), "features": acts.in_features, "classes": acts.num_classes}
-        typer.echo(json.dumps(facts | {"labels": acts.labels is not None, "dtype": dtype.value}, indent=2))
+        facts |= {"labels": acts.labels is not None, "dtype": dtype.value}
+        typer.echo(json.dumps(facts | {"resumed_after_shards": len(before), "was_complete": complete}, indent=2))

@@ -41,11 +41,14 @@ def fit(
 
     Example: penult fit activations/ --base elliptic --out resnet.penult.safetensors
     """
+    import torch
+
     from penult.activations import Activations
     from penult.bases import Base, Gaussian, Sphere
     from penult.pair import GenerativePair
 
     reporter = RichReporter(stderr=as_json)
+    sources.pair_path(out)
     acts = Activations.open(activations)
     file = activations / HEAD_FILE if head is None else head
     if not file.exists():
@@ -83,6 +86,19 @@ def fit(
         f"implied prior from {float(prior.min()):.3g} to {float(prior.max()):.3g}, as spread as {effective:.1f} of "
         f"{len(prior)} classes; pair.with_prior(p) sets another"
     )
+    drawn, labels = pair.sample((_CHECKED,), generator=torch.Generator(found.weight.device).manual_seed(0))
+    confidence, predicted = found(drawn).softmax(-1).max(-1)
+    facts = {
+        "draws_accuracy": float((predicted == labels).double().mean()),
+        "draws_confidence": float(confidence.double().mean()),
+        "stored_confidence": float(part.logits.double().softmax(-1).amax(-1).mean()),
+    }
+    reporter.line(
+        f"the head is right on {facts['draws_accuracy']:.1%} of {_CHECKED} draws, with mean confidence "
+        f"{facts['draws_confidence']:.3f}; on the stored activations its confidence is "
+        f"{facts['stored_confidence']:.3f}. Far apart, the base is a poor stand-in: try others, and --no-ambient"
+    )
     if as_json:
-        facts = {"out": str(out), "base": base.value, "samples": len(acts), "prior": prior.tolist()}
-        typer.echo(json.dumps(facts | {"effective_classes": effective}, indent=2))
+        facts |= {"effective_classes": effective}
+        about = {"out": str(out), "base": base.value, "samples": len(acts), "prior": prior.tolist()}
+        typer.echo(json.dumps(about | facts, indent=2))

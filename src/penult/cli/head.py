@@ -18,7 +18,10 @@ __all__ = ["head"]
 def head(
     model: sources.Model,
     data: Annotated[str | None, typer.Option(help="Images to run it on: parquet, folder, .npz or digits.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Shape of a random input in place of data: 3,224,224.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random inputs in place of data, one is 3,224,224."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="How many inputs to run the model on.", min=1)] = 16,
     size: sources.Size = None,
     mode: sources.Mode = None,
@@ -44,6 +47,10 @@ def head(
     from penult.pair import GenerativePair
 
     reporter = RichReporter(stderr=as_json)
+    if data is not None and shape is not None:
+        raise ValueError("--data and --shape exclude each other: images, or random inputs in place of them")
+    if out is not None:
+        sources.pair_path(out)
     if sources.is_file(model):
         found = sources.load_head(model, weight_key, bias_key)
     else:
@@ -59,7 +66,8 @@ def head(
             batch = torch.randn(batch_size, *extents, generator=torch.Generator().manual_seed(seed))
         else:
             raise ValueError(f"to find the head of {model} it has to run: give --data, or --shape for random inputs")
-        found = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
+        with sources.running(tuple(batch.shape)):
+            found = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
     facts: dict[str, Any] = {
         "classes": found.num_classes,
         "features": found.in_features,

@@ -10,6 +10,7 @@ import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter
+from penult.cli.extract import HEAD_FILE
 
 __all__ = ["sample"]
 
@@ -23,6 +24,7 @@ def sample(
     ] = None,
     weight_key: sources.WeightKey = None,
     bias_key: sources.BiasKey = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace activations that the folder holds.")] = False,
     seed: sources.Seed = 0,
     device: sources.Device = "cpu",
     as_json: sources.AsJson = False,
@@ -45,7 +47,8 @@ def sample(
         h, labels = law.sample((count,), generator=generator)
     logits = law.head(h)
     acts = Activations(h.cpu(), logits.cpu(), labels.cpu())
-    acts.save(out)
+    acts.save(sources.folder_path(out), overwrite=overwrite)
+    law.save(out / HEAD_FILE)
     confidence, predicted = logits.softmax(-1).max(-1)
     facts = {
         "out": str(out),

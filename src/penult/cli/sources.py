@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,11 +37,15 @@ __all__ = [
     "batches_of",
     "device_of",
     "first_images",
+    "folder_path",
     "is_file",
     "load_head",
     "load_images",
     "load_model",
     "load_pair",
+    "pair_path",
+    "running",
+    "users_code",
 ]
 
 Model = Annotated[
@@ -79,10 +85,16 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
         raise ValueError(f"MODEL {name!r} is neither a .safetensors file nor of the form package.module:factory")
+    if module_name.startswith(".") or "/" in module_name or module_name.endswith(".py"):
+        raise ValueError(
+            f"MODEL {name!r}: {module_name!r} is a path; name the module as Python imports it, such as mynets:factory "
+            "for mynets.py in the current folder"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        factory: Any = importlib.import_module(module_name)
+        with users_code(f"MODEL {name!r}"):
+            factory: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
     except ModuleNotFoundError as error:
@@ -91,12 +103,35 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
         ) from error
     except AttributeError as error:
         raise ValueError(f"MODEL {name!r}: {error}") from error
-    model = factory if isinstance(factory, nn.Module) else factory()
+    if not callable(factory):
+        raise ValueError(f"MODEL {name!r} is a {type(factory).__name__}, not a factory that takes no arguments")
+    with users_code(f"the factory of MODEL {name!r} (it is called without arguments)"):
+        model = factory if isinstance(factory, nn.Module) else factory()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"MODEL {name!r} made a {type(model).__name__}, not an nn.Module")
+        raise ValueError(f"MODEL {name!r} gave {type(model).__name__}, which is no nn.Module")
     if weights is not None:
         _load_weights(model, weights)
     return model
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Say whose error it was, in one line, where something of the user's own runs."""
+    try:
+        yield
+    except (ValueError, ModuleNotFoundError):
+        raise  # of penult, or about a module that is missing
+    except Exception as error:  # whatever a model or a factory raises
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{what} raised {type(error).__name__}: {first}") from error
+
+
+@contextmanager
+def running(shape: tuple[int, ...]) -> Iterator[None]:
+    """Say which input a model did not take."""
+    hint = "batch, channels, height, width; see --size, --mode, --mean and --shape"
+    with users_code(f"the model, given images of shape {shape} ({hint}),"):
+        yield
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -155,6 +190,8 @@ def _is_penults(path: str | Path) -> bool:
 
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; a pair is a file, which penult fit makes of a folder of activations")
     try:
         with safe_open(path, framework="pt") as file:
             return "penult" in (file.metadata() or {})
@@ -190,6 +227,22 @@ def _bias_of(weight_key: str) -> str:
     return weight_key.removesuffix("weight") + "bias"
 
 
+def pair_path(out: Path) -> Path:
+    """Where a pair is to be written, under a name that says what it is."""
+    if out.suffix != ".safetensors":
+        raise ValueError(
+            f"--out {out} is a safetensors file, so name it such as {out.with_suffix('')}.penult.safetensors"
+        )
+    return out
+
+
+def folder_path(out: Path) -> Path:
+    """Where activations are to be written: a folder."""
+    if out.suffix in (".npz", ".npy", ".pt", ".pth", ".safetensors", ".parquet"):
+        raise ValueError(f"--out {out} becomes a folder of shards; give it a name without {out.suffix}")
+    return out
+
+
 def load_images(source: str, *, size: str | None, mode: str | None, mean: str | None, std: str | None) -> ImageDataset:
     """A data set with the preprocessing that options ask for."""
     from penult.data import read
@@ -214,6 +267,11 @@ class _Normalize:
         self.mean, self.std = mean, std
 
     def __call__(self, image: Tensor) -> Tensor:
+        for name, values in (("--mean", self.mean), ("--std", self.std)):
+            if len(values) not in (1, len(image)):
+                raise ValueError(
+                    f"{name} has {len(values)} values, but the images have {len(image)} channels; see --mode"
+                )
         mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (image - mean) / std
 

@@ -111,7 +111,10 @@ def _cause(logits: Tensor, best: Sequence[Match], squashed_by: str | None) -> st
     if are_probabilities(z):
         return "The output is probabilities (a softmax inside the model): return the logits."
     if "sigmoid" in (squashed_by or "").lower() or bool(((z >= 0) & (z <= 1)).all()):
-        return "The output lies in 0..1 (a sigmoid inside the model, as for labels that do not exclude each other)."
+        return (
+            "The output lies in 0..1 (a sigmoid inside the model, as for labels that do not exclude each other, which "
+            "no softmax reads)."
+        )
     if squashed_by is not None:
         return (
             f"After the last product the model applies {squashed_by} (a soft cap, an activation after the head): "
@@ -135,6 +138,11 @@ def _cause(logits: Tensor, best: Sequence[Match], squashed_by: str | None) -> st
                     f"The output is the {what} of two products ({one.candidate.path!r} and {other.candidate.path!r}): "
                     "two heads, or a low-rank update beside one. Merge them into one layer."
                 )
+    if not best:
+        return (
+            "Typical causes: a head that is more than one matrix for each position (a convolution wider than one "
+            "pixel), distances to prototypes, a quantised head."
+        )
     return (
         "Typical causes: a scale that depends on the input, a soft cap or an activation after the head, several heads "
         "averaged, a quantised head."
