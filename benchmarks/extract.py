@@ -83,7 +83,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
     """Ratios of CPU time to the bare loop."""
     model = network(options.seed)
     generator = torch.Generator().manual_seed(options.seed)
-    count = BATCH * (10 if options.quick else 80)
+    count = BATCH * (10 if options.quick else 20)  # short runs take turns often, so that drift hits all alike
     images = torch.rand(count, 1, 28, 28, generator=generator)
     labels = torch.randint(10, (count,), generator=generator)
     batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
@@ -109,7 +109,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         for run in runs.values():
             run()
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(3 if options.quick else 15):
+        for _ in range(3 if options.quick else 25):
             for name, run in runs.items():
                 start = time.process_time()
                 run()
