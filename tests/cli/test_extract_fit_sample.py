@@ -1,5 +1,8 @@
 """The way of a user: from a model and images to activations, a fitted pair, and draws."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -76,6 +79,19 @@ def test_a_head_of_its_own(penult_json, here, activations):
     penult_json("head", "usernets:trained", "--shape", "1,8,8", "--out", "head.penult.safetensors")
     penult_json("fit", "acts", "--head", "head.penult.safetensors", "--out", "net.penult.safetensors")
     assert penult_json("sample", "digits.safetensors", "-n", "10", "--out", "raw")["samples"] == 10
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_folder_that_another_process_writes_to(refused, here):
+    (here / "acts").mkdir()
+    code = (
+        "import fcntl, sys; file = open('acts/.activations.lock', 'a+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "is writing to" in refused("extract", "usernets:trained", "digits", "--out", "acts")
+        other.stdin.close()
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,6 @@ def main() -> None:
     """Run the command line; bad input ends with one line and exit code 2."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         fail(error)
         sys.exit(2)

@@ -79,17 +79,16 @@ def extract(
         )
     elif before:
         reporter.line(f"{out} holds {len(before)} whole shards of a run that was stopped: resuming after them")
-    with sources.running(tuple(batch.shape)):
-        acts = run(
-            Tap(network, head),
-            loader,
-            out,
-            dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
-            class_names=dataset.class_names,
-            shard_size=round(shard_size * 2**20),
-            overwrite=overwrite,
-            progress=True,
-        )
+    acts = run(
+        Tap(network, head),
+        loader,
+        out,
+        dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
+        class_names=dataset.class_names,
+        shard_size=round(shard_size * 2**20),
+        overwrite=overwrite,
+        progress=True,
+    )
     GenerativePair(head).save(out / HEAD_FILE)
     reporter.line(f"{out}: {acts}")
     if as_json:

@@ -104,8 +104,8 @@ class ImageDataset(Dataset[Any]):
         position %= len(self)
         raw = self._source.image(position)
         try:
-            read = decode if isinstance(raw, bytes) else adapt
-            image = read(raw, self._mode, self._size)  # type: ignore[arg-type]
+            size = self._size
+            image = decode(raw, self._mode, size) if isinstance(raw, bytes) else adapt(raw, self._mode, size)
         except ValueError as error:
             raise ValueError(f"{self._source.where(position)} cannot be read as an image: {error}") from error
         if self._transform is not None:

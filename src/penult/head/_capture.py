@@ -111,7 +111,7 @@ class _Watch(TorchFunctionMode):
                     self._product = output
                 self.seen += 1
         if self.picks and self.found is not None and self._product is not None and len(args) > 0:
-            self._follow(func, args, kwargs, output)
+            self._follow(func, args, output)
         return output
 
     def _is_w(self, operand: Tensor) -> bool:
@@ -119,7 +119,7 @@ class _Watch(TorchFunctionMode):
             return True
         return operand is self.weight if self.compiling else operand.data_ptr() == self.weight.data_ptr()
 
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
         """What the model picks of the product, picked of h: two positions with equal logits may have different h."""
         if args[0] is not self._product or self.found is None:
             return

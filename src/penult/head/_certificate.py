@@ -60,8 +60,8 @@ class HeadCertificate:
         shifted: Whether a bias was fitted, beside what the product itself adds.
         log_softmax: Whether the model returns log-probabilities: logits up to a number a sample.
         empty: Number of classes whose row of W is zero, as of padding tokens that were never trained.
-        confirmed: The residual on a second batch (the first one reversed), which the head had not seen; None if
-            the model does not take it.
+        confirmed: The residual on a second batch (the first one reversed and paler), which the head had not seen; None
+            if the model does not take it.
         unit_offset: Whether the folded gain is 1 + weight.
 
     Example:

@@ -38,11 +38,11 @@ def find_head(
 
     The model runs on a small batch, in eval mode and without gradients, while every product of activations with one
     matrix is recorded: linear layers and functions, matmul, addmm, einsum, pointwise convolutions, cosines. Each
-    with as many rows as there are logits is a candidate; the logits are computed again from its W, b and h, and
-    the one that reproduces them is the head. Names play no part. A scale and a bias added later are fitted; a mean
-    over positions, a position picked from each sample, and a resized map are recognised, since they commute with the
-    head. The head then has to reproduce a second batch: the first one reversed. The model's training flags, buffers,
-    hooks and the random number generators are left as they were.
+    with as many rows as there are logits is a candidate; the logits are computed again from its W, b and h, and the
+    one that reproduces them is the head. Names play no part. A scale and a bias added later are fitted; a mean over
+    positions, a position picked from each sample, and a resized map are recognised, since they commute with the
+    head. The head then has to reproduce a second batch: the first one reversed, its floats times 0.7. The model's
+    training flags, buffers, hooks and the random number generators are left as they were.
 
     Where a LayerNorm or RMSNorm stands right before the head (dropout, casts, views such as a class token, and a
     mean over positions apart), its gain and offset are folded into the head: the weight becomes W diag(gamma), the
@@ -164,8 +164,7 @@ def _known(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
     """The model's own parameter if a fitted shift is one, since that is exact."""
     for value in (*model.parameters(), *model.buffers()):
         if value.shape == shift.shape and value.is_floating_point():
-            same = relative_error(value.detach().to(shift), shift) <= tolerance
-            if same:
+            if relative_error(value.detach().to(shift), shift) <= tolerance:
                 return value.detach()
     return shift
 
