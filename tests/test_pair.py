@@ -413,3 +413,85 @@ def test_a_file_of_the_first_schema_still_loads():
     assert torch.allclose(pair.base.radius, torch.tensor([1.0, 2.0]))
     h = torch.tensor([[1.0, 2.0, 3.0]])
     assert float(pair.log_prob(h)) == pytest.approx(-5.13206, abs=1e-4)
+
+
+def shifted_digits():
+    """Activations of digits under a small classifier: of its own balance, labelled, and of another, unlabelled."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x, y = torch.tensor(data.data / 16).float(), torch.tensor(data.target)
+    order = torch.randperm(len(x), generator=seeded(0))
+    x, y = x[order], y[order]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+        optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(60):
+            loss = torch.nn.functional.cross_entropy(model(x[:700]), y[:700])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    head = penult.find_head(model, x[:8])
+    with torch.no_grad():
+        h = model[:2](x)
+    held, held_y, rest, rest_y = h[700:1200], y[700:1200], h[1200:], y[1200:]
+    chance = torch.tensor([0.05, 0.9, 0.1, 0.9, 0.05, 0.7, 0.1, 0.9, 0.5, 0.2])
+    kept = torch.rand(len(rest), generator=seeded(1)) < chance[rest_y]
+    return head.calibrate(head(held), held_y), held, rest[kept], rest_y[kept]
+
+
+def test_label_shift_on_digits_against_the_oracle():
+    head, held, target, labels = shifted_digits()
+    oracle = labels.bincount(minlength=10).double().clamp_min(0.5) / len(labels)
+    pair = GenerativePair(head, penult.Marginal.fit(head, held, kind="bank"))
+    found = pair.estimate_prior(target).probs.double()
+    before, after = float((pair.prior.probs - oracle).abs().sum() / 2), float((found - oracle).abs().sum() / 2)
+    assert before > 0.3  # a real shift
+    assert after < 0.05
+
+    def loss(p):
+        return float(torch.nn.functional.nll_loss(p.posterior(target).logits, labels))
+
+    plain, adapted, best = loss(pair), loss(pair.with_prior(found)), loss(pair.with_prior(oracle))
+    assert adapted < plain
+    assert plain - adapted > 0.8 * (plain - best)
+    # the mean posterior, which most would count, is worse
+    assert after < float((pair.posterior(target).probs.double().mean(0) - oracle).abs().sum() / 2)
+
+
+def test_estimated_prior_is_a_fixed_point_of_most_likelihood():
+    pair = GenerativePair(penult.Head(3 * torch.eye(3)), Sphere(2.0))
+    y = torch.tensor([0] * 700 + [1] * 250 + [2] * 50)
+    h = pair.given(y).sample((1,), generator=seeded())[0]
+    found = pair.estimate_prior(h, tolerance=1e-9).probs.double()
+    log_given = pair.given(torch.arange(3)).log_prob(h.unsqueeze(1)).double()
+
+    def likelihood(q):
+        return float((log_given + q.log()).logsumexp(-1).mean())
+
+    for seed in range(20):
+        other = (found + 0.02 * torch.rand(3, generator=seeded(seed), dtype=torch.float64)).clamp_min(1e-6)
+        assert likelihood(other / other.sum()) < likelihood(found)
+    assert float((found - torch.tensor([0.7, 0.25, 0.05], dtype=torch.float64)).abs().max()) < 0.03
+
+
+def test_estimated_prior_streams_and_takes_batches(tmp_path, monkeypatch):
+    pair = GenerativePair(penult.Head(3 * torch.eye(3)), Sphere(2.0))
+    h, _ = pair.with_prior(torch.tensor([0.6, 0.3, 0.1])).sample((2000,), generator=seeded())
+    kept = pair.estimate_prior(h).probs
+    acts = penult.Activations(h, pair.head(h)).save(tmp_path / "acts", shard_size=5000)
+    monkeypatch.setattr("penult.pair._KEPT", 0)
+    torch.testing.assert_close(pair.estimate_prior(acts).probs, kept)
+    with pytest.raises(ValueError, match="hold NaN"):
+        pair.estimate_prior(torch.full((5, 3), torch.nan))
+    with pytest.raises(TypeError, match="floating tensor"):
+        pair.estimate_prior([1.0])
+
+
+def test_a_class_that_is_absent_gets_next_to_nothing():
+    pair = GenerativePair(penult.Head(5 * torch.eye(3)), Sphere(2.0))
+    h = pair.given(torch.tensor([0, 1])).sample((500,), generator=seeded()).reshape(-1, 3)
+    found = pair.estimate_prior(h)
+    assert 0 < float(found.probs[2]) < 0.01
+    assert float(pair.with_prior(found).prior.probs[2]) < 0.01

@@ -14,7 +14,7 @@ from typing import Any
 
 from penult import bases, distributions, io, special
 from penult.activations import Activations, Tap, extract
-from penult.bases import Gaussian, Sphere
+from penult.bases import Gaussian, Marginal, Sphere
 from penult.distributions import VonMisesFisher
 from penult.head import Head, HeadCertificate, HeadNotFoundError, find_head
 from penult.pair import GenerativePair, load
@@ -37,6 +37,7 @@ __all__ = [
     "Head",
     "HeadCertificate",
     "HeadNotFoundError",
+    "Marginal",
     "Sphere",
     "Tap",
     "VonMisesFisher",

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from torch.distributions import Categorical
 
 from penult import io
-from penult.bases import Base, Gaussian, Sphere
+from penult.activations import Activations
+from penult.bases import Base, Gaussian, Marginal, Sphere
+from penult.bases._pool import Pool
 from penult.distributions import Tilt
 from penult.head import Head
 from penult.head._rows import version_of
 from penult.special import working_dtype
 
 __all__ = ["GenerativePair", "load"]
+
+_KEPT = 1 << 26  # log posteriors that estimate_prior keeps; beyond, each update computes them again
 
 
 @final
@@ -102,7 +105,7 @@ class GenerativePair(nn.Module):
 
     def posterior(self, h: Tensor) -> Categorical:
         """p(y|h) by Bayes' rule, equal to softmax(head(h)): Categorical of batch shape (*S,) for h (*S, d)."""
-        return Categorical(logits=self._terms(h)[0], validate_args=False)  # log m(h) − log Z cancels
+        return Categorical(logits=self.head.centered_logits(self._read(h)), validate_args=False)
 
     def log_joint(self, h: Tensor) -> Tensor:
         """Log p(y) + log p(h|y) for every class, (*S, d) → (*S, K)."""
@@ -169,6 +172,65 @@ class GenerativePair(nn.Module):
         shift = p.to(evidence).log() - p.to(evidence).sum().log() - evidence.log_softmax(-1)
         bias = self.head.full_bias.to(evidence) + shift
         return GenerativePair(self.head.with_bias(bias.to(self.head.weight.dtype)), self.base)
+
+    @torch.no_grad()
+    def estimate_prior(
+        self, activations: Tensor | Activations, iterations: int = 1000, tolerance: float = 1e-7
+    ) -> Categorical:
+        r"""The class prior q under which unlabelled activations of another class balance are most likely.
+
+        Label shift: p(h|y) is that of this pair, the balance of classes is not. The likelihood of Σ_y q_y p(h|y) is
+        maximised by expectation maximisation, for which posteriors are enough:
+
+        .. math:: q_y \leftarrow rac{1}{N} \sum_i rac{q_y\, p(y|h_i) / p(y)}{\sum_k q_k\, p(k|h_i) / p(k)} .
+
+        It is as good as the pair's p(h|y) are, so calibrate the head first (:meth:`Head.calibrate`), and fit a
+        :class:`Marginal` to activations of the old balance: its prior is their mean posterior, whereas a sphere
+        implies one that they need not follow.
+
+        References:
+            Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
+            Neural Computation 2002. Alexandari, Kundaje and Shrikumar, "Maximum Likelihood with Bias-Corrected
+            Calibration is Hard-To-Beat at Label Shift Adaptation", ICML 2020.
+
+        Args:
+            activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`, which may be larger than memory.
+            iterations: Updates, at most.
+            tolerance: Largest change of a probability below which the updates end.
+
+        Returns:
+            The prior, for :meth:`with_prior`. No probability is below 1e-10.
+
+        Raises:
+            TypeError: If ``activations`` is neither a floating tensor nor `Activations`.
+            ValueError: If ``activations`` is too few, has a wrong shape or is not finite.
+
+        Example:
+            >>> pair = GenerativePair(Head(4 * torch.eye(3)), Sphere(2.0))
+            >>> g = torch.Generator().manual_seed(0)
+            >>> h = pair.given(torch.tensor([0] * 80 + [1] * 15 + [2] * 5)).sample((20,), generator=g).reshape(-1, 3)
+            >>> pair.estimate_prior(h).probs
+            tensor([0.8003, 0.1494, 0.0503])
+        """
+        pool = Pool(self.head, activations)
+        old = self._log_evidence().log_softmax(-1)
+
+        def posteriors() -> Iterator[Tensor]:
+            for rows in pool:
+                yield self.posterior(rows.to(self._dtype)).logits.to(old) - old
+
+        small = len(pool) * self.head.num_classes <= _KEPT
+        kept = list(posteriors()) if small else None
+        new = old
+        for _ in range(iterations):
+            parts = posteriors() if kept is None else kept
+            update = torch.stack([(part + new).softmax(-1).sum(0) for part in parts]).sum(0) / len(pool)
+            update = update.clamp_min(1e-10)
+            change = float((update - new.exp()).abs().max())
+            new = update.log().log_softmax(-1)
+            if change < tolerance:
+                break
+        return Categorical(logits=new.to(self._dtype), validate_args=False)
 
     # --- files ----------------------------------------------------------------------------------------------
 
@@ -258,21 +320,19 @@ class GenerativePair(nn.Module):
 
         Kept apart, since log m(h) can be in the thousands and would cost the logits their digits.
         """
+        h = self._read(h)
+        log_z = self._log_evidence().logsumexp(-1)
+        return self.head.centered_logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
+
+    def _read(self, h: Tensor) -> Tensor:
+        """H (*S, d) as the base reads it, in at least float32."""
+        self._check_current()
         if h.dim() < 1 or h.shape[-1] != self.head.in_features or not h.is_floating_point():
             raise ValueError(
                 f"h is {h.dtype} of shape {tuple(h.shape)}; "
                 f"expected floating activations (..., {self.head.in_features})"
             )
-        h = self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
-        log_z = self._log_evidence().logsumexp(-1)
-        return self._logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
-
-    def _logits(self, h: Tensor) -> Tensor:
-        """Logits of the centered rows; a W of another precision is converted block by block."""
-        if self.head.weight.dtype == h.dtype:
-            return self.head.centered_logits(h)
-        parts = [F.linear(h, rows.to(h.dtype)) for _, rows in self.head.centered_blocks()]
-        return torch.cat(parts, dim=-1) + self.head.full_bias.to(h.dtype)
+        return self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
 
 
 def load(
@@ -305,7 +365,7 @@ def load(
         Sphere(radius=2)
     """
     file = io.read(path, kind="pair", device=device)
-    own: tuple[type[Base], ...] = (Gaussian, Sphere)
+    own: tuple[type[Base], ...] = (Gaussian, Marginal, Sphere)
     known = {cls.__name__: cls for cls in (*own, *bases)}
     try:
         description = file.metadata["base"]
@@ -322,7 +382,7 @@ def load(
         parts.setdefault(room, {})[rest] = tensor
     try:
         head = Head.from_config(head_config, parts["head"])
-        base = known[name].from_config(config, parts["base"])
+        base = known[name].from_config(config, parts["base"], head)
         return GenerativePair(head, base)
     except (KeyError, TypeError, ValueError) as error:
         raise io.FileFormatError(f"{path}: head and base cannot be rebuilt from the file: {error}") from error

@@ -22,7 +22,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution
 
-from penult.bases import Base, Sphere
+from penult.bases import Base, Marginal, Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
 from penult.special import cosine_cdf
@@ -30,6 +30,7 @@ from penult.special import cosine_cdf
 __all__ = ["Law", "LawReport", "check_base", "check_distribution", "check_pair"]
 
 _Z = 4.0  # the bar on a z-score: one true law in 16,000 fails it by chance, and seeds are fixed
+_STREAM = 30_000_000  # logits of draws of a marginal law for one class, about
 _P = 1e-4  # the bar on a Kolmogorov-Smirnov p-value
 
 
@@ -85,7 +86,8 @@ def check_distribution(
     ``expand``, and the mean against samples; ``rsample`` gradients reach every floating parameter.
 
     Args:
-        distribution: Any distribution whose ``sample`` takes ``generator=``.
+        distribution: Any distribution whose ``sample`` takes ``generator=``. One that has no density says so by an
+            attribute ``has_density``.
         samples: Draws per batch entry.
         seed: Seed of the draws.
         gradients: Whether to check ``rsample``, where the distribution has it.
@@ -119,13 +121,18 @@ def check_distribution(
     laws.append(
         _fact("no draws is an empty tensor", draw((0,), generator=seeded()).shape == Size((0,)) + batch + event)
     )
-    log_prob = distribution.log_prob(x)
-    laws.append(_fact("log_prob shape is sample + batch", log_prob.shape == Size((samples,)) + batch))
-    laws.append(_fact("log_prob is finite on samples", bool(log_prob.isfinite().all())))
+    wider = distribution.expand(Size((2,)) + batch)
+    if getattr(distribution, "has_density", True):
+        log_prob = distribution.log_prob(x)
+        laws.append(_fact("log_prob shape is sample + batch", log_prob.shape == Size((samples,)) + batch))
+        laws.append(_fact("log_prob is finite on samples", bool(log_prob.isfinite().all())))
+        kept = torch.allclose(wider.log_prob(x[:1].unsqueeze(0))[0, 0], log_prob[0])
+        laws.append(_fact("expand keeps the law", kept))
+    else:
+        kept = torch.equal(wider.mean[0], mean) and wider.batch_shape == Size((2,)) + batch
+        laws.append(_fact("expand keeps the law", kept))
     support: Any = distribution.support
     laws.append(_fact("samples lie in the support", bool(support.check(x).all())))
-    wider = distribution.expand(Size((2,)) + batch)
-    laws.append(_fact("expand keeps the law", torch.allclose(wider.log_prob(x[:1].unsqueeze(0))[0, 0], log_prob[0])))
     laws.append(_score("sample mean equals mean", x.double() - mean.double()))
     if gradients and distribution.has_rsample:
         laws.append(_fact("rsample gradients are finite", _rsample_gradients(distribution, seeded())))
@@ -138,7 +145,9 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     With p(h|y) ∝ exp(w_y·h) m(h): p(h|y) integrates to one (by quadrature where the base offers a rule, else
     by importance sampling between tilts close to each other); the sample mean is ∇ log M; for joint draws
     (h, y) the class frequencies agree with softmax(head(h)); the posterior is the softmax; for a
-    :class:`penult.Sphere` the laws of the radius and of the cosine hold too.
+    :class:`penult.Sphere` the laws of the radius and of the cosine hold too. A :class:`penult.Marginal` knows M at
+    the head's rows alone, so that ratios between tilts of other rows are out; in their place its pair must give back
+    the density that it was made of, and no class more or less than its share of it.
 
     Args:
         base: The base to check, in a precision of at least float32.
@@ -156,7 +165,7 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     Example:
         >>> import penult
         >>> report = check_base(penult.Sphere(1.5), penult.Head(torch.eye(2)), samples=20_000)
-        >>> print(report.laws[1].name, report.laws[1].passed)
+        >>> print(report.laws[4].name, report.laws[4].passed)
         posterior equals softmax(head(h)) True
     """
     generator = torch.Generator().manual_seed(seed)
@@ -171,13 +180,17 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     classes = torch.linspace(0, head.num_classes - 1, min(head.num_classes, 4)).round().long()
     rows = head.centered_weight(classes)
     laws += _normalisation(base, rows)
+    if isinstance(base, Marginal):
+        laws += _marginal_laws(pair, classes, samples, generator)
+    doubt = base.info.mgf_standard_error or 0.0
     for y, row in zip(classes.tolist(), rows, strict=True):
         tilt: Any = base.tilt(row)
-        h = tilt.sample((samples,), generator=generator)
-        laws.append(_mean_law(base, row, h, f"mean of p(h|{y}) is the gradient of log M"))
+        h = tilt.sample((_affordable(pair, y, samples),), generator=generator)
+        laws.append(_mean_law(base, row, h, f"mean of p(h|{y}) is the gradient of log M", doubt))
         if base.info.exact_mgf:
             laws.append(_strong_law(base, row, samples, y, generator))
-        laws.append(_neighbour(base, row, h, y, generator))
+        if base.info.has_density and not isinstance(base, Marginal):
+            laws.append(_neighbour(base, row, h, y, generator))
         if isinstance(base, Sphere):
             laws += _sphere_laws(base, row, h, y)
     return LawReport(f"{base.info.name} base with {head}", tuple(laws))._raise_unless_passed()
@@ -212,26 +225,36 @@ def _pair_laws(pair: GenerativePair, samples: int, generator: torch.Generator) -
         raise ValueError(f"laws are checked in at least float32; this head is {pair.head.weight.dtype}: use .float()")
     work = min(samples, max(1000, 20_000_000 // k))
     h, y = pair.sample((work,), generator=generator)
-    joint, softmax = pair.log_joint(h), pair.head(h).double().softmax(-1)
+    softmax = pair.head(h).double().softmax(-1)
     exact = h.dtype == torch.float64
     error = float((pair.posterior(h).probs.double() - softmax).abs().max())
+    tight = 1e-9 if exact else 1e-5
+    prior = pair.prior.probs.double()
+    doubt = pair.base.info.mgf_standard_error or 0.0
+    return [
+        *(_density_laws(pair, h, y, softmax, tight) if pair.base.info.has_density else ()),
+        Law("posterior equals softmax(head(h))", error, f"<= {tight:g}", error <= tight),
+        _frequencies("joint draws have the softmax's class frequencies", y, softmax, doubt),
+        _frequencies("joint draws have the pair's prior", y, prior.expand(len(y), k)),
+    ]
+
+
+def _density_laws(pair: GenerativePair, h: Tensor, y: Tensor, softmax: Tensor, tight: float) -> list[Law]:
+    """The densities of a pair agree with each other, at its own draws."""
+    joint = pair.log_joint(h)
     scale = float(joint.abs().max())
     bayes_error = float((joint.double().softmax(-1) - softmax).abs().max())
     few, classes = slice(1000), y[:1000]
     bayes = pair.prior.logits[classes] + pair.given(classes).log_prob(h[few])
     gap = float((bayes - joint[few].gather(-1, classes.unsqueeze(-1)).squeeze(-1)).abs().max()) / max(1.0, scale)
     total = float((joint.double().logsumexp(-1) - pair.log_prob(h).double()).abs().max()) / max(1.0, scale)
-    tight, loose = (1e-9, 1e-12) if exact else (1e-5, 1e-6)
-    prior = pair.prior.probs.double()
+    loose = 1e-12 if h.dtype == torch.float64 else 1e-6
     rounded = max(tight, 2 * torch.finfo(joint.dtype).eps * scale)  # log densities can be in the thousands
     return [
         _fact("log_prob is finite on the pair's own draws", bool(joint.isfinite().all())),
-        Law("posterior equals softmax(head(h))", error, f"<= {tight:g}", error <= tight),
-        Law("softmax of log_joint equals it too", bayes_error, f"<= {rounded:.1g}", bayes_error <= rounded),
+        Law("softmax of log_joint is the softmax", bayes_error, f"<= {rounded:.1g}", bayes_error <= rounded),
         Law("log_joint is log p(y) + log p(h|y)", gap, f"<= {loose * 10:g} of its size", gap <= loose * 10),
         Law("log_prob sums log_joint", total, f"<= {loose:g} of its size", total <= loose),
-        _frequencies("joint draws have the softmax's class frequencies", y, softmax),
-        _frequencies("joint draws have the pair's prior", y, prior.expand(len(y), k)),
     ]
 
 
@@ -259,10 +282,43 @@ def _neighbour(base: Base, row: Tensor, h: Tensor, y: int, generator: torch.Gene
     return _score(f"p(h|w') / p(h|{y}) has mean one", (ratio - 1).unsqueeze(-1))
 
 
-def _mean_law(base: Base, row: Tensor, h: Tensor, name: str) -> Law:
+def _marginal_laws(pair: GenerativePair, classes: Tensor, samples: int, generator: torch.Generator) -> list[Law]:
+    """What follows from M alone: Z = Σ_y e^{b_y} M(w_y) is one; and p(h|y) / p(h) has mean one under the law p."""
+    base = pair.base
+    assert isinstance(base, Marginal)
+    bar = 1e-9 if base.log_prior.dtype == torch.float64 else 1e-5
+    rows = pair.head.centered_weight().double()
+    log_z = float((pair.head.full_bias.double() + base.log_mgf(rows)).logsumexp(-1))
+    laws = [Law("the classes' shares of the law add up", abs(log_z), f"<= {bar:g}", abs(log_z) <= bar)]
+    h = base.law.sample(
+        min(samples, max(1000, 20_000_000 // pair.head.num_classes)), generator, pair.prior.logits.device
+    )
+    prior = pair.prior.probs.double()
+    known = classes[prior[classes] * len(h) >= 100]  # of a rarer class too few draws tell
+    if len(known):
+        ratio = pair.head(h.to(pair.head.weight)).double().softmax(-1)[:, known] / prior[known]
+        laws.append(_score("p(h|y) / p(h) has mean one", ratio - 1, base.standard_error[known].double()))
+    if base.info.has_density:
+        few = h[:1000].to(pair.head.weight)
+        own, theirs = pair.log_prob(few).double(), base.law.log_prob(few).double()
+        off, bar = float((own - theirs).abs().max()), 1e-5 * max(1.0, float(theirs.abs().max()))
+        laws.append(Law("the pair's p(h) is the law's own density", off, f"<= {bar:.1g}", off <= bar))
+    return laws
+
+
+def _affordable(pair: GenerativePair, y: int, samples: int) -> int:
+    """Draws of a class; from a marginal law a rare class is dear."""
+    if not isinstance(pair.base, Marginal):
+        return samples
+    return max(100, min(samples, int(_STREAM / pair.head.num_classes * float(pair.prior.probs[y]))))
+
+
+def _mean_law(base: Base, row: Tensor, h: Tensor, name: str, doubt: float = 0.0) -> Law:
+    """The sample mean against ∇ log M; where M is known to a relative ``doubt``, so is the mean, in deviations."""
     off = h.double() - _gradient(base, row).double()
     along = (off @ row.double()).unsqueeze(-1)  # where a wrong M shows most
-    return _score(name, torch.cat([off, along], dim=-1))
+    off = torch.cat([off, along], dim=-1)
+    return _score(name, off, doubt * off.std(0))
 
 
 def _strong_law(base: Base, row: Tensor, samples: int, y: int, generator: torch.Generator) -> Law:
@@ -325,23 +381,27 @@ def _fact(name: str, holds: bool) -> Law:
     return Law(name, float(holds), "holds", holds)
 
 
-def _score(name: str, deviations: Tensor) -> Law:
-    """The largest |z| of the column means of ``deviations`` (N, ...), each against zero."""
+def _score(name: str, deviations: Tensor, doubt: Tensor | float = 0.0) -> Law:
+    """The largest |z| of the column means of ``deviations`` (N, ...), each against zero known to ``doubt``."""
     flat = deviations.double().flatten(1)
-    error = flat.std(0) / math.sqrt(len(flat))
+    error = (flat.var(0) / len(flat) + torch.as_tensor(doubt, dtype=torch.float64).square()).sqrt()
     floor = 1e-7 * max(1.0, float(flat.abs().max())) + 1e-300  # rounding, where a column does not vary
     z = float((flat.mean(0).abs() / (error + floor)).max())
     bar = max(_Z, math.sqrt(2 * math.log(max(flat.shape[1], 1))) + 2)  # the largest of many is larger
     return Law(name, z, f"|z| < {bar:.2g}", z < bar)
 
 
-def _frequencies(name: str, y: Tensor, p: Tensor) -> Law:
-    """The largest |z| of Σ 1[y ≤ k] − P(Y ≤ k) and Σ 1[y = k] − P(Y = k) over classes seen often enough."""
+def _frequencies(name: str, y: Tensor, p: Tensor, doubt: float = 0.0) -> Law:
+    """The largest |z| of Σ 1[y ≤ k] − P(Y ≤ k) and Σ 1[y = k] − P(Y = k) over classes seen often enough.
+
+    Shares of classes that are known to a relative ``doubt`` may be off by as much.
+    """
     hits = torch.nn.functional.one_hot(y, p.shape[-1]).to(p)
     off = torch.cat([hits - p, (hits - p).cumsum(-1)], dim=-1).sum(0)
     upto = p.cumsum(-1)
     variance = torch.cat([p * (1 - p), upto * (1 - upto)], dim=-1).sum(0)
     known = variance >= 25  # below, a count is not normal
+    variance = variance + (doubt * torch.cat([p, upto * (1 - upto)], dim=-1).sum(0)).square()
     z = float((off[known].abs() / variance[known].sqrt()).max()) if bool(known.any()) else 0.0
     bar = max(_Z, math.sqrt(2 * math.log(max(int(known.sum()), 1))) + 2)
     return Law(name, z, f"|z| < {bar:.2g}", z < bar)

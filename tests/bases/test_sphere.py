@@ -406,7 +406,7 @@ def test_repr_info_and_moves():
     assert base.info.name == "elliptic sphere"
     assert Sphere(1.0).in_features is None
     assert base.to(torch.float32).radius.dtype == torch.float32
-    again = Sphere.from_config(base.config(), base.state_dict())
+    again = Sphere.from_config(base.config(), base.state_dict(), penult.Head(torch.eye(3)))
     h = torch.randn(3, 5, generator=seeded())
     assert torch.equal(again.log_prob(h), base.log_prob(h))
 

@@ -16,7 +16,7 @@ def activations(penult_json, here):
     facts = penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
     assert facts == {
         "out": "acts", "samples": 1797, "features": 64, "classes": 10, "labels": True, "dtype": "float32",
-        "resumed_after_shards": 0, "was_complete": False,
+        "pre_activation": False, "resumed_after_shards": 0, "was_complete": False,
     }  # fmt: skip
     return here / "acts"
 
@@ -73,6 +73,36 @@ def test_extracting_again_returns_what_is_there_and_half_precision(penult_json, 
     assert facts["dtype"] == "float16"
     assert penult.Activations.open(here / "half").activations.dtype == torch.float16
     assert penult_json("fit", "half", "--out", "half.penult.safetensors")["samples"] == 1797
+
+
+RECTIFIED = """
+import torch
+from torch import nn
+
+def mlp():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(32, 10))
+"""
+
+
+def test_pre_activations(penult_json, refused, here, monkeypatch):
+    (here / "rectifiednets.py").write_text(RECTIFIED)
+    monkeypatch.delitem(sys.modules, "rectifiednets", raising=False)
+    plain = penult_json("extract", "rectifiednets:mlp", "digits", "--out", "h")
+    facts = penult_json("extract", "rectifiednets:mlp", "digits", "--out", "u", "--pre-activation")
+    assert (plain["pre_activation"], facts["pre_activation"]) == (False, True)
+    h, u = penult.Activations.open("h"), penult.Activations.open("u")
+    assert u.pre_activation
+    assert (u.activations < 0).any()
+    assert torch.equal(u.activations.clamp(min=0), h.activations)
+    assert torch.equal(u.logits, h.logits)
+    words = "pre_activation is True there and False now"
+    assert words in refused("extract", "rectifiednets:mlp", "digits", "--out", "u")
+    assert penult_json("extract", "rectifiednets:mlp", "digits", "--out", "u", "--pre-activation")["was_complete"]
+    words = "what stands right before the head is 'AdaptiveAvgPool2d', and no ReLU"
+    assert words in refused("extract", "usernets:trained", "digits", "--out", "pooled", "--pre-activation")
+    assert not (here / "pooled").exists()
 
 
 def test_a_head_of_its_own(penult_json, here, activations):

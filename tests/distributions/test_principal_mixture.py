@@ -314,7 +314,7 @@ def test_batches_equal_the_whole(monkeypatch, keep):
     x = law(10, 4, 6).sample((1000,), generator=seeded())
     whole = PrincipalMixture.fit(x, components=6, dims=4, iterations=20)
     if not keep:
-        monkeypatch.setattr("penult.distributions.principal_mixture._KEPT", 0)
+        monkeypatch.setattr("penult.distributions._rows._KEPT", 0)
     batches = Batches(x, [0, 1, 399, 600])
     parts = PrincipalMixture.fit(batches, components=6, dims=4, iterations=20)
     assert (batches.passes == 3) is keep

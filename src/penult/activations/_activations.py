@@ -41,12 +41,15 @@ class Activations:
         logits: (N, K).
         labels: (N,) integers in 0..K-1, or None.
         class_names: K names, or None.
+        pre_activation: Whether `activations` are the inputs u of the ReLU right before the head, which itself reads
+            max(u, 0).
 
     Attributes:
-        activations: (N, d).
+        activations: (N, d); the inputs u of that ReLU where ``pre_activation``.
         logits: (N, K).
         labels: (N,) integers in 0..K-1, or None; reads no activations.
         class_names: K names, or None.
+        pre_activation: As given.
 
     Raises:
         TypeError: Activations or logits are not floating, or labels are no integers.
@@ -62,6 +65,7 @@ class Activations:
 
     class_names: tuple[str, ...] | None
     _rows: Block
+    pre_activation: bool = False  # also of what an older version pickled
 
     def __init__(
         self,
@@ -69,6 +73,8 @@ class Activations:
         logits: Tensor,
         labels: Tensor | None = None,
         class_names: Sequence[str] | None = None,
+        *,
+        pre_activation: bool = False,
     ) -> None:
         for name, value in (("activations", activations), ("logits", logits)):
             if not value.is_floating_point():
@@ -87,12 +93,14 @@ class Activations:
             raise ValueError(f"there are {len(class_names)} class_names for {logits.shape[1]} classes")
         object.__setattr__(self, "class_names", None if class_names is None else tuple(class_names))
         object.__setattr__(self, "_rows", Memory(activations, logits, labels))
+        object.__setattr__(self, "pre_activation", bool(pre_activation))
 
     @classmethod
-    def _of(cls, rows: Block, class_names: tuple[str, ...] | None) -> Activations:
+    def _of(cls, rows: Block, class_names: tuple[str, ...] | None, pre_activation: bool = False) -> Activations:
         acts = cls.__new__(cls)
         object.__setattr__(acts, "class_names", class_names)
         object.__setattr__(acts, "_rows", rows)
+        object.__setattr__(acts, "pre_activation", pre_activation)
         return acts
 
     @classmethod
@@ -117,14 +125,15 @@ class Activations:
             Activations(N=2, d=3, K=2, labels=False, dtype=torch.float32, device=cpu, shards=1)
         """
         stored = finished(Path(folder))
-        return cls._of(one(stored.shards), stored.class_names)
+        return cls._of(one(stored.shards), stored.class_names, stored.pre_activation)
 
     @classmethod
     def concatenate(cls, parts: Iterable[Activations]) -> Activations:
         """Several sets as one, in their order. What is on disk stays there.
 
         Args:
-            parts: At least one set; all with the same d, K, dtypes, device and class names, all with labels or none.
+            parts: At least one set; all with the same d, K, dtypes, device and class names, all with labels or none,
+                all pre-activations or none.
 
         Raises:
             ValueError: There is no part, or one does not fit the first.
@@ -146,7 +155,7 @@ class Activations:
         rows = one([part._rows for part in parts])
         if len(rows.leaves) > 1 and all(isinstance(leaf, Memory) for leaf in rows.leaves):
             rows = load(rows)
-        return cls._of(rows, first.class_names)
+        return cls._of(rows, first.class_names, first.pre_activation)
 
     @property
     def activations(self) -> Tensor:
@@ -187,7 +196,8 @@ class Activations:
         facts, shards = self._rows.facts, sum(isinstance(leaf, Shard) for leaf in self._rows.leaves)
         return (
             f"Activations(N={len(self)}, d={facts.in_features}, K={facts.num_classes}, labels={facts.labels}, "
-            f"dtype={facts.dtype}, device={facts.device}{f', shards={shards}' if shards else ''})"
+            f"dtype={facts.dtype}, device={facts.device}{', pre_activation=True' * self.pre_activation}"
+            f"{f', shards={shards}' if shards else ''})"
         )
 
     def __getitem__(self, index: Any) -> Activations:  # a slice, indices (M,) or a mask (N,)
@@ -201,7 +211,7 @@ class Activations:
             return self._checked(self._rows[index])
         if isinstance(index, slice) and index.step in (None, 1):
             start, stop, _ = index.indices(len(self))
-            return self._of(self._rows.narrow(start, max(start, stop)), self.class_names)
+            return self._like(self._rows.narrow(start, max(start, stop)))
         numbers = torch.arange(len(self))[index]
         if numbers.ndim != 1:
             raise ValueError(f"the index picks rows of shape {tuple(numbers.shape)}; it must be (M,) or a mask (N,)")
@@ -210,7 +220,12 @@ class Activations:
         return self._checked(rows if torch.equal(ascending, numbers) else rows[order.argsort()])
 
     def _checked(self, rows: Memory) -> Activations:
-        return Activations(rows.activations, rows.logits, rows.labels, self.class_names)
+        return Activations(
+            rows.activations, rows.logits, rows.labels, self.class_names, pre_activation=self.pre_activation
+        )
+
+    def _like(self, rows: Block) -> Activations:
+        return self._of(rows, self.class_names, self.pre_activation)
 
     def batches(self, size: int) -> Iterator[Activations]:
         """The rows in order, some at a time, so that what is on disk need not fit in memory.
@@ -259,7 +274,7 @@ class Activations:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
         return [
-            self._of(self._rows.take(order[start:end].sort().values), self.class_names)
+            self._like(self._rows.take(order[start:end].sort().values))
             for start, end in zip([0, *ends], ends, strict=False)
         ]
 
@@ -323,7 +338,8 @@ class Activations:
                 raise FileExistsError(
                     f"{folder} holds activations already; choose another folder, or overwrite=True to replace them"
                 )
-            writer = Writer(folder, stored, shard_size, class_names=self.class_names)
+            more = {"class_names": self.class_names, "pre_activation": self.pre_activation}
+            writer = Writer(folder, stored, shard_size, **more)
             for part in self.batches(-(-shard_size // facts.row_bytes)) if len(self) else [self]:
                 writer.add(load(part._rows))
             writer.finish()
@@ -331,4 +347,4 @@ class Activations:
 
 
 def _comparable(part: Activations) -> dict[str, Any]:
-    return {**vars(part._rows.facts), "class_names": part.class_names}
+    return {**vars(part._rows.facts), "class_names": part.class_names, "pre_activation": part.pre_activation}

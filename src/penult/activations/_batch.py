@@ -36,10 +36,13 @@ class Reader:
         tap: The model with its head.
         dtype: What activations and logits become, or None for what they are.
         target: Where the rows go.
+        pre_activation: Whether activations are what the ReLU before the head reads.
     """
 
-    def __init__(self, tap: Tap, dtype: torch.dtype | None, target: torch.device) -> None:
-        self._tap, self._dtype, self._target = tap, dtype, target
+    def __init__(
+        self, tap: Tap, dtype: torch.dtype | None, target: torch.device, *, pre_activation: bool = False
+    ) -> None:
+        self._tap, self._dtype, self._target, self._pre_activation = tap, dtype, target, pre_activation
         self._device = next(chain(tap.model.parameters(), tap.model.buffers()), tap.head.weight).device
         self._batches = self._seen = 0
         self._labelled = self._checked = False
@@ -55,8 +58,9 @@ class Reader:
         # Not in inference mode: what the model keeps of this forward could not be trained on afterwards.
         with torch.inference_mode(False), torch.no_grad():
             args = [x.to(self._device) for x in parts.args]
-            h, logits = self._tap(*args, **{name: x.to(self._device) for name, x in parts.kwargs.items()})
-            self._check_head(h, logits)
+            run = self._tap.pre_activation if self._pre_activation else self._tap
+            h, logits = run(*args, **{name: x.to(self._device) for name, x in parts.kwargs.items()})
+            self._check_head(h.clamp(min=0) if self._pre_activation else h, logits)
             labels, keep = self._wanted(parts, logits.shape)
             h, logits = h.flatten(end_dim=-2), logits.flatten(end_dim=-2)
             if not keep.all():

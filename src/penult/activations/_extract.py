@@ -20,6 +20,7 @@ from penult.activations._resume import check_batch, check_record, checksum, refu
 from penult.activations._tap import Tap
 from penult.activations._writer import SHARD_SIZE, Writer
 from penult.head._model import evaluating
+from penult.head._rectified import refuse_unrectified
 
 __all__ = ["extract"]
 
@@ -31,6 +32,7 @@ def extract(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    pre_activation: bool = False,
     class_names: Sequence[str] | None = None,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
@@ -64,6 +66,9 @@ def extract(
         out: A folder that is new, empty, or of an extraction; None gathers in memory.
         device: Where to gather in memory; None means the CPU.
         dtype: How to keep activations and logits, for example ``torch.float16``; None means as the model gives them.
+        pre_activation: Deliver the input u of the ReLU right before the head in place of its output h = max(u, 0); the
+            logits stay the model's own. A law fitted to u and then rectified has the exact zeros of h, which a law
+            fitted to h can only come near.
         class_names: K names to keep with them.
         shard_size: Bytes after which a shard ends, at the end of a batch; memory holds about two shards.
         overwrite: Start anew where `out` holds activations. Other files are never touched.
@@ -76,12 +81,13 @@ def extract(
 
     Raises:
         FileExistsError: `out` holds other files and no activations.
-        RuntimeError: Another process is writing to `out`.
+        RuntimeError: Another process is writing to `out`; or, with `pre_activation`, what the head read of a batch is
+            not max(u, 0).
         TypeError: `tap` is no Tap, a batch is of another kind, labels are no integers, or a dtype is not floating.
         ValueError: The head does not make the model's logits, as after further training; no batch at all, labels in
             some batches only, of a wrong shape or out of range; labels that are the input_ids; a value too large for
-            `dtype`; a wrong number of class names; or `out` holds what other arguments, another model or another
-            loader gave.
+            `dtype`; a wrong number of class names; `pre_activation` where no ReLU stands right before the head; or
+            `out` holds what other arguments, another model or another loader gave.
         penult.io.FileFormatError: A file in `out` is damaged.
 
     Example:
@@ -90,6 +96,15 @@ def extract(
         >>> batches = [(torch.randn(2, 4), torch.tensor([0, 2])), (torch.randn(1, 4), torch.tensor([1]))]
         >>> extract(Tap(model, find_head(model, torch.randn(2, 4))), batches).labels
         tensor([0, 2, 1])
+
+        What a ReLU before the head reads:
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> acts = extract(Tap(model, find_head(model, torch.randn(2, 4))), batches, pre_activation=True)
+        >>> acts
+        Activations(N=3, d=8, K=3, labels=True, dtype=torch.float32, device=cpu, pre_activation=True)
+        >>> torch.allclose(model[2](acts.activations.clamp(min=0)), acts.logits)
+        True
     """
     if not isinstance(tap, Tap):
         raise TypeError(
@@ -104,23 +119,29 @@ def extract(
         raise ValueError(f"device={device} says where to gather in memory, but out={out} is a folder; give one of them")
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; it is a positive number of bytes")
-    reader = Reader(tap, dtype, torch.device("cpu" if device is None else device))
+    if pre_activation:
+        assert tap.head.certificate is not None
+        refuse_unrectified(tap.head.certificate)
+    reader = Reader(tap, dtype, torch.device("cpu" if device is None else device), pre_activation=pre_activation)
     with evaluating(tap), reporting(progress, streams=out is not None) as report:
         if out is None:
-            return _in_memory(reader, loader, names, report)
+            return _in_memory(reader, loader, names, pre_activation, report)
         asked = {
             "in_features": tap.head.in_features,
             "num_classes": tap.head.num_classes,
             "class_names": None if names is None else list(names),
             "shard_size": shard_size,
             "head": checksum(tap.head),
+            "pre_activation": pre_activation,
         }
         if dtype is not None:
             asked |= {"dtype": name_of(dtype), "logits_dtype": name_of(dtype)}
         return _on_disk(reader, loader, Path(out), asked, overwrite, report)
 
 
-def _in_memory(reader: Reader, loader: Iterable[Any], names: tuple[str, ...] | None, report: Progress) -> Activations:
+def _in_memory(
+    reader: Reader, loader: Iterable[Any], names: tuple[str, ...] | None, pre_activation: bool, report: Progress
+) -> Activations:
     parts: list[Memory] = []
     total = _length(loader)
     for batch in loader:
@@ -134,6 +155,7 @@ def _in_memory(reader: Reader, loader: Iterable[Any], names: tuple[str, ...] | N
             torch.cat([part.logits for part in parts]),
             torch.cat(labels) if labels else None,
             names,
+            pre_activation=pre_activation,
         )
 
 

@@ -43,6 +43,11 @@ class Stored(NamedTuple):
         names = self.record["class_names"]
         return None if names is None else tuple(names)
 
+    @property
+    def pre_activation(self) -> bool:
+        found: bool = self.record.get("pre_activation", False)
+        return found
+
     def first_batch(self) -> Shard:
         return self.shards[0].narrow(0, _batches_in(self.shards[0].path)[0])
 
@@ -51,8 +56,13 @@ class Stored(NamedTuple):
         return shard.narrow(len(shard) - _batches_in(shard.path)[-1], len(shard))
 
 
-def record_of(facts: Facts, class_names: Sequence[str] | None, **more: Any) -> dict[str, Any]:
-    """What is written about rows, as JSON."""
+def record_of(
+    facts: Facts, class_names: Sequence[str] | None, *, pre_activation: bool = False, **more: Any
+) -> dict[str, Any]:
+    """What is written about rows, as JSON.
+
+    Only what are pre-activations says so: folders of versions that knew none read on, and are resumed.
+    """
     if class_names is not None and not all(isinstance(name, str) for name in class_names):
         raise TypeError(f"class_names must be text to be stored, not {class_names}")
     return {
@@ -62,6 +72,7 @@ def record_of(facts: Facts, class_names: Sequence[str] | None, **more: Any) -> d
         "logits_dtype": name_of(facts.logits_dtype),
         "labels": facts.labels,
         "class_names": None if class_names is None else list(class_names),
+        **({"pre_activation": True} if pre_activation else {}),
         **more,
     }
 
@@ -149,6 +160,8 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
             raise ValueError(f"{count!r} is no count")
     if not isinstance(facts.labels, bool):
         raise TypeError("labels must be true or false")
+    if not isinstance(record.get("pre_activation", False), bool):
+        raise TypeError("pre_activation must be true or false")
     names = record["class_names"]
     if names is not None and (len(names) != facts.num_classes or not all(isinstance(name, str) for name in names)):
         raise ValueError(f"there are not {facts.num_classes} class_names")

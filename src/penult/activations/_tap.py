@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, final
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from penult.head import Head
 from penult.head._capture import capture
 from penult.head._model import submodule, tensor_at, unwrap
+from penult.head._rectified import refuse_unrectified
 
 __all__ = ["Tap"]
 
@@ -24,7 +26,8 @@ class Tap(nn.Module):
     (B, H, W, d) and (B, H, W, K) for a pixel-wise head, (B, T, d) and (B, T, K) for one a token, (B, d) and (B, K)
     where the model pools or picks tokens after its head. ``tap.axes`` names the axes. For a head with a folded norm
     layer, h is the vector before that layer's gain and offset, so that ``head(h)`` gives the logits (for a model
-    that returns log-probabilities, up to a number a sample).
+    that returns log-probabilities, up to a number a sample). Where a ReLU stands right before the head,
+    `pre_activation` gives what it reads in place of h.
 
     ``torch.compile(tap)`` works where it does for the model. Where the head is computed in the model's own forward
     rather than in a layer, all of the forward is watched, and `nn.TransformerEncoder` then takes its ordinary path in
@@ -98,6 +101,47 @@ class Tap(nn.Module):
         if not torch.compiler.is_compiling():
             self._share()  # the model may have been moved or loaded by itself
         return capture(self.model, self.head.certificate, args, kwargs)
+
+    def pre_activation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Run the model, for what the ReLU right before the head reads in place of what it gives.
+
+        A law of h with a ReLU behind it has atoms at zero; a law of u has none, and rectified it gives them exactly.
+        All of the forward is watched. On each one it is checked that the head read max(u, 0), to the last bit.
+
+        Args:
+            *args: What the model takes.
+            **kwargs: What the model takes by keyword.
+
+        Returns:
+            u (*S, d) with h = max(u, 0), and the model's logits (*S, K), both part of the autograd graph.
+
+        Raises:
+            RuntimeError: The head did not run in this forward; or what it read is not max(u, 0), as where a dropout
+                before it is in training mode; or the call is being compiled.
+            TypeError: The model's output holds no logits.
+            ValueError: No ReLU stands right before the head (``head.certificate.rectified`` is False).
+
+        Example:
+            >>> from penult.head import find_head
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> x = torch.randn(5, 4)
+            >>> tap = Tap(model, find_head(model, x))
+            >>> u, logits = tap.pre_activation(x)
+            >>> torch.equal(u, model[0](x)), torch.equal(u.clamp(min=0), tap(x)[0])
+            (True, True)
+        """
+        assert self.head.certificate is not None
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "pre-activations are found by watching the model run, which cannot be compiled: call "
+                "tap.pre_activation outside of torch.compile"
+            )
+        refuse_unrectified(self.head.certificate)
+        self._share()  # the model may have been moved or loaded by itself
+        run = capture
+        if "torch._dynamo" in sys.modules:  # before it is loaded, which takes seconds, nothing is compiled
+            run = torch.compiler.disable(capture)
+        return run(self.model, self.head.certificate, args, kwargs, pre_activation=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Tap:
         super()._apply(fn, recurse)

@@ -2,6 +2,7 @@
 
 from penult.bases.base import Base, BaseInfo
 from penult.bases.gaussian import Gaussian
+from penult.bases.marginal import Marginal
 from penult.bases.sphere import Sphere
 
-__all__ = ["Base", "BaseInfo", "Gaussian", "Sphere"]
+__all__ = ["Base", "BaseInfo", "Gaussian", "Marginal", "Sphere"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import final
 
 import torch
@@ -21,6 +21,11 @@ _LOGITS = 1 << 24  # and logits
 class Pool:
     """Activations (N, d) for a head, as a tensor or as an `Activations` that need not fit in memory.
 
+    Iterating gives what the head reads: of pre-activations their positive part.
+
+    Attributes:
+        rectified: Whether what is stored are pre-activations. True from the start for `Activations` that say so.
+
     Args:
         head: The head that reads them.
         activations: What to fit to.
@@ -33,6 +38,7 @@ class Pool:
     def __init__(self, head: Head, activations: Tensor | Activations) -> None:
         self._head = head
         self._source: Tensor | Activations
+        self.rectified = isinstance(activations, Activations) and activations.pre_activation
         if isinstance(activations, Activations):
             shape: tuple[int, ...] = (len(activations), activations.in_features)
             self._source = activations
@@ -45,7 +51,10 @@ class Pool:
         if len(shape) != 2 or shape[1] != head.in_features or shape[0] < 2:
             raise ValueError(f"activations has shape {shape}; expected (N, {head.in_features}) with N >= 2")
         self._count = shape[0]
-        bad = sum(int((~rows.isfinite().all(-1)).sum()) for rows in self)
+        bad, self.minimum = 0, float("inf")
+        for rows in self.stored:
+            bad += int((~rows.isfinite().all(-1)).sum())
+            self.minimum = min(self.minimum, float(rows.min()))
         if bad:
             raise ValueError(f"{bad} of {shape[0]} activations hold NaN or infinity; leave them out first")
 
@@ -53,13 +62,32 @@ class Pool:
         return self._count
 
     def __iter__(self) -> Iterator[Tensor]:
-        """All rows in order, (n, d) at a time, on the head's device and as they are stored."""
-        size = max(1, min(_ROWS, _LOGITS // self._head.num_classes))
-        device = self._head.weight.device
-        if isinstance(self._source, Tensor):
-            yield from (rows.to(device) for rows in self._source.split(size))
-        else:
-            yield from (part.activations.to(device) for part in self._source.batches(size))
+        """All rows in order, (n, d) at a time, on the head's device and in their dtype, as the head reads them."""
+        for rows in self.stored:
+            yield rows.clamp_min(0) if self.rectified else rows
+
+    @property
+    def stored(self) -> Iterable[Tensor]:
+        """The same as they are stored, each time it is iterated."""
+        return _Stored(self._source, self._head)
+
+    def posterior(self, stored: Tensor) -> Tensor:
+        """The head's class probabilities (n, K) of rows (n, d) as they are stored, float64."""
+        rows = stored.clamp_min(0) if self.rectified else stored
+        logits: Tensor = self._head(rows.to(self._head.weight))
+        return logits.double().softmax(-1)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """At most ``count`` different rows, (n, d), all of them if there are no more."""
+        if len(self) <= count:
+            return torch.cat(list(self))
+        chosen = torch.randint(len(self), (count,), generator=generator).unique()
+        parts, begin = [], 0
+        for rows in self:
+            here = chosen[(chosen >= begin) & (chosen < begin + len(rows))] - begin
+            parts.append(rows[here.to(rows.device)])
+            begin += len(rows)
+        return torch.cat(parts)
 
     def mean(self) -> Tensor:
         """Mean activation (d,), float64."""
@@ -71,6 +99,19 @@ class Pool:
     def mean_posterior(self) -> Tensor:
         """Mean class probabilities (K,) of the head, float64."""
         total = torch.zeros(self._head.num_classes, dtype=torch.float64, device=self._head.weight.device)
-        for rows in self:
-            total += self._head(rows.to(self._head.weight)).double().softmax(-1).sum(0)
+        for rows in self.stored:
+            total += self.posterior(rows).sum(0)
         return total / len(self)
+
+
+class _Stored:
+    def __init__(self, source: Tensor | Activations, head: Head) -> None:
+        self._source = source
+        self._size = max(1, min(_ROWS, _LOGITS // head.num_classes))
+        self._device = head.weight.device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if isinstance(self._source, Tensor):
+            yield from (rows.to(self._device) for rows in self._source.split(self._size))
+        else:
+            yield from (part.activations.to(self._device) for part in self._source.batches(self._size))

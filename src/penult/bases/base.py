@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from penult.distributions import Tilt
+from penult.head import Head
 
 __all__ = ["Base", "BaseInfo"]
 
@@ -27,7 +28,8 @@ class BaseInfo:
         needs_data: Whether fitting it takes activations (never labels).
         exact_mgf: Whether log M is exact, or an estimate with ``mgf_standard_error``.
         source: Where the construction comes from.
-        mgf_standard_error: Standard error of log M where it is estimated.
+        mgf_standard_error: Standard error of log M where it is estimated, at the worst of the head's rows.
+        has_density: Whether ``log_prob`` works; where it does not, draws, prior and posterior do.
     """
 
     name: str
@@ -37,6 +39,7 @@ class BaseInfo:
     exact_mgf: bool
     source: str
     mgf_standard_error: float | None = None
+    has_density: bool = True
 
 
 class Base(nn.Module, abc.ABC):
@@ -93,8 +96,8 @@ class Base(nn.Module, abc.ABC):
         return {}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Base:
-        """Rebuild a saved base; by default its buffers are its constructor's arguments."""
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: Head) -> Base:
+        """Rebuild a saved base of a pair with ``head``; by default its buffers are its constructor's arguments."""
         return cls(**config, **tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Base:

@@ -39,6 +39,9 @@ def extract(
     path: sources.HeadPath = None,
     fold: sources.Fold = True,
     dtype: Annotated[Precision, typer.Option(help="How to store activations and logits.")] = Precision.float32,
+    pre_activation: Annotated[
+        bool, typer.Option("--pre-activation", help="Store what the ReLU right before the head reads.")
+    ] = False,
     shard_size: Annotated[float, typer.Option(help="MiB of a shard; what a kill can cost.", min=0.001)] = 16.0,
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds other activations.")] = False,
     device: sources.Device = "cpu",
@@ -84,6 +87,7 @@ def extract(
         loader,
         out,
         dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
+        pre_activation=pre_activation,
         class_names=dataset.class_names,
         shard_size=round(shard_size * 2**20),
         overwrite=overwrite,
@@ -93,5 +97,5 @@ def extract(
     reporter.line(f"{out}: {acts}")
     if as_json:
         facts = {"out": str(out), "samples": len(acts), "features": acts.in_features, "classes": acts.num_classes}
-        facts |= {"labels": acts.labels is not None, "dtype": dtype.value}
+        facts |= {"labels": acts.labels is not None, "dtype": dtype.value, "pre_activation": pre_activation}
         typer.echo(json.dumps(facts | {"resumed_after_shards": len(before), "was_complete": complete}, indent=2))

@@ -1,8 +1,9 @@
 """Distributions of activations, as citizens of torch.distributions."""
 
+from penult.distributions.bank import Bank
 from penult.distributions.constraints import NormalizeTransform, sphere
 from penult.distributions.principal_mixture import PrincipalMixture
 from penult.distributions.tilt import Tilt
 from penult.distributions.von_mises_fisher import VonMisesFisher
 
-__all__ = ["NormalizeTransform", "PrincipalMixture", "Tilt", "VonMisesFisher", "sphere"]
+__all__ = ["Bank", "NormalizeTransform", "PrincipalMixture", "Tilt", "VonMisesFisher", "sphere"]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Components", "Prior", "maximise", "start"]
+__all__ = ["Components", "Prior", "maximise", "of_responsibilities", "start"]
 
 _ELEMENTS = 1 << 21  # of statistics and responsibilities handled at a time
 _LLOYD = 10  # rounds of k-means before the first M-step
@@ -116,6 +116,35 @@ def maximise(
     return Components(*(part[kept] for part in mixture)), history
 
 
+def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float) -> Components:
+    """One M-step with given responsibilities, under a prior of the covariance within components, pooled.
+
+    Args:
+        parts: Points (n, m) and responsibilities (n, C), float64, some at a time.
+        strength: ν of the prior.
+
+    Returns:
+        The mixture, without the components that hold less than 1e-6 of a point.
+    """
+    total: Tensor | None = None
+    for points, responsibilities in parts:
+        for some, theirs in zip(
+            _blocks(points, responsibilities.shape[-1]),
+            _blocks(responsibilities, responsibilities.shape[-1], points.shape[-1]),
+            strict=True,
+        ):
+            part = theirs.mT @ _statistics(some)
+            total = part if total is None else total + part
+        dims = points.shape[-1]
+    assert total is not None
+    total = total[total[:, -1] >= 1e-6]
+    counts, means, scatter = _moments(total, total.new_zeros(len(total), dims))
+    pooled = scatter.sum(0) / counts.sum()
+    variance = pooled.diagonal()
+    pooled = pooled + torch.diag(1e-9 * variance.clamp_min(1e-12 * variance.max()))
+    return _update(total, means, Prior(pooled, strength))
+
+
 def _width(dims: int) -> int:
     return dims * (dims + 1) // 2 + dims + 1
 
@@ -149,6 +178,13 @@ def _natural(mixture: Components) -> Tensor:
 
 def _update(total: Tensor, means: Tensor, prior: Prior) -> Components:
     """The M-step; a component without points keeps its mean, and has weight 0 and the prior's covariance."""
+    counts, means, scatter = _moments(total, means)
+    covariance = (scatter + prior.strength * prior.covariance) / (counts + prior.strength)[:, None, None]
+    return Components((counts / counts.sum()).log(), means, torch.linalg.cholesky(covariance))
+
+
+def _moments(total: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts (C,), means (C, m), those given where there are no points, and scatter about them (C, m, m)."""
     m = means.shape[-1]
     counts = total[:, -1]
     held = (counts > 1e-100).unsqueeze(-1)
@@ -158,9 +194,7 @@ def _update(total: Tensor, means: Tensor, prior: Prior) -> Components:
     second = total.new_zeros(len(total), m, m)
     second[:, rows, columns] = total[:, : -m - 1]
     second[:, columns, rows] = total[:, : -m - 1]
-    scatter = second - counts[:, None, None] * means.unsqueeze(-1) * means.unsqueeze(-2)
-    covariance = (scatter + prior.strength * prior.covariance) / (counts + prior.strength)[:, None, None]
-    return Components((counts / counts.sum()).log(), means, torch.linalg.cholesky(covariance))
+    return counts, means, second - counts[:, None, None] * means.unsqueeze(-1) * means.unsqueeze(-2)
 
 
 def _log_prior(mixture: Components, prior: Prior) -> float:

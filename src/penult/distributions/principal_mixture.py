@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +11,12 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 from penult.distributions import _expectation_maximisation as em
+from penult.distributions._rows import Rows
 from penult.special import traced, working_dtype
 
 __all__ = ["PrincipalMixture"]
 
-_ELEMENTS = 1 << 21  # handled at a time by log_prob and by the passes of fit
-_KEPT = 1 << 24  # projected elements that fit keeps in memory; beyond, every pass projects the rows again
+_ELEMENTS = 1 << 21  # handled at a time by log_prob
 _SAMPLE = 1 << 14  # rows that the start is found on, where there are more
 _STRENGTH = 0.5  # rows that the prior of a covariance counts for, for each dimension, see fit
 _ROWS = 20  # for each component, at least
@@ -168,7 +168,7 @@ class PrincipalMixture(Distribution):
                 raise ValueError(f"{name} must be a positive integer, got {number!r}")
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
-        rows = _Rows(activations)
+        rows = Rows(activations)
         plane, across = rows.plane(dims)
         generator = torch.Generator().manual_seed(seed)
         sample = torch.arange(rows.count)
@@ -182,6 +182,59 @@ class PrincipalMixture(Distribution):
         mixture = em.Components(*(part.to(rows.work) for part in mixture))
         prior = em.Prior(prior.covariance.to(rows.work), prior.strength)
         mixture, _ = em.maximise(mixture, prior, lambda: projected, iterations, tolerance)
+        return cls._of(rows, plane, across, mixture, rectified)
+
+    @classmethod
+    def from_posterior(
+        cls,
+        activations: Tensor | Iterable[Tensor],
+        posterior: Callable[[Tensor], Tensor],
+        dims: int = 24,
+        rectified: bool = False,
+    ) -> PrincipalMixture:
+        """One component a class, from class probabilities in place of labels; in closed form.
+
+        Weight, mean and covariance of a component are those of the rows, weighted by the probability of its class.
+        The covariances have the prior of :meth:`fit`, with that within classes, pooled, so that a class of few rows
+        is round rather than flat. Classes that hold less than 1e-6 of a row are left out.
+
+        Args:
+            activations: Rows (N, d) or batches of them, as for :meth:`fit`; two passes for the principal components,
+                and one more.
+            posterior: Gives class probabilities (n, C) of rows (n, d), as ``lambda h: head(h).softmax(-1)``. For a
+                rectified law the rows are the pre-activations.
+            dims: How many principal components m, at most.
+            rectified: Whether the law is rectified.
+
+        Returns:
+            A distribution of the dtype of the rows, at least float32, on their device.
+
+        Raises:
+            TypeError: If ``activations`` gives no floating tensors, or can be iterated only once.
+            ValueError: As for :meth:`fit`, or if the probabilities have a wrong shape.
+
+        Example:
+            >>> rows = torch.cat([torch.randn(500, 8), torch.randn(500, 8) + 6.0])
+            >>> p = PrincipalMixture.from_posterior(rows, lambda h: torch.eye(2)[(h.mean(-1) > 3).long()], dims=3)
+            >>> p, p.logits.exp()
+            (PrincipalMixture(2 components in 3 of 8 dimensions, 53 floats), tensor([0.5000, 0.5000]))
+        """
+        if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
+            raise ValueError(f"dims must be a positive integer, got {dims!r}")
+        rows = Rows(activations)
+        plane, across = rows.plane(dims)
+
+        def parts() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in rows.given():
+                p = posterior(batch)
+                if p.dim() != 2 or len(p) != len(batch):
+                    raise ValueError(f"posterior gave {tuple(p.shape)} for {len(batch)} rows; expected (n, C)")
+                yield rows.wide(batch) @ plane.mT - rows.mean @ plane.mT, rows.wide(p)
+
+        return cls._of(rows, plane, across, em.of_responsibilities(parts(), _STRENGTH * len(plane)), rectified)
+
+    @classmethod
+    def _of(cls, rows: Rows, plane: Tensor, across: float, mixture: em.Components, rectified: bool) -> PrincipalMixture:
         dtype = torch.promote_types(rows.dtype, torch.float32)
 
         def cast(part: Tensor) -> Tensor:
@@ -339,113 +392,6 @@ class PrincipalMixture(Distribution):
             f"PrincipalMixture({c} component{'s' * (c != 1)} in {m} of {d} dimensions, {size} floats"
             f"{', rectified' * self.rectified}{batch})"
         )
-
-
-class _Rows:
-    """Rows to fit to, looked at one batch at a time: their number, mean and covariance, by two passes."""
-
-    def __init__(self, source: Tensor | Iterable[Tensor]) -> None:
-        if isinstance(source, Tensor):
-            if source.dim() != 2:
-                raise ValueError(f"activations has shape {tuple(source.shape)}; expected (N, d)")
-            size = max(1, _ELEMENTS // max(1, source.shape[1]))
-            self._source: Iterable[Tensor] = source.detach().split(size)
-        elif isinstance(source, Iterator) or not isinstance(source, Iterable):
-            raise TypeError(
-                f"activations must be a tensor (N, d) or give tensors (n, d) each time it is iterated, got "
-                f"{type(source).__name__}; a list of batches does"
-            )
-        else:
-            self._source = source
-        self.count = 0
-        total = None
-        for rows in self._source:
-            if not isinstance(rows, Tensor) or not rows.is_floating_point():
-                raise TypeError(
-                    f"activations must be floating tensors, got {getattr(rows, 'dtype', type(rows).__name__)}"
-                )
-            if rows.dim() != 2 or rows.shape[1] < 1 or (total is not None and rows.shape[1] != len(total)):
-                width = "d" if total is None else len(total)
-                raise ValueError(
-                    f"activations hold a batch of shape {tuple(rows.shape)}; expected (n, {width}), d >= 1"
-                )
-            bad = int((~rows.isfinite().all(-1)).sum())
-            if bad:
-                raise ValueError(
-                    f"{bad} of {len(rows)} activations of a batch hold NaN or infinity; leave them out first"
-                )
-            if total is None:
-                self.dtype, self.device = rows.dtype, rows.device
-                wide = working_dtype(rows.device) == torch.float64
-                self.work = rows.device if wide else torch.device("cpu")  # sums need float64
-                total = torch.zeros(rows.shape[1], dtype=torch.float64, device=self.work)
-            total += self._wide(rows).sum(0)
-            self.count += len(rows)
-        if total is None or self.count < 2:
-            raise ValueError(f"activations hold {self.count} rows; a fit needs at least two")
-        self.mean = total / self.count
-
-    def plane(self, dims: int) -> tuple[Tensor, float]:
-        """At most ``dims`` leading principal components (m, d), and the standard deviation across them."""
-        scatter = torch.zeros(len(self.mean), len(self.mean), dtype=torch.float64, device=self.work)
-        for rows in self:
-            off = rows - self.mean
-            scatter.addmm_(off.mT, off)
-        values, vectors = torch.linalg.eigh(scatter / self.count)
-        values = values.flip(-1)
-        size = self.mean.square().sum() + values.clamp_min(0).sum()
-        noise = torch.finfo(self.dtype).eps ** 2 * size  # what rounding of the rows makes of none
-        rank = int((values > torch.maximum(noise, 1e-14 * values[0])).sum())
-        if rank == 0:
-            raise ValueError("all activations are equal, so there is nothing to fit; pass at least two different rows")
-        m, d = min(dims, rank), len(values)
-        across = float(values[m:rank].sum() / (d - m)) if m < d else 0.0
-        vectors = vectors.flip(-1)[:, :m].mT
-        largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        return vectors * largest.sign(), math.sqrt(across)  # LAPACK leaves the signs open
-
-    def project(self, plane: Tensor) -> _Projected:
-        return _Projected(self, plane)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """The rows again, in float64."""
-        seen = 0
-        for rows in self._source:
-            seen += len(rows)
-            yield self._wide(rows)
-        if seen != self.count:
-            raise ValueError(
-                f"activations gave {self.count} rows at first and {seen} later; each pass must give the same"
-            )
-
-    def _wide(self, rows: Tensor) -> Tensor:
-        return rows.detach().to(self.work).double()
-
-
-class _Projected:
-    """Coordinates (n, m) of rows in a plane; computed once where they are small enough to keep."""
-
-    def __init__(self, rows: _Rows, plane: Tensor) -> None:
-        self._rows = rows
-        self._plane = plane
-        keep = rows.count * len(plane) <= _KEPT
-        self._kept = list(self._compute()) if keep else None
-
-    def _compute(self) -> Iterator[Tensor]:
-        for rows in self._rows:
-            yield (rows - self._rows.mean) @ self._plane.mT
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self._compute() if self._kept is None else iter(self._kept)
-
-    def take(self, index: Tensor) -> Tensor:
-        """Rows at increasing positions ``index``, on the CPU, where random choices do not depend on the device."""
-        parts, begin = [], 0
-        for batch in self:
-            here = index[(index >= begin) & (index < begin + len(batch))] - begin
-            parts.append(batch[here.to(batch.device)].cpu())
-            begin += len(batch)
-        return torch.cat(parts)
 
 
 def _rectify(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

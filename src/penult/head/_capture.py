@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,31 +13,41 @@ from torch.overrides import TorchFunctionMode
 
 from penult.head._certificate import HeadCertificate
 from penult.head._layout import Layout
-from penult.head._model import compiled_parts_eager, logits_of, tensor_at
+from penult.head._model import compiled_parts_eager, has_compiled_parts, logits_of, tensor_at
 from penult.head._origin import gains, without_gain
 from penult.head._products import products
+from penult.head._rectified import Rectifiers, check_rectified
 
 __all__ = ["capture"]
 
 
 def capture(
-    model: nn.Module, certificate: HeadCertificate, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    certificate: HeadCertificate,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    pre_activation: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Activations (*S, d) and logits (*S, K) of one forward, classes last; both part of the autograd graph.
 
-    The model runs as it is, in whatever mode it is in.
+    The model runs as it is, in whatever mode it is in. With `pre_activation`, of a rectified head, the u of
+    h = max(u, 0) stands in place of h.
 
     Raises:
         RuntimeError: The head did not run in this forward, or its positions became logits in another way than when it
-            was found.
+            was found; or what it read is not max(u, 0).
         TypeError: The model's output holds no logits.
     """
     compiling = torch.compiler.is_compiling()
     if compiling and certificate.forward_call is None:
         raise RuntimeError("this head was found by an older penult: find it again to compile its tap")
-    watch = _Watch(model, certificate, compiling)
-    # Hooks cannot be traced, and what picks a position stands outside of the head's module.
-    if compiling or certificate.positions == "picked":
+    watch = _Watch(model, certificate, compiling=compiling, pre_activation=pre_activation)
+    # Hooks cannot be traced, and what picks a position, or rectifies, stands outside of the head's module.
+    if pre_activation:
+        with compiled_parts_eager(model) if has_compiled_parts(model) else nullcontext(), watch:
+            output = model(*args, **kwargs)
+    elif compiling or certificate.positions == "picked":
         with watch:
             output = model(*args, **kwargs)
     else:
@@ -82,16 +92,21 @@ def _check_positions(layout: Layout, product: Tensor, logits: Tensor, certificat
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps what the head's product reads and gives, and which position of it the model picks."""
+    """Keeps what the head's product reads (or would without its ReLU) and gives, and which position the model picks."""
 
-    def __init__(self, model: nn.Module, certificate: HeadCertificate, compiling: bool) -> None:
+    def __init__(
+        self, model: nn.Module, certificate: HeadCertificate, *, compiling: bool, pre_activation: bool
+    ) -> None:
         super().__init__()
         self.place = (*certificate.shape, certificate.weight_first)
-        self.compiling = compiling
+        self.rectifiers = Rectifiers() if pre_activation else None
+        self.everywhere = compiling or pre_activation  # so that calls are counted in the model, not in the module
         self.picks = certificate.positions == "picked"
-        self.call = certificate.forward_call if compiling and certificate.forward_call is not None else certificate.call
+        self.call = certificate.call
+        if self.everywhere and certificate.forward_call is not None:
+            self.call = certificate.forward_call
         self.weight = None
-        if certificate.weight is not None and (certificate.operand or not compiling):
+        if certificate.weight is not None and (certificate.operand or not self.everywhere):
             self.weight = tensor_at(model, certificate.weight)
         self.seen = 0
         self.found: tuple[Tensor, Tensor] | None = None
@@ -102,12 +117,15 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        output = func(*args, **kwargs)
+        output = func(*args, **kwargs) if self.rectifiers is None else self.rectifiers.run(func, args, kwargs)
         for product in products(func, args, kwargs):
             if product.place == self.place and self._is_w(product.operand):
                 if self.seen == self.call:
+                    h = product.h
+                    if self.rectifiers is not None:
+                        h = check_rectified(self.rectifiers.read_by(product, func, args, kwargs), h)
                     # A copy, since the model may go on in place.
-                    self.found = product.h.clone(), output.movedim(product.axis, -1)
+                    self.found = h.clone(), output.movedim(product.axis, -1)
                     self._product = output
                 self.seen += 1
         if self.picks and self.found is not None and self._product is not None and len(args) > 0:
@@ -117,7 +135,7 @@ class _Watch(TorchFunctionMode):
     def _is_w(self, operand: Tensor) -> bool:
         if self.weight is None:
             return True
-        return operand is self.weight if self.compiling else operand.data_ptr() == self.weight.data_ptr()
+        return operand is self.weight if self.everywhere else operand.data_ptr() == self.weight.data_ptr()
 
     def _follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
         """What the model picks of the product, picked of h: two positions with equal logits may have different h."""

@@ -63,12 +63,16 @@ class HeadCertificate:
         confirmed: The residual on a second batch (the first one reversed and paler), which the head had not seen; None
             if the model does not take it.
         unit_offset: Whether the folded gain is 1 + weight.
+        rectified: Whether h was seen to be max(u, 0), entry by entry, of the u that a ReLU right before the head
+            reads (a module, a function or a clamp at 0, in place or not), looking through what `before` looks through:
+            `Tap.pre_activation` and ``extract(..., pre_activation=True)`` then deliver u. False in files of older
+            versions.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> certificate = penult.find_head(model, torch.randn(5, 4)).certificate
-        >>> certificate.path, certificate.before, certificate.support
-        ('2', 'ReLU', 'orthant')
+        >>> certificate.path, certificate.before, certificate.support, certificate.rectified
+        ('2', 'ReLU', 'orthant', True)
     """
 
     path: str
@@ -100,6 +104,7 @@ class HeadCertificate:
     empty: int = 0
     confirmed: float | None = None
     unit_offset: bool = False
+    rectified: bool = False
 
     def __str__(self) -> str:
         classes, features = self.shape
@@ -116,7 +121,8 @@ class HeadCertificate:
             f"path={self.path or '(the model itself)'}  {self.kind} {features}->{classes}{scale}  "
             f"residual={self.residual:.1g}  support: {self.support}{bounds.get(self.support, '')}  "
             f"before: {self.before or 'unknown'}",
-            f"  h       {self.minimum:.4g} to {self.maximum:.4g}, {self.zeros:.1%} zeros ({self.samples} samples)",
+            f"  h       {self.minimum:.4g} to {self.maximum:.4g}, {self.zeros:.1%} zeros ({self.samples} samples)"
+            + "; rectified by the ReLU before" * self.rectified,
             f"  |h|     {self.norms[0]:.5g} to {self.norms[1]:.5g}",
             f"  W       {self.weight or 'computed by the model'}; {second}",
             f"  bias    {'yes' if self.bias else 'no: the prior follows from W alone'}",

@@ -287,6 +287,7 @@ def _certify(
         log_softmax=match.log_softmax,
         empty=sum(int((~rows.any(dim=1)).sum()) for rows in blocks(candidate.product.weight)),
         unit_offset=norm is not None and norm.unit_offset,
+        rectified=candidate.rectified and norm is None and layout.positions in ("same", "swapped", "picked"),
     )
 
 

@@ -185,10 +185,10 @@ class Head(nn.Module):
         """The logits that the centered rows give: the same softmax, and no second W.
 
         Args:
-            h: (..., d).
+            h: (..., d), in any floating dtype: where it is not that of W, rows are converted block by block.
 
         Returns:
-            (W - mean row) h + b, (..., K).
+            (W - mean row) h + b, (..., K), in the dtype of `h`.
 
         Raises:
             ValueError: The last dimension of `h` is not d.
@@ -198,7 +198,10 @@ class Head(nn.Module):
             >>> head.centered_logits(torch.tensor([1.0, 5.0]))
             tensor([ 1., -1.])
         """
-        return self.forward(h) - (h.to(self.mean_row.dtype) @ self.mean_row).to(h.dtype).unsqueeze(-1)
+        if h.dtype == self.weight.dtype or h.shape[-1:] != (self.in_features,):
+            return self.forward(h) - (h.to(self.mean_row.dtype) @ self.mean_row).to(h.dtype).unsqueeze(-1)
+        parts = [F.linear(h, rows.to(h.dtype)) for _, rows in self.centered_blocks()]
+        return torch.cat(parts, dim=-1) + self.full_bias.to(h.dtype)
 
     def centered_weight(self, index: Tensor | slice | int | None = None) -> Tensor:
         """Centered rows w_y - mean row.

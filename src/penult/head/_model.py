@@ -17,6 +17,7 @@ __all__ = [
     "compiled_parts_eager",
     "evaluating",
     "first_input",
+    "has_compiled_parts",
     "is_scripted",
     "logits_of",
     "submodule",
@@ -78,6 +79,14 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         names = [name for name, module in model.named_modules() if name and next(module.children(), None) is None]
         shown = ", ".join(map(repr, names[-8:])) or "none"
         raise ValueError(f"the model has no module at path {path!r}; its last modules: {shown}") from None
+
+
+def has_compiled_parts(model: nn.Module) -> bool:
+    """Whether torch.compile has taken a module of the model."""
+    return any(
+        "_orig_mod" in name.split(".") or getattr(module, "_compiled_call_impl", None) is not None
+        for name, module in model.named_modules()
+    )
 
 
 def compiled_parts_eager(model: nn.Module, path: str | None = None) -> AbstractContextManager[Any]:

@@ -12,11 +12,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from penult.head._rows import version_of
 
-__all__ = ["Key", "Norm", "Origin", "Origins", "gains", "invertible", "key_of", "tensors_in", "without_gain"]
+__all__ = [
+    "PASS_THROUGH",
+    "Key",
+    "Norm",
+    "Origin",
+    "Origins",
+    "gains",
+    "invertible",
+    "key_of",
+    "tensors_in",
+    "without_gain",
+]
 
 Key = tuple[StorageWeakRef, int]
 
-_PASS_THROUGH = frozenset(
+PASS_THROUGH = frozenset(
     "dropout feature_dropout alpha_dropout dropout1d dropout2d dropout3d flatten reshape view view_as contiguous clone "
     "to float half bfloat16 double type type_as detach squeeze unsqueeze transpose permute movedim moveaxis swapaxes "
     "expand expand_as t __getitem__ __get__ select index_select narrow gather take_along_dim ravel unflatten".split()
@@ -101,7 +112,7 @@ class Origins:
     def function(self, func: Any, source: Origin | None, output: Any) -> None:
         """A torch function made `output` of a tensor that came from `source`."""
         name = getattr(func, "__name__", "")
-        if name in _PASS_THROUGH:
+        if name in PASS_THROUGH:
             self._made(output, source, rank=0, over=-1)
         else:
             telling = any(word in name for word in _TELLING)

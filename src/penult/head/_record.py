@@ -15,6 +15,7 @@ from penult.head._lineage import Lineage
 from penult.head._model import first_input, is_scripted
 from penult.head._origin import Key, Origin, Origins, key_of, tensors_in
 from penult.head._products import Product, products
+from penult.head._rectified import Rectifiers, is_rectified
 
 __all__ = ["Candidate", "Recorder"]
 
@@ -40,6 +41,7 @@ class Candidate:
         number: How many products the model had computed before.
         origin: What made h.
         stride: Stride of h along d.
+        rectified: Whether h is max(u, 0) of what a ReLU read.
     """
 
     product: Product
@@ -47,6 +49,7 @@ class Candidate:
     number: int
     origin: Origin | None
     stride: int
+    rectified: bool
 
 
 class Recorder(TorchFunctionMode):
@@ -60,6 +63,7 @@ class Recorder(TorchFunctionMode):
         self._calls: list[Call] = []
         self._origins = Origins()
         self._lineage = Lineage()
+        self._rectifiers = Rectifiers()
         self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(lambda: deque(maxlen=_KEPT))
 
     def __enter__(self) -> Recorder:
@@ -81,12 +85,13 @@ class Recorder(TorchFunctionMode):
         kwargs = {} if kwargs is None else kwargs
         found = False
         for product in products(func, args, kwargs):
-            self._candidate(product)
+            u = self._rectifiers.read_by(product, func, args, kwargs)
+            self._candidate(product, rectified=is_rectified(u, product.h))
             found = True
         operands = list(tensors_in([*args, *kwargs.values()]))
         keys = [key_of(operand) for operand in operands]  # before an in-place change
         source = self._origin_of(max(operands, key=Tensor.numel, default=None))
-        output = func(*args, **kwargs)
+        output = self._rectifiers.run(func, args, kwargs)
         self._origins.function(func, source, output)
         changed = [operand for operand, key in zip(operands, keys, strict=True) if key_of(operand) != key]
         self._lineage.function(func, keys, [*tensors_in([output]), *changed], product=found)
@@ -127,7 +132,7 @@ class Recorder(TorchFunctionMode):
             for call in self._calls[: candidate.number]
         )
 
-    def _candidate(self, product: Product) -> None:
+    def _candidate(self, product: Product, *, rectified: bool) -> None:
         running = [path for path, _ in self._running] or [""]
         candidate = Candidate(
             product=product._replace(h=product.h.detach().clone()),
@@ -135,6 +140,7 @@ class Recorder(TorchFunctionMode):
             number=len(self._calls),
             origin=Origin("normalize", None, None) if product.kind == "cosine" else self._origin_of(product.h),
             stride=product.h.stride(-1) if product.h.ndim else 1,
+            rectified=rectified,
         )
         address = product.operand.data_ptr()
         self._calls.append(Call(frozenset({*running, ""}), product.place, address, id(product.operand)))

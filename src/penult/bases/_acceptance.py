@@ -1,0 +1,143 @@
+"""Class draws from a marginal law: draw activations, draw their classes, and keep what is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from penult.head import Head
+from penult.special import working_dtype
+
+__all__ = ["MOST_DRAWS", "accept", "block_size", "class_means", "expected_posterior", "pick"]
+
+MOST_DRAWS = 1 << 28  # drawn for one call, at most: a quarter of an hour at d = 64
+_ELEMENTS = 1 << 23  # activations and logits in memory at a time
+
+
+def block_size(head: Head) -> int:
+    """How many activations to look at at a time."""
+    return max(256, _ELEMENTS // (head.in_features + head.num_classes))
+
+
+def accept(
+    head: Head,
+    draw: Callable[[int], Tensor],
+    classes: Tensor,
+    counts: Tensor,
+    prior: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Activations of classes: those h of a stream h ~ p, y ~ softmax(h) with the right y, first come first kept.
+
+    Args:
+        head: The head.
+        draw: Gives (n, d) independent draws of p.
+        classes: Different classes (R,).
+        counts: How many draws of each (R,).
+        prior: Their probabilities E_p[softmax] (R,); they decide how many are drawn at a time, and nothing else.
+        generator: Source of randomness for the classes, or None for torch's default.
+
+    Returns:
+        (sum of counts, d), those of the first class first.
+
+    Raises:
+        ValueError: If the draws of a class are expected to take more than `MOST_DRAWS` of the law.
+    """
+    expected = counts.double() / prior.double()
+    if float(expected.max()) > MOST_DRAWS:
+        worst = int(expected.argmax())
+        raise ValueError(
+            f"class {int(classes[worst])} has prior {float(prior[worst]):.2g} under this base: "
+            f"{int(counts[worst])} draws of it would take some {float(expected[worst]):.1g} draws of activations. Ask "
+            "for fewer, fit the base to activations among which the class occurs, or keep them as a Bank, which draws "
+            "any class at once"
+        )
+    kept: list[list[Tensor]] = [[] for _ in classes]
+    missing, size = counts.tolist(), block_size(head)
+    while any(missing):
+        wanted = [r for r, number in enumerate(missing) if number]
+        likely = max(missing[r] / float(prior[r]) for r in wanted)
+        h = draw(min(size, math.ceil(1.05 * likely) + 32))
+        p = _posterior(head, h, classes[wanted]).cumsum(-1)
+        u = torch.rand(len(h), 1, dtype=p.dtype, device=p.device, generator=generator)
+        label = (p <= u).sum(-1)  # len(wanted) for all other classes
+        parts = h[label.argsort(stable=True)].split(label.bincount(minlength=len(wanted) + 1).tolist())
+        for r, part in zip(wanted, parts, strict=False):
+            part = part[: missing[r]]
+            kept[r].append(part.clone())  # the whole block would stay in memory with it
+            missing[r] -= len(part)
+    return torch.cat([part for parts in kept for part in parts])
+
+
+def pick(
+    head: Head, rows: Tensor, classes: Tensor, counts: Tensor, replacement: bool, generator: torch.Generator | None
+) -> Tensor:
+    """Activations of classes from finitely many rows: row i of class y with probability ∝ softmax_y(h_i).
+
+    Args:
+        head: The head.
+        rows: Activations (N, d).
+        classes: Different classes (R,).
+        counts: How many draws of each (R,).
+        replacement: Whether a row may serve a class more than once.
+        generator: Source of randomness, or None for torch's default.
+
+    Returns:
+        (sum of counts, d), those of the first class first.
+
+    Raises:
+        ValueError: If, without replacement, more rows of a class are asked for than the rows are worth of it.
+    """
+    parts = []
+    at_once = max(1, _ELEMENTS // len(rows))
+    for batch, numbers in zip(classes.split(at_once), counts.split(at_once), strict=True):
+        share = torch.cat([_posterior(head, block, batch).T for block in rows.split(block_size(head))], dim=-1)
+        for y, n, p in zip(batch.tolist(), numbers.tolist(), share, strict=True):
+            worth = float(p.sum())
+            if not replacement and n > math.ceil(worth):
+                raise ValueError(
+                    f"{n} draws of class {y} without replacement were asked of a Bank that is worth {worth:.1f} rows "
+                    "of it; ask for fewer, or allow replacement"
+                )
+            parts.append(torch.multinomial(p, n, replacement=replacement, generator=generator))
+    return rows[torch.cat(parts)]
+
+
+def expected_posterior(head: Head, blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean of softmax(head(h)) over activations (K,), and its standard error relative to it (K,)."""
+    total = square = None
+    count = 0
+    for h in blocks:
+        p, work = head.centered_logits(h).softmax(-1), working_dtype(h.device)
+        first, second = p.sum(0, dtype=work), p.square().sum(0, dtype=work)
+        total = first if total is None else total + first
+        square = second if square is None else square + second
+        count += len(h)
+    assert total is not None
+    assert square is not None
+    mean = total / total.sum()  # which is the count, but for rounding
+    tiny = torch.finfo(mean.dtype).tiny
+    return mean, ((square / count - mean.square()).clamp_min(0) / count).sqrt() / mean.clamp_min(tiny)
+
+
+def class_means(head: Head, blocks: Iterable[Tensor], classes: Tensor) -> Tensor:
+    """Σ_i softmax_y(h_i) h_i / Σ_i softmax_y(h_i) for classes (R,): the mean of p(h|y), (R, d)."""
+    mass = total = None
+    for h in blocks:
+        p = _posterior(head, h, classes)
+        mass = p.sum(0) if mass is None else mass + p.sum(0)
+        part = p.T @ h.to(p.dtype)
+        total = part if total is None else total + part
+    assert mass is not None
+    assert total is not None
+    return total / mass.unsqueeze(-1)
+
+
+def _posterior(head: Head, h: Tensor, classes: Tensor) -> Tensor:
+    """Softmax_y(head(h)) of classes (R,), (n, R), in the precision in which small probabilities add up."""
+    logits = head.centered_logits(h)
+    log_p = logits[:, classes] - logits.logsumexp(-1, keepdim=True)
+    return log_p.to(working_dtype(h.device)).exp()

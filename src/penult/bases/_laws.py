@@ -1,0 +1,118 @@
+"""Laws of activations as modules, so that they move, are saved and are loaded with the base that holds them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+from torch import Size, Tensor, nn
+
+from penult.distributions import Bank, PrincipalMixture
+
+__all__ = ["Law", "Sampler"]
+
+_OPTIONS: dict[type[Any], str] = {Bank: "replacement", PrincipalMixture: "rectified"}
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What can stand for the law of unlabelled activations: any torch Distribution, and less will do.
+
+    ``sample(sample_shape)`` gives (*sample_shape, d). If it takes ``generator=``, that is used; else torch's global
+    random state is forked for the time of the call. ``log_prob`` is optional.
+    """
+
+    def sample(self, sample_shape: Any) -> Tensor:
+        """Draw activations (*sample_shape, d)."""
+
+
+@final
+class Law(nn.Module):
+    """Holds a sampler: the tensors of penult's distributions as buffers, a module as a submodule, others as they are.
+
+    Args:
+        sampler: The law.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        super().__init__()
+        kind: Any = type(sampler)
+        self._kind = kind if kind in _OPTIONS else None
+        if self._kind is not None:
+            self._option = bool(getattr(sampler, _OPTIONS[self._kind]))
+            for name in self._kind.arg_constraints:
+                self.register_buffer(name, getattr(sampler, name).detach())
+        else:
+            self._held: Any = sampler  # registers itself if it is a module
+        self._seeded = "generator" in inspect.signature(sampler.sample).parameters
+
+    @property
+    def sampler(self) -> Any:
+        """The law, on the device and in the dtype of the moment."""
+        if self._kind is None:
+            return self._held
+        tensors = {name: getattr(self, name) for name in self._kind.arg_constraints}
+        return self._kind(**tensors, **{_OPTIONS[self._kind]: self._option}, validate_args=False)
+
+    @torch.no_grad()
+    def sample(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Activations (count, d) on ``device``, in at least float32."""
+        shape = Size((count,))
+        if self._seeded:
+            h = self.sampler.sample(shape, generator=generator)
+        elif generator is None:
+            h = self.sampler.sample(shape)
+        else:
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                h = self.sampler.sample(shape)
+        moved: Tensor = h.to(device, torch.promote_types(h.dtype, torch.float32))
+        return moved
+
+    def log_prob(self, h: Tensor) -> Tensor:
+        """Log density at h (*S, d), (*S,).
+
+        Raises:
+            ValueError: If the law has no density.
+        """
+        sampler = self.sampler
+        try:
+            density: Tensor = sampler.log_prob(h)
+        except (AttributeError, NotImplementedError) as error:
+            if isinstance(error, AttributeError) and hasattr(sampler, "log_prob"):
+                raise
+            raise ValueError(
+                f"{type(sampler).__name__} has no log_prob, so that this base has no density; its draws, prior and "
+                "posterior need none"
+            ) from error
+        return density
+
+    def describe(self) -> dict[str, Any]:
+        """JSON facts that, with the buffers, rebuild it in :meth:`rebuild`.
+
+        Raises:
+            ValueError: If it is none of penult's own.
+        """
+        if self._kind is not None:
+            return {"class": self._kind.__name__, "option": self._option}
+        raise ValueError(
+            f"a Marginal of {type(self._held).__name__} cannot be written to a file, which never holds code: fit one "
+            'of penult\'s laws to its draws, as Marginal.fit(head, draws, kind="mixture"), or keep the draws as a Bank'
+        )
+
+    @classmethod
+    def rebuild(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Law:
+        """What :meth:`describe` and the buffers describe.
+
+        Raises:
+            KeyError: A part is missing.
+            ValueError: A class is unknown, or the tensors are no such law's.
+        """
+        for kind, option in _OPTIONS.items():
+            if facts["class"] == kind.__name__:
+                parts = {name: tensors[name] for name in kind.arg_constraints}
+                return cls(kind(**parts, **{option: bool(facts["option"])}, validate_args=True))
+        raise ValueError(f"the law {facts['class']!r} is none of penult's")

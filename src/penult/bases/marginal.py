@@ -1,0 +1,351 @@
+"""The marginal: any law of unlabelled activations, paired with the head that labels its draws."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from penult.activations import Activations
+from penult.bases._acceptance import accept, block_size, class_means, expected_posterior, pick
+from penult.bases._laws import Law, Sampler
+from penult.bases._pool import Pool
+from penult.bases._rows import RowIndex
+from penult.bases.base import Base, BaseInfo
+from penult.distributions import Bank, PrincipalMixture
+from penult.head import Head
+
+__all__ = ["Marginal", "MarginalKind"]
+
+MarginalKind = Literal["mixture", "class", "flow", "bank"]
+
+_SAMPLES = 1 << 18  # from which the prior is estimated
+_OPERATIONS, _LOGITS = 1 << 36, 1 << 26  # that this may take
+_BANK = 1 << 25  # floats that a bank keeps, at most: 128 MiB
+
+
+class Marginal(Base):
+    r"""A law p(h) of unlabelled activations, any law, as the marginal of an exact pair.
+
+    .. math:: p(h|y) = \frac{p(h)\, \mathrm{softmax}_y(W h + b)}{p(y)}, \qquad
+              p(y) = E_p[\mathrm{softmax}_y(W h + b)], \qquad
+              m(h) = \frac{p(h)}{\sum_y e^{w_y \cdot h + b_y}} .
+
+    Joint draws are h ~ p with y ~ softmax(h), so that whatever fits unlabelled activations well gives class
+    conditional draws that are as good, and no normaliser is needed. The price is that p(y), and with it log M at the
+    head's rows, is an expectation: it is estimated once from ``samples`` draws (exactly, for a
+    :class:`~penult.distributions.Bank`), with ``info.mgf_standard_error``. Other rows than the head's are refused.
+
+    Draws of a class are draws of p that the softmax puts into it, so that one draw of class y costs about 1/p(y) draws
+    of p (from a bank, none are lost). Draws for many classes share one stream: draws are sorted into classes, and
+    the rare ones topped up.
+
+    Args:
+        head: The head, which is kept by reference; the pair has to be of this head, or of one that differs from it in
+            its bias alone.
+        distribution: Any torch Distribution of batch shape () and event shape (d,), or any object with a ``sample``
+            method like one. Without ``log_prob`` densities raise an error; everything else works. A
+            ``torch.nn.Module`` moves with the base and is part of its state dict.
+        samples: Draws that the prior is estimated from; None for 262 144, fewer where K is
+            above 256.
+        seed: Seed of these draws. The global random state is not touched.
+
+    Raises:
+        TypeError: If ``head`` is no `Head` or ``distribution`` cannot be sampled.
+        ValueError: If the draws have another dimension than the head's, or are not finite.
+
+    Example:
+        >>> from torch.distributions import Independent, Normal
+        >>> head = Head(torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, -2.0]]))
+        >>> base = Marginal(head, Independent(Normal(torch.zeros(2), torch.ones(2)), 1))
+        >>> pair = penult.GenerativePair(head, base)
+        >>> h, y = pair.sample((1000,), generator=torch.Generator().manual_seed(0))
+        >>> h.shape, bool((pair.posterior(h).probs.gather(1, y[:, None]).mean() > 0.5))
+        (torch.Size([1000, 2]), True)
+        >>> torch.allclose(pair.log_prob(h), base.distribution.log_prob(h), atol=1e-4)
+        True
+    """
+
+    log_prior: Tensor
+    standard_error: Tensor
+
+    def __init__(self, head: Head, distribution: Sampler, *, samples: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        if not isinstance(head, Head):
+            raise TypeError(f"head must be a penult.Head, got {type(head).__name__}: Marginal(head, distribution)")
+        if not isinstance(distribution, Sampler):
+            raise TypeError(
+                f"distribution is a {type(distribution).__name__}, which has no method sample; give a torch "
+                "Distribution of activations, or fit one: Marginal.fit(head, activations)"
+            )
+        batch = getattr(distribution, "batch_shape", torch.Size())
+        if len(batch):
+            raise ValueError(
+                f"the distribution has batch shape {tuple(batch)} and event shape "
+                f"{tuple(getattr(distribution, 'event_shape', ()))}; expected () and ({head.in_features},): wrap it in "
+                "torch.distributions.Independent"
+            )
+        if samples is not None and samples < 2:
+            raise ValueError(f"samples must be at least 2, or None; got {samples}")
+        k, d = head.num_classes, head.in_features
+        affordable = max(1 << 12, min(_SAMPLES, _LOGITS // k, _OPERATIONS // (k * d)))
+        self._hold(head, Law(distribution), samples or affordable, seed)
+        prior, error = self._estimate()
+        self.register_buffer("log_prior", prior.log())
+        self.register_buffer("standard_error", error)
+
+    def _hold(self, head: Head, law: Law, samples: int, seed: int) -> None:
+        # Not a submodule: the pair holds the head, and its state dict shall have it once.
+        self._heads = (head,)
+        self.law = law
+        self._samples, self._seed = samples, seed
+        self._index: RowIndex | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        head: Head,
+        activations: Tensor | Activations,
+        kind: MarginalKind = "mixture",
+        components: int = 100,
+        dims: int = 24,
+        rectified: bool | None = None,
+        seed: int = 0,
+    ) -> Marginal:
+        """Fit a law to unlabelled activations, which may be larger than memory.
+
+        Args:
+            head: The head, calibrated if labels are at hand (:meth:`Head.calibrate`): the softmax decides which class
+                a draw belongs to.
+            activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`.
+            kind: ``"mixture"``, a :class:`~penult.distributions.PrincipalMixture` by expectation maximisation: close
+                to the bank in 34 k floats at d = 64, and what to start with. ``"class"``, one Gaussian a class in
+                principal components, with the head's probabilities for labels, in closed form. ``"flow"``, a
+                normalizing flow (extra ``flow``). ``"bank"``, the activations themselves, a random sample of them
+                where they are more than 33 million floats.
+            components: Components of ``"mixture"``, at most one for 20 activations.
+            dims: Principal components of ``"mixture"`` and ``"class"``; the rest is isotropic noise.
+            rectified: Whether ``activations`` are pre-activations u, whose law is fitted, and whose draws max(u, 0)
+                the head reads: that gives the exact zeros of a network with a ReLU right before its head. None
+                means yes for `Activations` extracted with ``pre_activation=True``, and for a tensor with negative
+                numbers where the head's certificate says that a ReLU stands there.
+            seed: Seed of the fit, and of the estimate of the prior.
+
+        Returns:
+            The base. ``base.distribution`` is the law.
+
+        Raises:
+            TypeError: If ``activations`` is neither a floating tensor nor `Activations`.
+            ValueError: If ``activations`` is too few, has a wrong shape, is not finite or constant; if ``rectified``
+                contradicts it; or an option is unknown.
+
+        Example:
+            >>> head = Head(torch.eye(3))
+            >>> h = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+            >>> Marginal.fit(head, h, components=4)
+            Marginal(PrincipalMixture(4 components in 3 of 3 dimensions, 53 floats), standard_error=...)
+        """
+        if kind not in get_args(MarginalKind):
+            raise ValueError(f"kind must be 'mixture', 'class', 'flow' or 'bank'; got {kind!r}")
+        pool = Pool(head, activations)
+        pool.rectified = _rectified(head, pool, rectified, kind)
+        law: Sampler
+        if kind == "mixture":
+            law = PrincipalMixture.fit(pool.stored, components, dims, rectified=pool.rectified, seed=seed)
+        elif kind == "class":
+            law = PrincipalMixture.from_posterior(pool.stored, pool.posterior, dims, rectified=pool.rectified)
+        elif kind == "flow":
+            from penult.distributions.normalizing_flow import NormalizingFlow
+
+            law = NormalizingFlow.fit(pool.stored, rectified=pool.rectified, seed=seed)
+        else:
+            most = max(1, _BANK // head.in_features)
+            law = Bank(pool.sample(most, torch.Generator().manual_seed(seed)), validate_args=False)
+        return cls(head, law, seed=seed)
+
+    @property
+    def head(self) -> Head:
+        """The head that labels the draws."""
+        return self._heads[0]
+
+    @property
+    def distribution(self) -> Any:
+        """The law p of unlabelled activations."""
+        return self.law.sampler
+
+    @property
+    def info(self) -> BaseInfo:
+        """Facts about this measure."""
+        law = self.distribution
+        name = {Bank: "bank", PrincipalMixture: "mixture"}.get(type(law), type(law).__name__)
+        rectified = bool(getattr(law, "rectified", False))
+        density = bool(getattr(law, "has_density", hasattr(law, "log_prob")))
+        return BaseInfo(
+            name=f"marginal {name}",
+            reference="Lebesgue measure" if density else "none: it has no density",
+            support=f"{len(law)} points" if isinstance(law, Bank) else "orthant" if rectified else "R^d",
+            needs_data=True,
+            exact_mgf=False,
+            source="any law of activations is the marginal of an exact pair",
+            mgf_standard_error=float(self.standard_error.max()),
+            has_density=density,
+        )
+
+    @property
+    def in_features(self) -> int:
+        """The dimension d of activations."""
+        return self.head.in_features
+
+    @property
+    def num_parameters(self) -> int:
+        """How many floats the law takes."""
+        count = getattr(self.distribution, "num_parameters", None)
+        return sum(t.numel() for t in self.law.state_dict().values()) if count is None else int(count)
+
+    def log_mgf(self, weight: Tensor) -> Tensor:
+        """Log M(w_y) = log E_p[softmax_y] − b_y for centered rows of the head (*B, d), (*B,).
+
+        Its gradient is the mean E[h|y], estimated from the draws that the prior was estimated from.
+
+        Raises:
+            ValueError: If a row is not the head's.
+        """
+        y = self._classes(weight)
+        value = (self.log_prior[y] - self.head.full_bias.to(self.log_prior)[y]).to(weight.dtype)
+        if weight.requires_grad and torch.is_grad_enabled():
+            classes, index = y.unique(return_inverse=True)
+            mean = class_means(self.head, self._reference(), classes)[index].to(weight.dtype)
+            value = value + ((weight - weight.detach()) * mean).sum(-1)
+        return value
+
+    def log_prob(self, h: Tensor) -> Tensor:
+        """Log m(h) = log p(h) − logsumexp of the centered logits, at h (*S, d): (*S,).
+
+        Raises:
+            ValueError: If the law has no density.
+        """
+        self._check_features(h, "h")
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
+        return self.law.log_prob(h) - self.head.centered_logits(h).logsumexp(-1)
+
+    def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One activation of the class of ``weight[i]`` for each i of ``index`` (N,): (N, d)."""
+        y = self._classes(weight)[index]
+        classes, inverse = y.unique(return_inverse=True)
+        counts = inverse.bincount(minlength=len(classes))
+        law = self.distribution
+        if not len(y):
+            h = weight.new_empty(0, self.in_features)
+        elif isinstance(law, Bank):
+            h = pick(self.head, law.activations, classes, counts, law.replacement, generator)
+        else:
+            prior = self.log_prior[classes].exp()
+            h = accept(self.head, self._draws(generator), classes, counts, prior, generator)
+        grouped = torch.empty_like(h)
+        grouped[inverse.argsort(stable=True)] = h
+        return grouped.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def config(self) -> dict[str, Any]:
+        """JSON facts that, with the buffers and the head, rebuild this base."""
+        return {"law": self.law.describe(), "samples": self._samples, "seed": self._seed}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: Head) -> Marginal:
+        """Rebuild a saved base of a pair with ``head``."""
+        parts = {name.removeprefix("law."): tensor for name, tensor in tensors.items() if name.startswith("law.")}
+        base = cls.__new__(cls)
+        Base.__init__(base)
+        base._hold(head, Law.rebuild(config["law"], parts), int(config["samples"]), int(config["seed"]))
+        for name in ("log_prior", "standard_error"):
+            if tensors[name].shape != (head.num_classes,):
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected ({head.num_classes},)")
+            base.register_buffer(name, tensors[name])
+        return base
+
+    def extra_repr(self) -> str:
+        """The law and how well the prior is known, for ``print``."""
+        return f"{self.distribution}, standard_error={float(self.standard_error.max()):.2g}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Marginal:
+        super()._apply(fn, recurse)
+        self.head._apply(fn, recurse)  # the same module as the pair's, or one that shares its rows
+        return self
+
+    def _draws(self, generator: torch.Generator | None) -> Callable[[int], Tensor]:
+        return lambda count: self.law.sample(count, generator, self.head.weight.device)
+
+    def _reference(self) -> Iterator[Tensor]:
+        """The activations that the prior is estimated from, the same at each call: all of a bank."""
+        law, size = self.distribution, block_size(self.head)
+        if isinstance(law, Bank):
+            yield from (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in law.activations.split(size))
+            return
+        draw = self._draws(torch.Generator(self.head.weight.device).manual_seed(self._seed))
+        for start in range(0, self._samples, size):
+            yield draw(min(size, self._samples - start))
+
+    def _checked(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for h in blocks:
+            if h.dim() != 2 or h.shape[1] != self.in_features or not bool(h.isfinite().all()):
+                what = "hold NaN or infinity" if h.shape[1:] == (self.in_features,) else f"have shape {tuple(h.shape)}"
+                raise ValueError(f"draws of {self.distribution} {what}; expected finite (n, {self.in_features})")
+            yield h
+
+    @torch.no_grad()
+    def _estimate(self) -> tuple[Tensor, Tensor]:
+        prior, error = expected_posterior(self.head, self._checked(self._reference()))
+        if isinstance(self.distribution, Bank):
+            error = torch.zeros_like(error)
+        if not bool((prior > 0).all()):
+            y = int((prior <= 0).nonzero()[0])
+            raise ValueError(
+                f"class {y} has probability 0 for all draws of {self.distribution}, so that it has no law under this "
+                "base; fit to activations among which the class occurs"
+            )
+        return prior, error
+
+    def _classes(self, weight: Tensor) -> Tensor:
+        """The classes of rows (*B, d), (*B,)."""
+        self._check_features(weight, "weight")
+        if self._index is None or not self._index.current(self.head):
+            self._index = RowIndex(self.head)
+        y = self._index.classes(weight)
+        if not torch.compiler.is_compiling() and bool((y < 0).any()):
+            raise ValueError(
+                f"{int((y < 0).sum())} of {y.numel()} rows are not rows of the head that this base was made with, and "
+                "a marginal has a law for these alone: tilt by head.centered_weight(y), and fit the base anew for "
+                "another head or temperature"
+            )
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None}
+
+
+def _rectified(head: Head, pool: Pool, asked: bool | None, kind: str) -> bool:
+    """Whether stored activations are pre-activations, see `Marginal.fit`."""
+    relu = head.certificate is not None and head.certificate.rectified
+    if pool.rectified and asked is False:
+        raise ValueError("these Activations are pre-activations (pre_activation=True): leave rectified=False out")
+    if asked and pool.minimum >= 0:
+        raise ValueError(
+            f"rectified=True fits pre-activations, but of these activations none is negative (least {pool.minimum:.3g})"
+            ": they are rectified already. Extract what comes before: penult.extract(tap, loader, pre_activation=True)"
+        )
+    if asked is None and relu and pool.minimum >= 0 and kind != "bank":
+        warnings.warn(
+            "a ReLU stands right before this head, and these activations come after it: a law fitted to them has no "
+            "exact zeros, and is easily told from them. Extract penult.extract(tap, loader, pre_activation=True) and "
+            "fit to that, or pass rectified=False to have it so",
+            UserWarning,
+            stacklevel=3,
+        )
+    return pool.rectified or bool(asked) or (asked is None and relu and pool.minimum < 0)
