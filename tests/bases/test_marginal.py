@@ -401,3 +401,53 @@ def test_info():
     assert Marginal.fit(head, h, kind="bank").info.support == "4000 points"
     assert Marginal(head, normal(4)).info.reference == "Lebesgue measure"
     assert replace(Marginal.fit(head, h, components=3).info, mgf_standard_error=None).name == "marginal mixture"
+
+
+def test_positive_activations_get_a_positive_law():
+    head, h = problem(3, 4)
+    h = h.square()
+    base = Marginal.fit(head, h, components=3)
+    assert base.distribution.softness is not None
+    assert base.info.support == "orthant"
+    assert base.info.has_density
+    assert float(GenerativePair(head, base).sample((3000,), generator=seeded())[0].min()) > 0
+    check_base(base, head, samples=20_000)
+    assert Marginal.fit(head, h, kind="class").distribution.softness is not None
+    assert Marginal.fit(head, h, positive=False, components=3).distribution.softness is None
+    zeros = h * (torch.rand(h.shape, generator=seeded(1)) > 0.2)
+    assert Marginal.fit(head, zeros, components=3).distribution.softness is None
+    few = h * (torch.rand(h.shape, generator=seeded(1)) > 0.01)
+    assert Marginal.fit(head, few, components=3).distribution.softness is not None
+
+
+def test_positive_law_is_saved(tmp_path):
+    head, h = problem(3, 4)
+    pair = GenerativePair(head, Marginal.fit(head, h.square(), components=3))
+    again = penult.load(pair.save(tmp_path / "pair.safetensors"))
+    assert torch.equal(again.base.distribution.softness, pair.base.distribution.softness)
+    torch.testing.assert_close(again.log_prob(h.square()), pair.log_prob(h.square()))
+    assert copy.deepcopy(pair).double().base.distribution.softness.dtype == torch.float64
+
+
+def test_flow(tmp_path):
+    pytest.importorskip("zuko")
+    head, h = problem(3, 4)
+    base = Marginal.fit(head, h[:1000], kind="flow")
+    assert base.info.name == "marginal flow"
+    check_base(base, head, samples=20_000)
+    pair = GenerativePair(head, base)
+    again = penult.load(pair.save(tmp_path / "pair.safetensors"))
+    torch.testing.assert_close(again.log_prob(h[:50]), pair.log_prob(h[:50]))
+    torch.testing.assert_close(again.sample((9,), generator=seeded()), pair.sample((9,), generator=seeded()))
+    assert base.num_parameters == base.distribution.num_parameters
+
+
+def test_sizes_by_default():
+    head, h = problem(3, 70, n=3000)
+    law = Marginal.fit(head, h).distribution
+    assert (len(law.logits), len(law.components)) == (32, 45)
+    many, h = problem(200, 30, n=4000)
+    law = Marginal.fit(many, h).distribution
+    assert (len(law.logits), len(law.components)) == (100, 25)
+    assert len(Marginal.fit(many, h, kind="class").distribution.components) == 24
+    assert len(Marginal.fit(many, h, components=5).distribution.components) == 30

@@ -448,3 +448,104 @@ def test_fit_refuses_types_and_passes_that_differ():
 
     with pytest.raises(ValueError, match="39 rows at first and 38 later"):
         PrincipalMixture.fit(Shrinking(torch.randn(40, 3, generator=seeded()), None))
+
+
+# --- positive laws ------------------------------------------------------------------------------------------
+
+
+def positive(d=2, seed=0, dtype=torch.float64):
+    rows = torch.rand(3000, d, generator=seeded(seed), dtype=dtype) ** 2 * 2
+    return rows, PrincipalMixture.fit(rows, components=3, dims=d, positive=True)
+
+
+def test_positive_contract():
+    check_distribution(positive()[1])
+    check_distribution(positive(dtype=torch.float32)[1])
+
+
+def test_positive_density_integrates_to_one():
+    _, p = positive()
+    logs = torch.linspace(-18, 4, 2001, dtype=torch.float64)
+    points = torch.cartesian_prod(logs, logs)
+    mass = (p.log_prob(points.exp()) + points.sum(-1)).exp().sum() * (logs[1] - logs[0]) ** 2
+    assert abs(float(mass) - 1) < 1e-9
+
+
+def test_positive_moments_are_those_of_draws():
+    rows, p = positive()
+    h = p.sample((400_000,), generator=seeded(1))
+    assert float(h.min()) > 0
+    error = (h.mean(0) - p.mean).abs() / (h.std(0) / len(h) ** 0.5)
+    assert float(error.max()) < 4
+    torch.testing.assert_close(h.var(0), p.variance, rtol=0.02, atol=0)
+    assert float((p.mean - rows.mean(0)).abs().max()) < 0.02
+
+
+def test_positive_law_keeps_skewed_rows_off_the_other_side():
+    rows, held = (-torch.rand(4, 3000, 5, generator=seeded(i), dtype=torch.float64).log().mean(0) for i in (0, 9))
+    p, plain = (PrincipalMixture.fit(rows, components=1, dims=5, positive=positive) for positive in (True, False))
+    assert float((plain.sample((2000,), generator=seeded()) < 0).double().mean()) > 0.01
+    assert float(p.log_prob(held).mean()) > float(plain.log_prob(held).mean()) + 0.3
+
+
+def test_positive_law_has_no_mass_at_zero():
+    _, p = positive()
+    loose = PrincipalMixture(
+        *(getattr(p, name) for name in p.arg_constraints), softness=p.softness, validate_args=False
+    )
+    assert loose.log_prob(torch.tensor([[0.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)).tolist() == [-math.inf] * 2
+    with pytest.raises(ValueError, match="within the support"):
+        p.log_prob(torch.zeros(2, dtype=torch.float64))
+
+
+def test_positive_bad_input():
+    rows, p = positive()
+    with pytest.raises(ValueError, match=r"not negative; the least of these is -0\.5"):
+        PrincipalMixture.fit(rows - 0.5, positive=True)
+    with pytest.raises(ValueError, match="rectified or positive, not both"):
+        PrincipalMixture.fit(rows, positive=True, rectified=True)
+    parts = [getattr(p, name) for name in p.arg_constraints]
+    with pytest.raises(ValueError, match="softness must be positive"):
+        PrincipalMixture(*parts, softness=torch.tensor(0.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match="not both"):
+        PrincipalMixture(*parts, rectified=True, softness=p.softness)
+    with pytest.raises(ValueError, match=r"softness \(1,\)"):
+        PrincipalMixture(*parts, softness=p.softness.reshape(1))
+    with pytest.raises(TypeError, match="one dtype"):
+        PrincipalMixture(*parts, softness=p.softness.float())
+
+
+# --- one component a class ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_from_posterior_of_hard_labels_is_the_law_of_each_class(positive):
+    centres = torch.tensor([[0.0] * 4, [6.0] * 4])
+    y = torch.arange(2000) % 2
+    rows = (
+        (centres[y] + torch.randn(2000, 4, generator=seeded())).exp().clamp_max(1e5)
+        if positive
+        else (centres[y] + torch.randn(2000, 4, generator=seeded()))
+    )
+    index = {tuple(row): int(c) for row, c in zip(rows.tolist(), y, strict=True)}
+
+    def labels(h):
+        return torch.eye(2)[[index[tuple(row)] for row in h.tolist()]]
+
+    p = PrincipalMixture.from_posterior(rows, labels, dims=4, positive=positive)
+    batches = PrincipalMixture.from_posterior([rows[:3], rows[3:]], labels, dims=4, positive=positive)
+    torch.testing.assert_close(p.logits.exp(), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(batches.means, p.means, rtol=1e-4, atol=1e-4)
+    if not positive:
+        means = p.loc + p.means @ p.components
+        torch.testing.assert_close(means, torch.stack([rows[y == c].mean(0) for c in (0, 1)]), rtol=1e-4, atol=1e-4)
+
+
+def test_from_posterior_leaves_out_what_never_comes():
+    rows = torch.randn(300, 3, generator=seeded())
+    p = PrincipalMixture.from_posterior(rows, lambda h: torch.tensor([1.0, 0.0]).expand(len(h), 2), dims=3)
+    assert len(p.logits) == 1
+    with pytest.raises(ValueError, match=r"posterior gave \(300,\)"):
+        PrincipalMixture.from_posterior(rows, lambda h: h.sum(-1))
+    with pytest.raises(ValueError, match="dims must be a positive integer"):
+        PrincipalMixture.from_posterior(rows, lambda h: h, dims=0)

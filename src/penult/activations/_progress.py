@@ -1,4 +1,4 @@
-"""How far a loader is."""
+"""How far a long task is."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ Progress = Callable[[int, int | None], object]
 
 
 @contextmanager
-def reporting(progress: Progress | bool | None, streams: bool) -> Iterator[Progress]:
-    """What to call after each batch; None means a bar where `streams` is set and someone looks at stderr."""
+def reporting(progress: Progress | bool | None, streams: bool, unit: str = "batches") -> Iterator[Progress]:
+    """What to call after each step; None means a bar where `streams` is set and someone looks at stderr.
+
+    Args:
+        progress: True for a bar on stderr, False for nothing, or what to call with the steps done and their total.
+        streams: Whether None may mean a bar.
+        unit: What the steps are, as the bar calls them.
+    """
     if progress is None:
         progress = streams and sys.stderr is not None and sys.stderr.isatty()
     if progress is False:
         yield lambda done, total: None
     elif progress is True:
-        with _bar() as report:
+        with _bar(unit) as report:
             yield report
     else:
         yield progress
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def _bar(unit: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -39,5 +45,5 @@ def _bar() -> Iterator[Progress]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("batches", total=None)
+        task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

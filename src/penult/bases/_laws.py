@@ -9,11 +9,12 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Size, Tensor, nn
 
-from penult.distributions import Bank, PrincipalMixture
+from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
 
 __all__ = ["Law", "Sampler"]
 
 _OPTIONS: dict[type[Any], str] = {Bank: "replacement", PrincipalMixture: "rectified"}
+_MAYBE: dict[type[Any], tuple[str, ...]] = {PrincipalMixture: ("softness",)}  # tensors that may be None
 
 
 @runtime_checkable
@@ -42,8 +43,9 @@ class Law(nn.Module):
         self._kind = kind if kind in _OPTIONS else None
         if self._kind is not None:
             self._option = bool(getattr(sampler, _OPTIONS[self._kind]))
-            for name in self._kind.arg_constraints:
-                self.register_buffer(name, getattr(sampler, name).detach())
+            for name in (*self._kind.arg_constraints, *_MAYBE.get(self._kind, ())):
+                tensor = getattr(sampler, name)
+                self.register_buffer(name, None if tensor is None else tensor.detach())
         else:
             self._held: Any = sampler  # registers itself if it is a module
         self._seeded = "generator" in inspect.signature(sampler.sample).parameters
@@ -53,7 +55,7 @@ class Law(nn.Module):
         """The law, on the device and in the dtype of the moment."""
         if self._kind is None:
             return self._held
-        tensors = {name: getattr(self, name) for name in self._kind.arg_constraints}
+        tensors = dict(self.named_buffers())
         return self._kind(**tensors, **{_OPTIONS[self._kind]: self._option}, validate_args=False)
 
     @torch.no_grad()
@@ -98,6 +100,8 @@ class Law(nn.Module):
         """
         if self._kind is not None:
             return {"class": self._kind.__name__, "option": self._option}
+        if isinstance(self._held, NormalizingFlow):
+            return {"class": NormalizingFlow.__name__, "option": self._held.config()}
         raise ValueError(
             f"a Marginal of {type(self._held).__name__} cannot be written to a file, which never holds code: fit one "
             'of penult\'s laws to its draws, as Marginal.fit(head, draws, kind="mixture"), or keep the draws as a Bank'
@@ -114,5 +118,9 @@ class Law(nn.Module):
         for kind, option in _OPTIONS.items():
             if facts["class"] == kind.__name__:
                 parts = {name: tensors[name] for name in kind.arg_constraints}
+                parts |= {name: tensors[name] for name in _MAYBE.get(kind, ()) if name in tensors}
                 return cls(kind(**parts, **{option: bool(facts["option"])}, validate_args=True))
+        if facts["class"] == NormalizingFlow.__name__:
+            held = {name.removeprefix("_held."): tensor for name, tensor in tensors.items()}
+            return cls(NormalizingFlow.from_config(facts["option"], held))
         raise ValueError(f"the law {facts['class']!r} is none of penult's")

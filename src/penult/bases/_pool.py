@@ -25,6 +25,8 @@ class Pool:
 
     Attributes:
         rectified: Whether what is stored are pre-activations. True from the start for `Activations` that say so.
+        minimum: The least number stored.
+        zeros: Share of exact zeros in what is stored.
 
     Args:
         head: The head that reads them.
@@ -51,10 +53,12 @@ class Pool:
         if len(shape) != 2 or shape[1] != head.in_features or shape[0] < 2:
             raise ValueError(f"activations has shape {shape}; expected (N, {head.in_features}) with N >= 2")
         self._count = shape[0]
-        bad, self.minimum = 0, float("inf")
+        bad, zeros, self.minimum = 0, 0, float("inf")
         for rows in self.stored:
+            zeros += int((rows == 0).sum())
             bad += int((~rows.isfinite().all(-1)).sum())
             self.minimum = min(self.minimum, float(rows.min()))
+        self.zeros = zeros / (shape[0] * shape[1])
         if bad:
             raise ValueError(f"{bad} of {shape[0]} activations hold NaN or infinity; leave them out first")
 

@@ -15,7 +15,7 @@ from penult.bases._laws import Law, Sampler
 from penult.bases._pool import Pool
 from penult.bases._rows import RowIndex
 from penult.bases.base import Base, BaseInfo
-from penult.distributions import Bank, PrincipalMixture
+from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
 from penult.head import Head
 
 __all__ = ["Marginal", "MarginalKind"]
@@ -24,6 +24,8 @@ MarginalKind = Literal["mixture", "class", "flow", "bank"]
 
 _SAMPLES = 1 << 18  # from which the prior is estimated
 _OPERATIONS, _LOGITS = 1 << 36, 1 << 26  # that this may take
+_FLOATS = 36_000  # of the covariances of a mixture
+_FEW_ZEROS = 0.05  # exact zeros that a law of positive numbers may pass over
 _BANK = 1 << 25  # floats that a bank keeps, at most: 128 MiB
 
 
@@ -110,9 +112,10 @@ class Marginal(Base):
         head: Head,
         activations: Tensor | Activations,
         kind: MarginalKind = "mixture",
-        components: int = 100,
-        dims: int = 24,
+        components: int | None = None,
+        dims: int | None = None,
         rectified: bool | None = None,
+        positive: bool | None = None,
         seed: int = 0,
     ) -> Marginal:
         """Fit a law to unlabelled activations, which may be larger than memory.
@@ -122,16 +125,21 @@ class Marginal(Base):
                 a draw belongs to.
             activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`.
             kind: ``"mixture"``, a :class:`~penult.distributions.PrincipalMixture` by expectation maximisation: close
-                to the bank in 34 k floats at d = 64, and what to start with. ``"class"``, one Gaussian a class in
+                to the bank in 38 k floats at d = 64, and what to start with. ``"class"``, one Gaussian a class in
                 principal components, with the head's probabilities for labels, in closed form. ``"flow"``, a
                 normalizing flow (extra ``flow``). ``"bank"``, the activations themselves, a random sample of them
                 where they are more than 33 million floats.
-            components: Components of ``"mixture"``, at most one for 20 activations.
-            dims: Principal components of ``"mixture"`` and ``"class"``; the rest is isotropic noise.
+            components: Components of ``"mixture"``, at most one for 20 activations. None for as many as there are
+                classes, but at least 32 and at most 100.
+            dims: Principal components of ``"mixture"`` and ``"class"``; the rest is isotropic noise. None for 64, or
+                as many as keep the covariances within 36 000 floats, but at least 24.
             rectified: Whether ``activations`` are pre-activations u, whose law is fitted, and whose draws max(u, 0)
                 the head reads: that gives the exact zeros of a network with a ReLU right before its head. None
                 means yes for `Activations` extracted with ``pre_activation=True``, and for a tensor with negative
                 numbers where the head's certificate says that a ReLU stands there.
+            positive: Whether ``"mixture"`` and ``"class"`` are laws of positive activations, see
+                :class:`~penult.distributions.PrincipalMixture`. None means yes where no activation is negative and at
+                most one in twenty is zero, as after ReLU and average pooling.
             seed: Seed of the fit, and of the estimate of the prior.
 
         Returns:
@@ -152,14 +160,16 @@ class Marginal(Base):
             raise ValueError(f"kind must be 'mixture', 'class', 'flow' or 'bank'; got {kind!r}")
         pool = Pool(head, activations)
         pool.rectified = _rectified(head, pool, rectified, kind)
+        if positive is None:
+            positive = not pool.rectified and pool.minimum >= 0 and pool.zeros <= _FEW_ZEROS
         law: Sampler
         if kind == "mixture":
-            law = PrincipalMixture.fit(pool.stored, components, dims, rectified=pool.rectified, seed=seed)
+            count = min(max(32, head.num_classes), 100) if components is None else components
+            law = PrincipalMixture.fit(pool.stored, count, dims or _dims(count), pool.rectified, positive, seed)
         elif kind == "class":
-            law = PrincipalMixture.from_posterior(pool.stored, pool.posterior, dims, rectified=pool.rectified)
+            count = dims or _dims(head.num_classes)
+            law = PrincipalMixture.from_posterior(pool.stored, pool.posterior, count, pool.rectified, positive)
         elif kind == "flow":
-            from penult.distributions.normalizing_flow import NormalizingFlow
-
             law = NormalizingFlow.fit(pool.stored, rectified=pool.rectified, seed=seed)
         else:
             most = max(1, _BANK // head.in_features)
@@ -180,13 +190,14 @@ class Marginal(Base):
     def info(self) -> BaseInfo:
         """Facts about this measure."""
         law = self.distribution
-        name = {Bank: "bank", PrincipalMixture: "mixture"}.get(type(law), type(law).__name__)
-        rectified = bool(getattr(law, "rectified", False))
+        names: dict[type, str] = {Bank: "bank", PrincipalMixture: "mixture", NormalizingFlow: "flow"}
+        name = names.get(type(law), type(law).__name__)
+        orthant = bool(getattr(law, "rectified", False)) or getattr(law, "softness", None) is not None
         density = bool(getattr(law, "has_density", hasattr(law, "log_prob")))
         return BaseInfo(
             name=f"marginal {name}",
             reference="Lebesgue measure" if density else "none: it has no density",
-            support=f"{len(law)} points" if isinstance(law, Bank) else "orthant" if rectified else "R^d",
+            support=f"{len(law)} points" if isinstance(law, Bank) else "orthant" if orthant else "R^d",
             needs_data=True,
             exact_mgf=False,
             source="any law of activations is the marginal of an exact pair",
@@ -328,6 +339,11 @@ class Marginal(Base):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}
+
+
+def _dims(components: int) -> int:
+    """As many principal components, up to 64, as keep that many covariances and means within the floats."""
+    return max(24, *(m for m in range(1, 65) if components * (1 + m + m * (m + 1) // 2) <= _FLOATS))
 
 
 def _rectified(head: Head, pool: Pool, asked: bool | None, kind: str) -> bool:

@@ -2,8 +2,9 @@
 
 from penult.distributions.bank import Bank
 from penult.distributions.constraints import NormalizeTransform, sphere
+from penult.distributions.normalizing_flow import NormalizingFlow
 from penult.distributions.principal_mixture import PrincipalMixture
 from penult.distributions.tilt import Tilt
 from penult.distributions.von_mises_fisher import VonMisesFisher
 
-__all__ = ["Bank", "NormalizeTransform", "PrincipalMixture", "Tilt", "VonMisesFisher", "sphere"]
+__all__ = ["Bank", "NormalizeTransform", "NormalizingFlow", "PrincipalMixture", "Tilt", "VonMisesFisher", "sphere"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ _KEPT = 1 << 24  # projected elements kept in memory; beyond, every pass project
 class Rows:
     """Rows to fit to, looked at one batch at a time: their number, mean and covariance, by two passes."""
 
-    def __init__(self, source: Tensor | Iterable[Tensor]) -> None:
+    def __init__(self, source: Tensor | Iterable[Tensor], link: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._link = link
         if isinstance(source, Tensor):
             if source.dim() != 2:
                 raise ValueError(f"activations has shape {tuple(source.shape)}; expected (N, d)")
@@ -98,8 +99,9 @@ class Rows:
             )
 
     def wide(self, rows: Tensor) -> Tensor:
-        """In float64, where the device has it, or on the CPU."""
-        return rows.detach().to(self.work).double()
+        """In float64, where the device has it, or on the CPU; through the link."""
+        x = rows.detach().to(self.work).double()
+        return x if self._link is None else self._link(x)
 
 
 class Projected:

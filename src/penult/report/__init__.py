@@ -1,8 +1,9 @@
 """Self-contained HTML pages and their figures: the one place in penult where either is made.
 
 `Page` gathers sections of text, headline facts, tables, figures and terminal output into one file that
-loads nothing from elsewhere. `penult.report.plots` draws the figures; `penult.report.figures` is their house
-style and turns them into inline SVG that follows the reader's light or dark theme.
+loads nothing from elsewhere. `penult.report.plots` draws the figures, and `penult.report.realism` those of what
+`penult.realism` measured; `penult.report.figures` is their house style and turns them into inline SVG that follows
+the reader's light or dark theme.
 """
 
 try:
@@ -13,7 +14,7 @@ except ImportError as error:
         'pages and figures need matplotlib and jinja2: pip install "penult[report]"', name=error.name
     ) from error
 
-from penult.report import figures, plots
+from penult.report import figures, plots, realism
 from penult.report.page import Page, Section
 
-__all__ = ["Page", "Section", "figures", "plots"]
+__all__ = ["Page", "Section", "figures", "plots", "realism"]

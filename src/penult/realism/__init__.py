@@ -1,0 +1,44 @@
+"""How close a pair comes to real activations: :func:`compare` one, or :func:`choose` among bases.
+
+Every pair is exact: its posterior is the softmax of its head, whatever the base. That says nothing of whether
+activations look like its draws, which is what is measured here, next to what real activations get against other
+real ones. Two-sample tests need scikit-learn (extra ``data``).
+"""
+
+from penult.realism._candidates import CANDIDATES, Candidate
+from penult.realism._choose import choose
+from penult.realism._compare import compare
+from penult.realism._distances import energy_coefficient
+from penult.realism._ranking import Ranked, Ranking
+from penult.realism._result import (
+    Calibration,
+    ClassRealism,
+    Collapse,
+    Comparison,
+    Histogram,
+    Prior,
+    Realism,
+    Spread,
+    TiltIdentity,
+)
+from penult.realism._tests import two_sample_auc
+
+__all__ = [
+    "CANDIDATES",
+    "Calibration",
+    "Candidate",
+    "ClassRealism",
+    "Collapse",
+    "Comparison",
+    "Histogram",
+    "Prior",
+    "Ranked",
+    "Ranking",
+    "Realism",
+    "Spread",
+    "TiltIdentity",
+    "choose",
+    "compare",
+    "energy_coefficient",
+    "two_sample_auc",
+]
