@@ -25,7 +25,7 @@ def test_from_model_to_draws(penult_json, here, activations):
     acts = penult.Activations.open(activations)
     assert acts.class_names == tuple(map(str, range(10)))
     facts = penult_json("fit", activations, "--out", "net.penult.safetensors")
-    assert facts["base"] == "elliptic"
+    assert facts["base"] == "mixture"
     assert sum(facts["prior"]) == pytest.approx(1, abs=1e-5)
     assert 0 < facts["draws_confidence"] < 1
     assert facts["stored_confidence"] == pytest.approx(acts.logits.softmax(-1).amax(-1).mean().item(), rel=0.05)
@@ -55,6 +55,9 @@ def test_from_model_to_draws(penult_json, here, activations):
         (["--base", "elliptic"], "scale_tril=(64, 64)"),
         (["--base", "sphere", "--no-ambient"], "subspace=(9, 64)"),
         (["--base", "gaussian"], "Gaussian(loc=(64,), covariance_matrix=(64, 64))"),
+        (["--components", "7", "--dims", "5"], "PrincipalMixture(7 components in 5 of 64 dimensions"),
+        (["--base", "class", "--dims", "5"], "PrincipalMixture(10 components in 5 of 64 dimensions"),
+        (["--base", "bank"], "Bank(1797 rows of dimension 64), standard_error=0"),
     ],
 )
 def test_bases(here, activations, options, kind):
@@ -62,6 +65,81 @@ def test_bases(here, activations, options, kind):
     assert done.exit_code == 0, done.output
     assert kind in done.stdout
     assert "implied prior" in done.stdout
+
+
+def test_the_default_is_that_of_the_library_and_the_seed_counts(penult_json, here, activations):
+    penult_json("fit", "acts", "--out", "a.safetensors")
+    penult_json("fit", "acts", "--out", "b.safetensors", "--seed", "1")
+    a, b = (penult.load(name) for name in ("a.safetensors", "b.safetensors"))
+    law = penult.Marginal.fit(a.head, penult.Activations.open(activations)).distribution
+    draws = [
+        each.sample((50,), generator=torch.Generator().manual_seed(0))
+        for each in (law, a.base.distribution, b.base.distribution)
+    ]
+    assert torch.allclose(draws[0], draws[1], atol=1e-6)
+    assert not torch.allclose(draws[0], draws[2], atol=1e-6)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Candidates that are compared in a moment."""
+    from penult.realism import CANDIDATES, _choose
+
+    names = ("sphere", "gaussian", "bank")
+    monkeypatch.setattr(_choose, "CANDIDATES", {name: CANDIDATES[name] for name in names})
+    return names
+
+
+def test_auto_takes_the_recommended_base(penult_json, here, activations, few):
+    penult.Activations.open(activations)[::4].save("some")
+    command = ("fit", "some", "--head", "acts/head.penult.safetensors", "--base", "auto", "--out", "net.safetensors")
+    facts = penult_json(*command)
+    assert facts["base"] == facts["ranking"]["best"] == "bank"
+    assert {row["name"] for row in facts["ranking"]["rows"]} == set(few)
+    assert facts["ranking"]["fitted_rows"] + facts["ranking"]["held_out_rows"] == facts["samples"] == 450
+    law = penult.load("net.safetensors").base.distribution
+    assert law.replacement
+    assert len(law) == 450  # fitted to all
+    done = CliRunner().invoke(app, [*command, "--seed", "1"])
+    assert "<- best" in done.stdout
+    assert "bank keeps" in done.stdout  # the reason
+    assert "holds real activations" in done.stdout
+    assert "candidates" in done.stderr
+    assert "try --base auto" not in done.stdout
+
+
+def test_every_candidate_is_a_base_of_the_command():
+    from penult.cli.fit import BaseName
+    from penult.realism import CANDIDATES
+
+    assert set(CANDIDATES) <= {name.value for name in BaseName}
+
+
+def test_a_flow_is_fitted_saved_and_drawn_from(penult_json, here, activations):
+    pytest.importorskip("zuko")
+    penult_json("sample", "acts/head.penult.safetensors", "-n", "60", "--out", "few")
+    assert penult_json("fit", "few", "--base", "flow", "--out", "flow.safetensors")["base"] == "flow"
+    assert penult_json("sample", "flow.safetensors", "-n", "7", "--out", "drawn")["samples"] == 7
+
+
+def test_the_prior_of_other_activations(penult_json, refused, here):
+    pair = penult.GenerativePair(penult.Head(4 * torch.eye(3)), penult.Sphere(2.0))
+    pair.save("head.safetensors")
+    g = torch.Generator().manual_seed(0)
+    shares = {"even": [400, 400, 400], "shifted": [960, 180, 60]}
+    for name, counts in shares.items():
+        h = pair.given(torch.arange(3).repeat_interleave(torch.tensor(counts))).sample(generator=g)
+        penult.Activations(h, pair.head(h)).save(name)
+    command = ("fit", "even", "--head", "head.safetensors", "--out", "out.safetensors")
+    assert penult_json(*command)["prior"] == pytest.approx([1 / 3, 1 / 3, 1 / 3], abs=0.03)
+    facts = penult_json(*command, "--prior-from", "shifted")
+    assert facts["prior_from"] == "shifted"
+    assert facts["prior"] == pytest.approx([0.8, 0.15, 0.05], abs=0.03)
+    again = penult.load("out.safetensors")
+    assert again.prior.probs.tolist() == pytest.approx(facts["prior"], abs=1e-5)
+    assert facts["draws_accuracy"] == pytest.approx(facts["draws_confidence"], abs=0.05)
+    penult.Activations(torch.ones(5, 3), torch.zeros(5, 3)).save("alien")
+    assert "does not make the stored logits of alien" in refused(*command, "--prior-from", "alien")
 
 
 def test_extracting_again_returns_what_is_there_and_half_precision(penult_json, here, activations):
@@ -104,6 +182,68 @@ def test_pre_activations(penult_json, refused, here, monkeypatch):
     assert words in refused("extract", "usernets:trained", "digits", "--out", "pooled", "--pre-activation")
     assert not (here / "pooled").exists()
 
+    fitted = penult_json("fit", "u", "--out", "u.safetensors")
+    assert fitted["stored_confidence"] == pytest.approx(h.logits.softmax(-1).amax(-1).mean().item(), abs=0.02)
+    penult_json("sample", "u.safetensors", "-n", "300", "--out", "drawn")
+    drawn = penult.Activations.open(here / "drawn").activations
+    assert float((drawn == 0).double().mean()) == pytest.approx(float((h.activations == 0).double().mean()), abs=0.05)
+    assert penult_json("fit", "u", "--base", "gaussian", "--out", "u.safetensors")["base"] == "gaussian"
+
+
+def test_activations_after_a_relu_are_warned_of_in_one_line(penult_json, here, few, monkeypatch):
+    (here / "rectifiednets.py").write_text(RECTIFIED)
+    monkeypatch.delitem(sys.modules, "rectifiednets", raising=False)
+    penult_json("extract", "rectifiednets:mlp", "digits", "--out", "h")
+    penult_json("extract", "rectifiednets:mlp", "digits", "--out", "u", "--pre-activation")
+    for name in ("h", "u"):
+        penult.Activations.open(name)[::4].save(f"{name}-few")
+    for base, folder, lines in [("class", "h", 1), ("auto", "h", 1), ("class", "u", 0), ("bank", "h", 0)]:
+        done = CliRunner().invoke(
+            app,
+            [
+                "fit",
+                f"{folder}-few",
+                "--head",
+                f"{folder}/head.penult.safetensors",
+                "--base",
+                base,
+                "--out",
+                "x.safetensors",
+            ],
+        )
+        assert done.exit_code == 0, done.output + repr(done.exception)
+        warned = [line for line in done.stderr.splitlines() if "ReLU" in line]
+        assert len(warned) == lines, (base, folder)
+        for line in warned:
+            assert line.startswith("penult: warning: a ReLU stands right before this head, and h-few holds what")
+            assert "penult extract --pre-activation" in line
+        assert "UserWarning" not in done.stderr
+
+
+def test_warnings_of_the_library_are_lines_said_once(capsys):
+    import warnings
+
+    from penult.cli.console import warnings_as_lines
+
+    with warnings_as_lines(), warnings.catch_warnings():
+        for text in ("a\n  thing", "a\n  thing", "another"):
+            warnings.warn(text, UserWarning, stacklevel=1)
+        with pytest.raises(DeprecationWarning):  # is none of the user's
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "penult: warning: a thing\npenult: warning: another\n"
+
+
+def test_a_class_too_rare_to_draw_is_said_in_one_line(refused, penult_json, here):
+    head = penult.Head(torch.eye(3, 4), torch.tensor([0.0, 0.0, -30.0]))
+    h = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    penult.GenerativePair(head, penult.Marginal.fit(head, h, components=1)).save("rare.safetensors")
+    line = refused("sample", "rare.safetensors", "-n", "1000", "--class", "2", "--out", "x")
+    assert "class 2 has prior" in line
+    assert "Ask for fewer" in line
+    assert not (here / "x").exists()
+    penult.GenerativePair(head, penult.Marginal.fit(head, h, kind="bank")).save("bank.safetensors")
+    assert penult_json("sample", "bank.safetensors", "-n", "1000", "--class", "2", "--out", "x")["samples"] == 1000
+
 
 def test_a_head_of_its_own(penult_json, here, activations):
     penult_json("head", "usernets:trained", "--shape", "1,8,8", "--out", "head.penult.safetensors")
@@ -134,6 +274,11 @@ def test_a_folder_that_another_process_writes_to(refused, here):
         (["fit", "acts", "--head", "two.safetensors", "--weight-key", "a.weight", "--out", "x.safetensors"], "(3, 4)"),
         (["fit", "acts", "--head", "gone.safetensors", "--out", "x.safetensors"], "gone.safetensors does not exist"),
         (["fit", "acts", "--out", "no/such/folder.safetensors"], "no/such"),
+        (["fit", "acts", "--prior-from", "nowhere", "--out", "x.safetensors"], "nowhere"),
+        (["fit", "acts", "--base", "bank", "--dims", "3", "--out", "x.safetensors"], "the bank base has no --dims"),
+        (["fit", "acts", "--base", "class", "--components", "3", "--out", "x.safetensors"], "goes with --base mixture"),
+        (["fit", "acts", "--no-ambient", "--out", "x.safetensors"], "goes with --base sphere or centered or elliptic"),
+        (["fit", "acts", "--base", "auto", "--ambient", "--out", "x.safetensors"], "--base auto compares bases as"),
         (["sample", "gone.safetensors", "--out", "x"], "does not exist"),
         (["sample", "digits.safetensors", "--class", "10", "--out", "x"], "label 10 is out of range"),
         (["sample", "digits.safetensors", "--out", "acts"], "acts"),
