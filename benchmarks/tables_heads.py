@@ -1,0 +1,64 @@
+"""Tables of what `families.py` and `extract.py` measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blocks import Block, Table, bound, origin, table, tiny
+
+
+@table("families", source="families")
+def families(results: dict[str, Any]) -> Block:
+    """Where each family carries its head."""
+    section = results["sections"]["families"]
+    found, refused = [], []
+    for name, cell in section["cells"].items():
+        if "refused" in cell:
+            refused.append((name, cell["refused"].split(" If W and b are known")[0].split(" For a sigmoid head")[0]))
+            continue
+        place = f"`{cell['path']}`" + ("" if cell["bias"] else ", no bias") + (", tied" if cell["tied"] else "")
+        before = cell["before"] + (f" ({cell['folded']} folded)" if cell["folded"] else "")
+        axes = "a " + cell["axes"][-1] if len(cell["axes"]) == 2 else "a pixel" if len(cell["axes"]) > 2 else "a sample"
+        each = axes + {"same": "", "mean": ", mean", "picked": ", one token picked"}.get(cell["positions"], ", resized")
+        found.append((name, place, cell["kind"], before, f"**{cell['support']}**", each, tiny(cell["softmax_error"])))
+    header = ("family", "head", "by", "just before", "support", "one softmax", "error")
+    shown = [Table("Where model families carry their heads", header, found)]
+    shown.append(Table("Refused, and why", ("family", "reason"), refused))
+    used = ", ".join(f"{name} {version}" for name, version in section["versions"].items() if name != "python")
+    notes = [
+        f"Error: largest difference between the softmax of head(h), through `Tap`, and the model's, float32. {used}."
+    ]
+    return Block(shown, notes, "python benchmarks/families.py")
+
+
+@table("extract-overhead", source="extract")
+def extract_overhead(results: dict[str, Any]) -> Block:
+    """CPU time of extraction over a bare loop."""
+    section = results["sections"]["overhead"]
+    cells, bar = section["cells"], section["bars"]["extract"]
+    rows = [
+        (name, f"{cell['ratio']:.3f}", f"{cell['ratio_of_best']:.3f}",
+         bound(cell["ratio"], bar) if name.startswith("extract") else "–")
+        for name, cell in cells.items() if isinstance(cell, dict)
+    ]  # fmt: skip
+    header = ("", "median ratio", "ratio of the best", "bar")
+    title = "CPU time over a bare loop of forward passes"
+    what = (
+        f"{cells['samples']} random images of 28 × 28 in batches of 128, three convolutions, {cells['rounds']} rounds."
+    )
+    notes = [what, origin(section, ("penult", "torch", "safetensors"))]
+    return Block([Table(title, header, rows)], notes, "python benchmarks/extract.py --only overhead")
+
+
+@table("extract-memory", source="extract")
+def extract_memory(results: dict[str, Any]) -> Block:
+    """Peak memory of extraction and reading."""
+    section = results["sections"]["memory"]
+    cells, bar = section["cells"], section["bars"]["growth"]
+    rows = []
+    for task, what in (("extract", "`extract` to disk"), ("read", "`Activations.batches`")):
+        one, ten = cells[f"{task}, 1 N"], cells[f"{task}, 10 N"]
+        rows.append((what, f"{one:.0f} MiB", f"{ten:.0f} MiB", f"{ten / one:.2f}", bound(ten / one, bar)))
+    header = ("", f"{cells['rows']} rows", f"{10 * cells['rows']} rows", "ratio", "bar")
+    title = f"Peak memory of a process, PyTorch included; the larger set takes {cells['data_mib']:.0f} MiB on disk"
+    return Block([Table(title, header, rows)], [origin(section, ("penult", "torch"))], "python benchmarks/extract.py")
