@@ -182,7 +182,7 @@ class GenerativePair(nn.Module):
         Label shift: p(h|y) is that of this pair, the balance of classes is not. The likelihood of Σ_y q_y p(h|y) is
         maximised by expectation maximisation, for which posteriors are enough:
 
-        .. math:: q_y \leftarrow rac{1}{N} \sum_i rac{q_y\, p(y|h_i) / p(y)}{\sum_k q_k\, p(k|h_i) / p(k)} .
+        .. math:: q_y \leftarrow \frac{1}{N} \sum_i \frac{q_y\, p(y|h_i) / p(y)}{\sum_k q_k\, p(k|h_i) / p(k)} .
 
         It is as good as the pair's p(h|y) are, so calibrate the head first (:meth:`Head.calibrate`), and fit a
         :class:`Marginal` to activations of the old balance: its prior is their mean posterior, whereas a sphere

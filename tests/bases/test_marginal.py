@@ -235,6 +235,16 @@ def test_files(tmp_path, kind):
     assert again.base.head is again.head
 
 
+def test_another_prior_is_kept_in_the_file(tmp_path):
+    head, h = problem(3, 4)
+    pair = GenerativePair(head, Marginal.fit(head, h, components=3)).with_prior(torch.tensor([8.0, 1.0, 1.0]))
+    again = penult.load(pair.save(tmp_path / "pair.safetensors"))
+    torch.testing.assert_close(again.prior.probs, pair.prior.probs)
+    torch.testing.assert_close(again.given(1).log_prob(h[:9]), pair.given(1).log_prob(h[:9]))
+    torch.testing.assert_close(again.posterior(h[:9]).probs, pair.posterior(h[:9]).probs)
+    check_pair(again, samples=20_000)
+
+
 def test_files_of_foreign_laws_are_refused(tmp_path):
     head = Head(torch.eye(3))
     with pytest.raises(ValueError, match="Marginal of Coin cannot be written"):

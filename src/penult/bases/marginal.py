@@ -73,6 +73,7 @@ class Marginal(Base):
 
     log_prior: Tensor
     standard_error: Tensor
+    bias: Tensor
 
     def __init__(self, head: Head, distribution: Sampler, *, samples: int | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -105,6 +106,7 @@ class Marginal(Base):
         self.law = law
         self._samples, self._seed = samples, seed
         self._index: RowIndex | None = None
+        self.register_buffer("bias", head.full_bias)  # a pair under another prior has another
 
     @classmethod
     def fit(
@@ -269,6 +271,11 @@ class Marginal(Base):
         parts = {name.removeprefix("law."): tensor for name, tensor in tensors.items() if name.startswith("law.")}
         base = cls.__new__(cls)
         Base.__init__(base)
+        bias = tensors["bias"].to(head.weight)
+        if bias.shape != (head.num_classes,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({head.num_classes},)")
+        if not torch.equal(bias, head.full_bias):
+            head = head.with_bias(bias)
         base._hold(head, Law.rebuild(config["law"], parts), int(config["samples"]), int(config["seed"]))
         for name in ("log_prior", "standard_error"):
             if tensors[name].shape != (head.num_classes,):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -11,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["RichReporter", "fail"]
+__all__ = ["RichReporter", "fail", "warnings_as_lines"]
 
 _T = TypeVar("_T")
 
@@ -46,6 +48,12 @@ class RichReporter:
         with Progress(*columns, console=self.console) as progress:
             yield from progress.track(items, description=description)
 
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Say on stderr what is being done while it takes its time; nothing where stderr is no terminal."""
+        with Console(stderr=True, highlight=False).status(Text(text)):
+            yield
+
 
 def fail(error: BaseException) -> None:
     """Print a reason and remedy in one line; the whole traceback if PENULT_TRACEBACK is set."""
@@ -53,3 +61,24 @@ def fail(error: BaseException) -> None:
         raise error
     reason = " ".join(str(error).split()) or type(error).__name__
     Console(stderr=True, highlight=False).print(Text(f"penult: {reason}"), soft_wrap=True)
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print what penult warns of on stderr, in one line and once, rather than with a line of code."""
+    told = set()
+    with warnings.catch_warnings():
+        python = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, UserWarning):
+                python(message, category, *where, **more)
+                return
+            text = " ".join(str(message).split())
+            if text not in told:
+                told.add(text)
+                Console(stderr=True, highlight=False).print(Text(f"penult: warning: {text}"), soft_wrap=True)
+
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield

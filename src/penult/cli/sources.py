@@ -228,11 +228,13 @@ def _bias_of(weight_key: str) -> str:
 
 
 def pair_path(out: Path) -> Path:
-    """Where a pair is to be written, under a name that says what it is."""
+    """Where a pair is to be written, under a name that says what it is, before anything is computed."""
     if out.suffix != ".safetensors":
         raise ValueError(
             f"--out {out} is a safetensors file, so name it such as {out.with_suffix('')}.penult.safetensors"
         )
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     return out
 
 

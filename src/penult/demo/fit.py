@@ -1,4 +1,4 @@
-"""Part four: spheres fitted without labels, and how close they come to real activations."""
+"""Part four: spheres fitted without labels, and what their exact laws say of real activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DRAWS = 500
 
 def label_free(job: Job) -> None:
     """Fit spheres to unlabelled activations and compare what they draw with real ones."""
-    from penult.report import figures, plots
+    from penult.report import figures
 
     job.reporter.heading("Fitted without labels")
     pool = job.pool_activations.activations
@@ -58,7 +58,7 @@ def label_free(job: Job) -> None:
         "all dimensions, where that of a real one is small in those the head looks at: real activations lie far closer "
         "to their row than the law says. In span(W) the same law comes closer, and is still too wide for a network "
         "that separates its classes this well. Every row of the table is an exact pair with the same softmax: "
-        "exactness is a theorem, realism has to be measured."
+        "exactness is a theorem, realism has to be measured, as the next part does for other bases, too."
     )
     grid = torch.linspace(-0.999, 0.999, 400, dtype=torch.float64)
     figure, panels = figures.new_figure(1, 2, size=(940, 340), sharey=False)
@@ -81,30 +81,6 @@ def label_free(job: Job) -> None:
         caption="Cosine of activations to the row of their own class: real ones, and the exact density of the law.",
         alt="Two histograms of cosines with the exact density drawn over them; both curves lie to the left of the "
         "real cosines, in span(W) by much less.",
-    )
-    per_class: dict[str, dict[str, float]] = {}
-    for y, label in enumerate(job.test.class_names):
-        base = job.pairs["span(W), round"].base
-        assert isinstance(base, Sphere)
-        row = job.head.centered_weight(torch.tensor([y]))
-        cosines = base.cosine(real.activations[real.labels == y], row)
-        drawn = job.pairs["span(W), round"].given(y).sample((_DRAWS,), generator=job.generator(10 + y))
-        per_class[label] = {
-            "real": float(cosines.mean()),
-            "drawn": float(base.cosine(drawn, row).mean()),
-            "exact law": _law(base, row)[0],
-        }
-    job.results["cosine_per_class"] = per_class
-    job.reporter.line("mean cosine to w_y in span(W), class by class")
-    job.reporter.table(
-        ["class", "real", "drawn", "exact law"],
-        [[label, *(f"{value:.3f}" for value in row.values())] for label, row in per_class.items()],
-    )
-    section.figure(
-        plots.bars(per_class, xlabel="mean cosine to w_y in span(W)", number=".3f"),
-        caption=f"The same class by class in span(W), with {_DRAWS} draws a class: draws follow their law, real "
-        "activations stay closer to their row.",
-        alt="Bars of the mean cosine of real activations, of draws and of the exact law for each digit.",
     )
 
 

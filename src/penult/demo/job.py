@@ -74,6 +74,7 @@ class Job:
         pool_activations: Activations of ``pool``.
         test_activations: Activations of ``test``.
         pairs: Pairs by name, once built.
+        chosen: Name of the pair to go on with, once bases are compared.
     """
 
     out: Path
@@ -89,6 +90,7 @@ class Job:
     pool_activations: Activations = field(init=False)
     test_activations: Activations = field(init=False)
     pairs: dict[str, GenerativePair] = field(default_factory=dict)
+    chosen: str = "without data"
 
     @classmethod
     def start(cls, out: Path, seed: int, reporter: Reporter) -> Job:
@@ -96,12 +98,12 @@ class Job:
         from penult.report import Page
 
         out.mkdir(parents=True, exist_ok=True)  # now rather than after the work
-        train, pool, test = digits().split(0.6, 0.2, 0.2, seed=seed)
+        train, pool, test = digits().split(0.4, 0.4, 0.2, seed=seed)
         page = Page(
             "What a classifier knows about its own activations",
             subtitle="penult demo on handwritten digits",
             lead="A classifier ends in a linear layer, and that layer alone defines a density of the activations it "
-            "reads. Here it is for a small network: found, sampled, fitted, checked against real ones, and saved.",
+            "reads. Here it is for a small network: found, sampled, fitted, compared with real ones, and saved.",
             footer=f"Made by `penult demo --seed {seed}`. Every figure on this page was computed by that run.",
         )
         return cls(out, seed, reporter, page, train, pool, test)

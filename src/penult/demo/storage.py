@@ -1,4 +1,4 @@
-"""Part five: the pair as a file that needs no model."""
+"""Part six: the pair as a file that needs no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["save_and_reload"]
 def save_and_reload(job: Job) -> None:
     """Save the pair, read it back without the model, and use it."""
     job.reporter.heading("One file, no model")
-    pair = job.pairs["span(W), round"]
+    pair = job.pairs[job.chosen]
     path = pair.save(job.out / "digits.penult.safetensors")
     again = load(path)
     h = job.test_activations.activations
@@ -22,7 +22,8 @@ def save_and_reload(job: Job) -> None:
     job.reporter.line(f"{path}: {size / 1024:.1f} KiB; reloaded, max |difference of log p(h)| = {error:.1e}")
     section = job.page.section(
         "One file, no model",
-        "The pair is a safetensors file with JSON facts: no pickle, no code, no network needed to read it.",
+        f"The pair with the {job.chosen} base is a safetensors file with JSON facts: no pickle, no code, no network "
+        "needed to read it.",
     )
     section.facts({"size": f"{size / 1024:.1f} KiB", "log p(h), before and after": f"{error:.0e}"})
     section.code(

@@ -23,7 +23,7 @@ class Ranked:
         name: The candidate's name.
         base: Name of its base; empty where it failed.
         auc: AUC of each test; empty where it failed.
-        worst_auc: The one farthest from 0.5.
+        worst_auc: The largest.
         energy: Energy coefficient.
         floats: Numbers that the base keeps.
         seconds: What fitting took; never looked at in ranking.
@@ -43,8 +43,8 @@ class Ranked:
 
     @property
     def distance(self) -> float:
-        """How far the worst AUC is from 0.5."""
-        return 1.0 if self.worst_auc is None else abs(self.worst_auc - 0.5)
+        """How far the worst AUC is above 0.5."""
+        return 1.0 if self.worst_auc is None else max(self.worst_auc - 0.5, 0.0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def recommend(rows: list[Ranked], real: Comparison) -> tuple[str, str, tuple[Ran
     order = [row for row in rows if row.error is None]
     order.sort(key=lambda row: (round(row.distance, 2), row.energy, row.floats, row.name))
     first = order[0]
-    floor = abs(real.auc[real.worst] - 0.5)
+    floor = max(real.auc[real.worst] - 0.5, 0.0)
     reached = max(min(row.distance for row in order), floor)
     close = [row for row in order if row.distance <= reached + _AUC]
     least = min(_energy(row) for row in close)
@@ -144,5 +144,5 @@ def _energy(row: Ranked) -> float:
 
 
 def _told(row: Ranked) -> str:
-    test = max(row.auc, key=lambda name: abs(row.auc[name] - 0.5))
+    test = max(row.auc, key=lambda name: row.auc[name])
     return f"its worst AUC is {number(row.worst_auc)} ({test}) and its energy coefficient {number(row.energy, 4)}"

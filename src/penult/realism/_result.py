@@ -54,8 +54,8 @@ class Comparison:
 
     @property
     def worst(self) -> str:
-        """The test whose AUC is farthest from 0.5."""
-        return max(self.auc, key=lambda name: abs(self.auc[name] - 0.5))
+        """The test of the largest AUC; one below 0.5 tells nothing apart, it comes of cross-validation of few rows."""
+        return max(self.auc, key=lambda name: self.auc[name])
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Collapse:
         weight_norm_min: Smallest ‖w_y‖.
         weight_norm_max: Largest.
         weight_norm_cv: Standard deviation of ‖w_y‖ over their mean.
-        bias_max: Largest |b_y − mean b|.
+        bias_max: Largest ‖b − mean b‖_∞.
         mean_weight_norm: ‖w̄‖, the norm of the mean row that centring takes away.
         weight_cosine_mean: Mean cosine between different rows.
         weight_cosine_sd: Their standard deviation, 0 at collapse.
@@ -269,7 +269,7 @@ class Realism:
 
     @property
     def worst_auc(self) -> float:
-        """The AUC farthest from 0.5."""
+        """The largest AUC."""
         return self.auc[self.comparison.worst]
 
     def to_dict(self) -> dict[str, Any]:

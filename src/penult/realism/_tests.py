@@ -82,22 +82,28 @@ def two_sample_auc(
     which = torch.cat([torch.ones(len(x)), torch.zeros(len(y))]).long()
     folds = selection.StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(which, which)
     auc = dict.fromkeys(tests, 0.0)
-    for training, held_out in ((torch.from_numpy(one), torch.from_numpy(two)) for one, two in folds):
-        raw = rows[training], rows[held_out]
-        plain = _standardised(*raw)
-        told = _told(raw, plain) if "mlp" in tests else plain
-        for test in tests:
-            seen, judged = told if test == "mlp" else plain
-            model = _model(test, len(training), seed)
-            with warnings.catch_warnings():  # it is stopped on purpose, and says so
-                warnings.simplefilter("ignore", require_sklearn("sklearn.exceptions").ConvergenceWarning)
-                model.fit(seen.numpy(), which[training].numpy())
-            score = torch.from_numpy(model.predict_proba(judged.numpy())[:, 1])
-            auc[test] += _area(score, which[held_out]) / FOLDS
+    # Networks this small are slower with more threads, and by much where others use the cores too.
+    with require_sklearn("threadpoolctl").threadpool_limits(1, user_api="blas"):
+        for training, held_out in ((torch.from_numpy(one), torch.from_numpy(two)) for one, two in folds):
+            raw = rows[training], rows[held_out]
+            plain = _standardised(*raw)
+            told = _told(raw, plain) if "mlp" in tests else plain
+            for test in tests:
+                seen, judged = told if test == "mlp" else plain
+                score = _scores(_model(test, len(training), seed), seen, which[training], judged)
+                auc[test] += _area(score, which[held_out]) / FOLDS
     for _ in auc:
         if step is not None:
             step()
     return auc
+
+
+def _scores(model: Any, seen: Tensor, which: Tensor, judged: Tensor) -> Tensor:
+    """The fitted model's probability of a 1 for rows (N, d), (N,)."""
+    with warnings.catch_warnings():  # it is stopped on purpose, and says so
+        warnings.simplefilter("ignore", require_sklearn("sklearn.exceptions").ConvergenceWarning)
+        model.fit(seen.numpy(), which.numpy())
+    return torch.from_numpy(model.predict_proba(judged.numpy())[:, 1])
 
 
 def _area(score: Tensor, which: Tensor) -> float:

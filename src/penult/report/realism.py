@@ -84,7 +84,7 @@ def ranking(found: Ranking, size: tuple[float, float] | None = None) -> Figure:
     rows = [row for row in found.rows if row.error is None and row.floats]
     figure, (axes,) = new_figure(size=size or (600, 400))
     with style():
-        floor = abs(found.real.auc[found.real.worst] - 0.5) + 0.5
+        floor = max(found.real.auc[found.real.worst], 0.5)
         line = axes.axhline(floor, color=LIGHT["muted"], linewidth=1.5, linestyle=(0, (4, 3)))
         for row in rows:
             best = row.name == found.best
