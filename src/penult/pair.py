@@ -262,7 +262,11 @@ class GenerativePair(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> GenerativePair:
         self._check_current()
+        own = self.base.head if isinstance(self.base, Marginal) else None
+        shared = own is not None and own.weight.data_ptr() == self.head.weight.data_ptr()
         super()._apply(fn, recurse)
+        if own is not None and shared:
+            own.weight = self.head.weight  # moved apart by now, but W shall take memory once
         self._remember()
         return self
 
@@ -279,7 +283,8 @@ class GenerativePair(nn.Module):
         elif self.head.version != self._head_version:
             raise RuntimeError(
                 "the head's weights changed after this pair was made, so its prior and densities no longer "
-                "belong to them; make a new GenerativePair, or build it on head.clone() to keep the old weights"
+                "belong to them; make a new GenerativePair (and fit a base that was fitted), or build it on "
+                "head.clone() to keep the old weights"
             )
 
     def _labels(self, y: Tensor | int) -> Tensor:
@@ -367,12 +372,13 @@ def load(
     file = io.read(path, kind="pair", device=device)
     own: tuple[type[Base], ...] = (Gaussian, Marginal, Sphere)
     known = {cls.__name__: cls for cls in (*own, *bases)}
+    name: Any
     try:
         description = file.metadata["base"]
         head_config, name, config = file.metadata["head"], description["class"], description["config"]
     except (KeyError, TypeError) as error:
         raise io.FileFormatError(f"{path}: the metadata of the pair lacks {error}; the file is damaged") from error
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise io.FileFormatError(
             f"{path} holds the base {name!r}, which penult does not know; pass its class: load(path, bases=[{name}])"
         )
@@ -384,5 +390,5 @@ def load(
         head = Head.from_config(head_config, parts["head"])
         base = known[name].from_config(config, parts["base"], head)
         return GenerativePair(head, base)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise io.FileFormatError(f"{path}: head and base cannot be rebuilt from the file: {error}") from error

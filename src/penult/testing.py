@@ -286,7 +286,7 @@ def _marginal_laws(pair: GenerativePair, classes: Tensor, samples: int, generato
     """What follows from M alone: Z = Σ_y e^{b_y} M(w_y) is one; and p(h|y) / p(h) has mean one under the law p."""
     base = pair.base
     assert isinstance(base, Marginal)
-    bar = 1e-9 if base.log_prior.dtype == torch.float64 else 1e-5
+    bar = 1e-9 if base.log_prior.dtype == pair.head.weight.dtype == torch.float64 else 1e-5
     rows = pair.head.centered_weight().double()
     log_z = float((pair.head.full_bias.double() + base.log_mgf(rows)).logsumexp(-1))
     laws = [Law("the classes' shares of the law add up", abs(log_z), f"<= {bar:g}", abs(log_z) <= bar)]

@@ -232,7 +232,7 @@ def test_files(tmp_path, kind):
     assert torch.equal(again.prior.probs, pair.prior.probs)
     torch.testing.assert_close(again.sample((9,), generator=seeded()), pair.sample((9,), generator=seeded()))
     assert str(again.base) == str(pair.base)
-    assert again.base.head is again.head
+    assert again.base.head.weight is again.head.weight
 
 
 def test_another_prior_is_kept_in_the_file(tmp_path):
@@ -261,7 +261,14 @@ def test_damaged_files_are_refused(tmp_path):
     Marginal.from_config(good, tensors, head)
     for config, state, reason in [
         (good | {"law": {"class": "Popen", "option": True}}, tensors, "none of penult's"),
-        (good, tensors | {"log_prior": torch.zeros(7)}, "log_prior has shape"),
+        (good, tensors | {"log_prior": torch.zeros(7)}, r"log_prior is .* of shape \(7,\)"),
+        (good, tensors | {"log_prior": torch.zeros(3)}, "no normalised prior"),
+        (good, tensors | {"standard_error": torch.full((3,), torch.nan)}, "standard_error is"),
+        (good | {"samples": 10**15}, tensors, "samples must be an integer from 2"),
+        (good | {"seed": 0.5}, tensors, "seed must be an integer"),
+        (good | {"law": good["law"] | {"option": "false"}}, tensors, "no truth value"),
+        (good | {"law": {"class": "NormalizingFlow", "option": []}}, tensors, "no mapping"),
+        (good, tensors | {"bias": torch.zeros(2)}, "bias"),
         (good, tensors | {"law.means": torch.zeros(2, 2)}, "shapes do not agree"),
         (good, tensors | {"law.loc": torch.full((4,), torch.nan)}, "NaN"),
     ]:
@@ -269,16 +276,115 @@ def test_damaged_files_are_refused(tmp_path):
             Marginal.from_config(config, state, head)
 
 
+def test_state_dicts_carry_another_prior():
+    head, h = problem(3, 4)
+    pair = GenerativePair(head.clone(), Marginal.fit(head, h, components=3)).with_prior(torch.tensor([8.0, 1.0, 1.0]))
+    other_head, other = problem(3, 4, seed=5)
+    target = GenerativePair(other_head.clone(), Marginal.fit(other_head, other, components=3))
+    target = GenerativePair(target.head, Marginal.fit(target.head, other, components=3))
+    _ = target.prior
+    target.load_state_dict(pair.state_dict())
+    torch.testing.assert_close(target.prior.probs, pair.prior.probs)
+    torch.testing.assert_close(target.posterior(h[:9]).probs, pair.posterior(h[:9]).probs)
+    torch.testing.assert_close(target.log_prob(h[:9]), pair.log_prob(h[:9]))
+
+
+def test_weights_that_change_are_noticed():
+    weight, bias = torch.randn(3, 4, generator=seeded()), torch.zeros(3)
+    head = Head(weight, bias)
+    base = Marginal(head, normal(4))
+    weight[0] *= 3
+    with pytest.raises(RuntimeError, match="fit a new base"):
+        _ = GenerativePair(head, base).prior
+    fresh = Marginal(head, normal(4))
+    bias[0] = -3  # another prior: the base keeps its own
+    pair = GenerativePair(head, fresh)
+    check_pair(pair, samples=20_000)
+
+
+def test_a_prior_that_is_not_the_laws_ends():
+    head = Head(3 * torch.eye(3))
+    base = Marginal(head, normal(3))
+    base.head.bias[0] = -2000
+    base._head_version = None
+    with pytest.raises(RuntimeError, match="the prior of this base is not that of its law"):
+        base.tilt(head.centered_weight(torch.tensor(0))).sample((3,))
+
+
+def test_moving_and_casting_finds_the_rows_again():
+    head, h = problem(50, 16)
+    pair = GenerativePair(head, Marginal.fit(head, h, components=4, dims=8))
+    _ = pair.prior
+    pair.to(torch.bfloat16)
+    assert pair.sample((10,))[0].dtype == torch.bfloat16
+    assert pair.base.head.weight is pair.head.weight
+
+
+def test_half_precision_banks_use_single_precision_posteriors():
+    head, _ = problem(5, 64)
+    h = (torch.randn(3000, 64, generator=seeded()) + 3).bfloat16()
+    base = Marginal.fit(Head(2 * head.weight), h, kind="bank")
+    pair = GenerativePair(Head(2 * head.weight), base)
+    drawn = pair.given(2).sample((20_000,), generator=seeded(1)).float()
+    error = (drawn.mean(0) - pair.given(2).mean) / (drawn.std(0) / 20_000**0.5)
+    assert float(error.abs().max()) < 4.5
+
+
+def test_numbers_out_of_range_are_refused():
+    head, h = problem(3, 4)
+    with pytest.raises(ValueError, match="dims must be a positive integer"):
+        Marginal.fit(head, h, dims=0)
+    with pytest.raises(ValueError, match="samples must be an integer"):
+        Marginal(head, normal(4), samples=1e5)
+
+
+def test_very_many_classes_have_a_class_law():
+    head = Head(torch.randn(12_001, 4, generator=seeded()))
+    base = Marginal.fit(head, torch.randn(200, 4, generator=seeded(1)), kind="class")
+    assert len(base.distribution.components) == 4
+
+
+def test_collapsed_classes_have_a_class_law():
+    weight = 3 * torch.randn(5, 20, generator=seeded())
+    h = weight[torch.arange(1000) % 5] * 3e3 + 1e-4 * torch.randn(1000, 20, generator=seeded(1))
+    assert bool(Marginal.fit(Head(weight), h, kind="class").distribution.scale_tril.isfinite().all())
+
+
+def test_torch_distributions_without_log_prob_have_no_density():
+    class Odd(torch.distributions.Distribution):
+        def __init__(self):
+            super().__init__(torch.Size(), torch.Size((3,)), validate_args=False)
+
+        def sample(self, sample_shape=()):
+            return torch.randn(*sample_shape, 3)
+
+    base = Marginal(Head(torch.eye(3)), Odd())
+    assert not base.info.has_density
+    check_base(base, Head(torch.eye(3)), samples=5000)
+
+
+def test_compiled_and_mapped():
+    head, h = problem(3, 8)
+    pair = GenerativePair(head, Marginal.fit(head, h, components=3, dims=4))
+    torch.testing.assert_close(torch.func.vmap(pair.log_prob)(h[:5]), pair.log_prob(h[:5]))
+    rows = head.centered_weight()
+    torch.testing.assert_close(torch.func.vmap(pair.base.log_mgf)(rows), pair.base.log_mgf(rows))
+    for name in ("log_prob", "log_joint"):
+        method = getattr(pair, name)
+        torch.testing.assert_close(torch.compile(method, fullgraph=True, backend="eager")(h[:5]), method(h[:5]))
+
+
 def test_it_is_a_module():
     head, h = problem(3, 4)
     pair = GenerativePair(head, Marginal.fit(head, h, components=5, dims=3))
     for twin in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
-        assert twin.base.head is twin.head
+        assert twin.base.head.weight is twin.head.weight
         assert torch.equal(twin.prior.probs, pair.prior.probs)
     assert not any(name.startswith("base.head") for name in pair.state_dict())
     double = copy.deepcopy(pair).double()
     assert double.base.distribution.loc.dtype == torch.float64
-    assert double.base.head.weight.dtype == torch.float64
+    assert double.base.head.weight is double.head.weight
+    assert head.weight.dtype == torch.float32
     torch.testing.assert_close(double.given(1).log_prob(h[:5].double()).float(), pair.given(1).log_prob(h[:5]))
     half = copy.deepcopy(pair).bfloat16()
     assert half.base.distribution.loc.dtype == torch.float32
@@ -401,7 +507,7 @@ def test_bad_input():
         Marginal.fit(head, h, kind="gmm")
     with pytest.raises(ValueError, match="hold NaN"):
         Marginal.fit(head, torch.full((5, 4), torch.nan))
-    with pytest.raises(ValueError, match="samples must be at least 2"):
+    with pytest.raises(ValueError, match="samples must be an integer from 2"):
         Marginal(head, normal(4), samples=1)
     assert issubclass(Marginal, Base)
 
@@ -427,7 +533,9 @@ def test_positive_activations_get_a_positive_law():
     zeros = h * (torch.rand(h.shape, generator=seeded(1)) > 0.2)
     assert Marginal.fit(head, zeros, components=3).distribution.softness is None
     few = h * (torch.rand(h.shape, generator=seeded(1)) > 0.01)
-    assert Marginal.fit(head, few, components=3).distribution.softness is not None
+    pair = GenerativePair(head, Marginal.fit(head, few, components=3))
+    assert pair.base.distribution.softness is not None
+    assert bool(pair.log_joint(few).isfinite().all())
 
 
 def test_positive_law_is_saved(tmp_path):

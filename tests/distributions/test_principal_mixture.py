@@ -498,6 +498,20 @@ def test_positive_law_has_no_mass_at_zero():
         p.log_prob(torch.zeros(2, dtype=torch.float64))
 
 
+def test_positive_fit_follows_the_scale_of_each_coordinate():
+    rows, p = positive()
+    scale = torch.tensor([1e-4, 1e3], dtype=torch.float64)
+    torch.testing.assert_close(PrincipalMixture.fit(rows * scale, dims=2, positive=True).softness, p.softness * scale)
+    one = PrincipalMixture.fit(rows * 1e5, components=3, dims=2, positive=True)
+    torch.testing.assert_close(one.mean, p.mean * 1e5)
+
+
+def test_rounding_of_half_precision_rows_is_not_their_variance():
+    rows = (torch.randn(3000, 256, generator=seeded()) * 0.1 + 1).bfloat16()
+    p = PrincipalMixture.fit(rows, components=4, dims=24)
+    assert float(p.variance.sum()) == pytest.approx(float(rows.double().var(0).sum()), rel=0.02)
+
+
 def test_positive_bad_input():
     rows, p = positive()
     with pytest.raises(ValueError, match=r"not negative; the least of these is -0\.5"):
@@ -506,11 +520,11 @@ def test_positive_bad_input():
         PrincipalMixture.fit(rows, positive=True, rectified=True)
     parts = [getattr(p, name) for name in p.arg_constraints]
     with pytest.raises(ValueError, match="softness must be positive"):
-        PrincipalMixture(*parts, softness=torch.tensor(0.0, dtype=torch.float64))
+        PrincipalMixture(*parts, softness=torch.zeros(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="not both"):
         PrincipalMixture(*parts, rectified=True, softness=p.softness)
     with pytest.raises(ValueError, match=r"softness \(1,\)"):
-        PrincipalMixture(*parts, softness=p.softness.reshape(1))
+        PrincipalMixture(*parts, softness=p.softness[:1])
     with pytest.raises(TypeError, match="one dtype"):
         PrincipalMixture(*parts, softness=p.softness.float())
 

@@ -56,11 +56,18 @@ def accept(
             "any class at once"
         )
     kept: list[list[Tensor]] = [[] for _ in classes]
-    missing, size = counts.tolist(), block_size(head)
+    missing, size, drawn = counts.tolist(), block_size(head), 0
+    most = max(1 << 20, 100 * float(expected.max()))
     while any(missing):
         wanted = [r for r, number in enumerate(missing) if number]
         likely = max(missing[r] / float(prior[r]) for r in wanted)
+        if drawn > most:
+            raise RuntimeError(
+                f"{drawn} draws gave too few of class {int(classes[wanted[0]])}, which should have prior "
+                f"{float(prior[wanted[0]]):.2g}: the prior of this base is not that of its law; fit the base anew"
+            )
         h = draw(min(size, math.ceil(1.05 * likely) + 32))
+        drawn += len(h)
         p = _posterior(head, h, classes[wanted]).cumsum(-1)
         u = torch.rand(len(h), 1, dtype=p.dtype, device=p.device, generator=generator)
         label = (p <= u).sum(-1)  # len(wanted) for all other classes
@@ -92,9 +99,14 @@ def pick(
         ValueError: If, without replacement, more rows of a class are asked for than the rows are worth of it.
     """
     parts = []
+    dtype, work = torch.promote_types(rows.dtype, torch.float32), working_dtype(rows.device)
+    blocks = rows.split(block_size(head))
+    total = torch.cat([head.centered_logits(block.to(dtype)).logsumexp(-1) for block in blocks])
     at_once = max(1, _ELEMENTS // len(rows))
     for batch, numbers in zip(classes.split(at_once), counts.split(at_once), strict=True):
-        share = torch.cat([_posterior(head, block, batch).T for block in rows.split(block_size(head))], dim=-1)
+        weight, bias = head.centered_weight(batch).to(dtype), head.full_bias[batch].to(dtype)
+        logits = torch.cat([block.to(dtype) @ weight.T + bias for block in blocks])
+        share = (logits - total.unsqueeze(-1)).to(work).exp().T
         for y, n, p in zip(batch.tolist(), numbers.tolist(), share, strict=True):
             worth = float(p.sum())
             if not replacement and n > math.ceil(worth):

@@ -8,8 +8,10 @@ from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Size, Tensor, nn
+from torch.distributions import Distribution
 
 from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
+from penult.distributions.principal_mixture import NEXT_TO_ZERO
 
 __all__ = ["Law", "Sampler"]
 
@@ -58,6 +60,13 @@ class Law(nn.Module):
         tensors = dict(self.named_buffers())
         return self._kind(**tensors, **{_OPTIONS[self._kind]: self._option}, validate_args=False)
 
+    @property
+    def has_density(self) -> bool:
+        """Whether :meth:`log_prob` works."""
+        sampler = self.sampler
+        method = getattr(type(sampler), "log_prob", None)
+        return bool(getattr(sampler, "has_density", method not in (None, Distribution.log_prob)))
+
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Activations (count, d) on ``device``, in at least float32."""
@@ -75,12 +84,15 @@ class Law(nn.Module):
         return moved
 
     def log_prob(self, h: Tensor) -> Tensor:
-        """Log density at h (*S, d), (*S,).
+        """Log density at h (*S, d), (*S,); of a positive law exact zeros are read at what its fit moved them to.
 
         Raises:
             ValueError: If the law has no density.
         """
         sampler = self.sampler
+        softness = getattr(sampler, "softness", None)
+        if softness is not None:
+            h = torch.where(h == 0, NEXT_TO_ZERO * softness.to(h.dtype), h)
         try:
             density: Tensor = sampler.log_prob(h)
         except (AttributeError, NotImplementedError) as error:
@@ -119,8 +131,12 @@ class Law(nn.Module):
             if facts["class"] == kind.__name__:
                 parts = {name: tensors[name] for name in kind.arg_constraints}
                 parts |= {name: tensors[name] for name in _MAYBE.get(kind, ()) if name in tensors}
-                return cls(kind(**parts, **{option: bool(facts["option"])}, validate_args=True))
+                if type(facts["option"]) is not bool:
+                    raise ValueError(f"{option} of the law is {facts['option']!r}, no truth value")
+                return cls(kind(**parts, **{option: facts["option"]}, validate_args=True))
         if facts["class"] == NormalizingFlow.__name__:
+            if not isinstance(facts["option"], dict):
+                raise ValueError(f"the settings of the flow are {facts['option']!r}, no mapping")
             held = {name.removeprefix("_held."): tensor for name, tensor in tensors.items()}
             return cls(NormalizingFlow.from_config(facts["option"], held))
         raise ValueError(f"the law {facts['class']!r} is none of penult's")

@@ -20,15 +20,16 @@ class RowIndex:
 
     def __init__(self, head: Head) -> None:
         self._head = head
-        self._version = head.version
+        self._weight, self._version = head.weight, head.version
         d = head.in_features
-        self._probe = torch.randn(d, dtype=torch.float64, generator=torch.Generator().manual_seed(d))
+        # No random numbers, which torch.func.vmap would refuse.
+        self._probe = torch.sin(torch.arange(1, d + 1, dtype=torch.float64).square())
         keys = torch.cat([self._keys(rows) for _, rows in head.centered_blocks()])
         self._keys_sorted, self._order = keys.sort()
 
     def current(self, head: Head) -> bool:
         """Whether it is that of this head as it is now."""
-        return self._head is head and self._version == head.version and self._order.device == head.weight.device
+        return self._head is head and self._weight is head.weight and self._version == head.version
 
     def classes(self, weight: Tensor) -> Tensor:
         """The classes of rows (*B, d), (*B,); −1 for a row that is not the head's."""

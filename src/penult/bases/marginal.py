@@ -17,6 +17,8 @@ from penult.bases._rows import RowIndex
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
 from penult.head import Head
+from penult.head._rows import mean_row_of
+from penult.special import traced
 
 __all__ = ["Marginal", "MarginalKind"]
 
@@ -46,12 +48,12 @@ class Marginal(Base):
     the rare ones topped up.
 
     Args:
-        head: The head, which is kept by reference; the pair has to be of this head, or of one that differs from it in
-            its bias alone.
+        head: The head. Its W is held by reference; the pair has to be of this head, or of one that differs from it in
+            its bias alone. When W changes, fit anew: the base says so by a RuntimeError.
         distribution: Any torch Distribution of batch shape () and event shape (d,), or any object with a ``sample``
             method like one. Without ``log_prob`` densities raise an error; everything else works. A
             ``torch.nn.Module`` moves with the base and is part of its state dict.
-        samples: Draws that the prior is estimated from; None for 262 144, fewer where K is
+        samples: Draws that the prior is estimated from, at most 2²⁸; None for 262 144, fewer where K is
             above 256.
         seed: Seed of these draws. The global random state is not touched.
 
@@ -91,8 +93,9 @@ class Marginal(Base):
                 f"{tuple(getattr(distribution, 'event_shape', ()))}; expected () and ({head.in_features},): wrap it in "
                 "torch.distributions.Independent"
             )
-        if samples is not None and samples < 2:
-            raise ValueError(f"samples must be at least 2, or None; got {samples}")
+        if samples is not None:
+            _check_integer("samples", samples, 2, 1 << 28)
+        _check_integer("seed", seed, -(1 << 63), (1 << 63) - 1)
         k, d = head.num_classes, head.in_features
         affordable = max(1 << 12, min(_SAMPLES, _LOGITS // k, _OPERATIONS // (k * d)))
         self._hold(head, Law(distribution), samples or affordable, seed)
@@ -101,12 +104,16 @@ class Marginal(Base):
         self.register_buffer("standard_error", error)
 
     def _hold(self, head: Head, law: Law, samples: int, seed: int) -> None:
-        # Not a submodule: the pair holds the head, and its state dict shall have it once.
-        self._heads = (head,)
+        # A head of its own, since a pair under another prior has another bias; and no submodule, since the pair holds
+        # W, and its state dict shall have it once.
+        own = head.with_bias(head.full_bias.clone())
+        own.weight, own.mean_row = head.weight, head.mean_row
+        self._heads = (own,)
+        self.register_buffer("bias", own.bias)
+        self._head_version: tuple[int, ...] | None = own.version
         self.law = law
         self._samples, self._seed = samples, seed
         self._index: RowIndex | None = None
-        self.register_buffer("bias", head.full_bias)  # a pair under another prior has another
 
     @classmethod
     def fit(
@@ -131,8 +138,8 @@ class Marginal(Base):
                 principal components, with the head's probabilities for labels, in closed form. ``"flow"``, a
                 normalizing flow (extra ``flow``). ``"bank"``, the activations themselves, a random sample of them
                 where they are more than 33 million floats.
-            components: Components of ``"mixture"``, at most one for 20 activations. None for as many as there are
-                classes, but at least 32 and at most 100.
+            components: Components of ``"mixture"`` (other kinds do not look at it), at most one for 20 activations.
+                None for as many as there are classes, but at least 32 and at most 100.
             dims: Principal components of ``"mixture"`` and ``"class"``; the rest is isotropic noise. None for 64, or
                 as many as keep the covariances within 36 000 floats, but at least 24.
             rectified: Whether ``activations`` are pre-activations u, whose law is fitted, and whose draws max(u, 0)
@@ -167,9 +174,11 @@ class Marginal(Base):
         law: Sampler
         if kind == "mixture":
             count = min(max(32, head.num_classes), 100) if components is None else components
-            law = PrincipalMixture.fit(pool.stored, count, dims or _dims(count), pool.rectified, positive, seed)
+            law = PrincipalMixture.fit(
+                pool.stored, count, _dims(count) if dims is None else dims, pool.rectified, positive, seed
+            )
         elif kind == "class":
-            count = dims or _dims(head.num_classes)
+            count = _dims(head.num_classes) if dims is None else dims
             law = PrincipalMixture.from_posterior(pool.stored, pool.posterior, count, pool.rectified, positive)
         elif kind == "flow":
             law = NormalizingFlow.fit(pool.stored, rectified=pool.rectified, seed=seed)
@@ -180,7 +189,7 @@ class Marginal(Base):
 
     @property
     def head(self) -> Head:
-        """The head that labels the draws."""
+        """The head that labels the draws: W of the one that it was fitted with, and the bias of that time."""
         return self._heads[0]
 
     @property
@@ -195,7 +204,7 @@ class Marginal(Base):
         names: dict[type, str] = {Bank: "bank", PrincipalMixture: "mixture", NormalizingFlow: "flow"}
         name = names.get(type(law), type(law).__name__)
         orthant = bool(getattr(law, "rectified", False)) or getattr(law, "softness", None) is not None
-        density = bool(getattr(law, "has_density", hasattr(law, "log_prob")))
+        density = self.law.has_density
         return BaseInfo(
             name=f"marginal {name}",
             reference="Lebesgue measure" if density else "none: it has no density",
@@ -221,7 +230,8 @@ class Marginal(Base):
     def log_mgf(self, weight: Tensor) -> Tensor:
         """Log M(w_y) = log E_p[softmax_y] − b_y for centered rows of the head (*B, d), (*B,).
 
-        Its gradient is the mean E[h|y], estimated from the draws that the prior was estimated from.
+        Its gradient is the mean E[h|y], estimated from the draws that the prior was estimated from; there is no second
+        derivative.
 
         Raises:
             ValueError: If a row is not the head's.
@@ -237,10 +247,13 @@ class Marginal(Base):
     def log_prob(self, h: Tensor) -> Tensor:
         """Log m(h) = log p(h) − logsumexp of the centered logits, at h (*S, d): (*S,).
 
+        A law of positive activations is read next to zero where a coordinate is exactly zero.
+
         Raises:
             ValueError: If the law has no density.
         """
         self._check_features(h, "h")
+        self._check_current()
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         return self.law.log_prob(h) - self.head.centered_logits(h).logsumexp(-1)
 
@@ -272,15 +285,22 @@ class Marginal(Base):
         base = cls.__new__(cls)
         Base.__init__(base)
         bias = tensors["bias"].to(head.weight)
-        if bias.shape != (head.num_classes,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({head.num_classes},)")
-        if not torch.equal(bias, head.full_bias):
-            head = head.with_bias(bias)
-        base._hold(head, Law.rebuild(config["law"], parts), int(config["samples"]), int(config["seed"]))
+        _check_integer("samples", config["samples"], 2, 1 << 28)
+        _check_integer("seed", config["seed"], -(1 << 63), (1 << 63) - 1)
+        law = Law.rebuild(config["law"], parts)
+        if tuple(law.sampler.event_shape) != (head.in_features,):
+            raise ValueError(f"the law is of {tuple(law.sampler.event_shape)}, and the head of ({head.in_features},)")
+        base._hold(head.with_bias(bias), law, config["samples"], config["seed"])
+        base.head.weight, base.head.mean_row = head.weight, head.mean_row
         for name in ("log_prior", "standard_error"):
-            if tensors[name].shape != (head.num_classes,):
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected ({head.num_classes},)")
-            base.register_buffer(name, tensors[name])
+            value = tensors[name]
+            if value.shape != (head.num_classes,) or not value.is_floating_point() or not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected {head.num_classes} finite numbers"
+                )
+            base.register_buffer(name, value)
+        if abs(float(base.log_prior.double().logsumexp(-1))) > 1e-3 or bool((base.standard_error < 0).any()):
+            raise ValueError("log_prior is no normalised prior, or standard_error is negative")
         return base
 
     def extra_repr(self) -> str:
@@ -294,8 +314,31 @@ class Marginal(Base):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Marginal:
         super()._apply(fn, recurse)
-        self.head._apply(fn, recurse)  # the same module as the pair's, or one that shares its rows
+        self.head._apply(fn, recurse)
+        self._settle()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        rows = self.head.weight  # which those of the pair's head may have been loaded into
+        self.head.mean_row = mean_row_of(rows).to(rows.device, self.head.mean_row.dtype)
+        self._settle()
+
+    def _settle(self) -> None:
+        """After a move or a load: the head has the bias of the buffers, and both are taken for current."""
+        self.head.bias = self.bias.to(self.head.weight)
+        self._index, self._head_version = None, None
+
+    def _check_current(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._head_version is None:
+            self._head_version = self.head.version
+        elif self.head.version != self._head_version:
+            raise RuntimeError(
+                "the head's weights changed after this base was made, so that its prior and the classes of its draws "
+                "no longer belong to them; fit a new base, or make it with head.clone() to keep the old weights"
+            )
 
     def _draws(self, generator: torch.Generator | None) -> Callable[[int], Tensor]:
         return lambda count: self.law.sample(count, generator, self.head.weight.device)
@@ -333,10 +376,11 @@ class Marginal(Base):
     def _classes(self, weight: Tensor) -> Tensor:
         """The classes of rows (*B, d), (*B,)."""
         self._check_features(weight, "weight")
+        self._check_current()
         if self._index is None or not self._index.current(self.head):
             self._index = RowIndex(self.head)
         y = self._index.classes(weight)
-        if not torch.compiler.is_compiling() and bool((y < 0).any()):
+        if not traced(weight) and bool((y < 0).any()):
             raise ValueError(
                 f"{int((y < 0).sum())} of {y.numel()} rows are not rows of the head that this base was made with, and "
                 "a marginal has a law for these alone: tilt by head.centered_weight(y), and fit the base anew for "
@@ -345,12 +389,17 @@ class Marginal(Base):
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None}
+        return {**self.__dict__, "_index": None, "_head_version": None}  # a copy counts the changes of its tensors anew
 
 
 def _dims(components: int) -> int:
     """As many principal components, up to 64, as keep that many covariances and means within the floats."""
-    return max(24, *(m for m in range(1, 65) if components * (1 + m + m * (m + 1) // 2) <= _FLOATS))
+    return max([24, *(m for m in range(25, 65) if components * (1 + m + m * (m + 1) // 2) <= _FLOATS)])
+
+
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}; got {value!r}")
 
 
 def _rectified(head: Head, pool: Pool, asked: bool | None, kind: str) -> bool:

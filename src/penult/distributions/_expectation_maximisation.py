@@ -141,7 +141,9 @@ def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float)
     counts, means, scatter = _moments(total, total.new_zeros(len(total), dims))
     pooled = scatter.sum(0) / counts.sum()
     variance = pooled.diagonal()
-    pooled = pooled + torch.diag(1e-9 * variance.clamp_min(1e-12 * variance.max()))
+    # Of collapsed classes what is left within is rounding of sums about the origin.
+    floor = 1e-12 * total[:, : -dims - 1].abs().sum() / counts.sum()
+    pooled = pooled + torch.diag(1e-9 * variance.clamp_min(0) + floor)
     return _update(total, means, Prior(pooled, strength))
 
 

@@ -70,7 +70,7 @@ class Rows:
         values, vectors = torch.linalg.eigh(scatter / self.count)
         values = values.flip(-1)
         size = self.mean.square().sum() + values.clamp_min(0).sum()
-        noise = torch.finfo(self.dtype).eps ** 2 * size  # what rounding of the rows makes of none
+        noise = torch.finfo(self.dtype).eps ** 2 * size / len(values)  # what rounding of the rows makes of none
         rank = int((values > torch.maximum(noise, 1e-14 * values[0])).sum())
         if rank == 0:
             raise ValueError("all activations are equal, so there is nothing to fit; pass at least two different rows")

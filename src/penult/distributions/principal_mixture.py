@@ -18,8 +18,8 @@ __all__ = ["PrincipalMixture"]
 
 _ELEMENTS = 1 << 21  # handled at a time by log_prob
 _SAMPLE = 1 << 14  # rows that the start is found on, where there are more
-_SOFTNESS = 0.01  # of the mean
-_NEXT_TO_ZERO = 0.09  # of the softness: activations below are moved there before a fit
+_SOFTNESS = 0.01  # of the mean of a coordinate; where that is 0, of a hundredth of the mean of all
+NEXT_TO_ZERO = 0.09  # of the softness: activations below are moved there before a fit
 _STRENGTH = 0.5  # rows that the prior of a covariance counts for, for each dimension, see fit
 _ROWS = 20  # for each component, at least
 
@@ -53,7 +53,7 @@ class PrincipalMixture(Distribution):
         scale_tril: Lower Cholesky factors L_c of the covariances in the plane (C, m, m).
         residual_scale: Standard deviation s ≥ 0 across the plane, ().
         rectified: Whether negative coordinates are set to zero.
-        softness: b > 0 (), for a positive law; None for none.
+        softness: b > 0 (d,), for a positive law; None for none.
         validate_args: Whether to check values, as in torch.distributions.
 
     Raises:
@@ -160,8 +160,8 @@ class PrincipalMixture(Distribution):
                 that lie in a plane of at most so many dimensions leave a residual scale of 0, and so no density
                 unless m = d.
             rectified: Whether the law is rectified; the fit is the same.
-            positive: Whether the law is positive, with a softness of a hundredth of the mean; rows must not be
-                negative, and what is below a thousandth of the mean is moved there.
+            positive: Whether the law is positive, with a softness of a hundredth of each coordinate's mean; rows
+                must not be negative, and what is below a thousandth of the mean is moved there.
             seed: Seed of the start. The global random state is not touched.
             iterations: Updates, at most.
             tolerance: Gain of the mean log likelihood, per row and with the prior, below which the updates end.
@@ -261,7 +261,7 @@ class PrincipalMixture(Distribution):
         across: float,
         mixture: em.Components,
         rectified: bool,
-        softness: float | None,
+        softness: Tensor | None,
     ) -> PrincipalMixture:
         dtype = torch.promote_types(rows.dtype, torch.float32)
 
@@ -276,7 +276,7 @@ class PrincipalMixture(Distribution):
             cast(mixture.scale_tril),
             torch.tensor(across, dtype=dtype, device=rows.device),
             rectified=rectified,
-            softness=None if softness is None else torch.tensor(softness, dtype=dtype, device=rows.device),
+            softness=None if softness is None else cast(softness),
         )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PrincipalMixture:
@@ -308,7 +308,7 @@ class PrincipalMixture(Distribution):
     def num_parameters(self) -> int:
         """How many floats the law takes, with triangles counted as triangles: 38 481 for C = 16, m = d = 64."""
         (m, d), c = self.components.shape, len(self.logits)
-        return d + m * d + c * (1 + m + m * (m + 1) // 2) + 1 + (self.softness is not None)
+        return d + m * d + c * (1 + m + m * (m + 1) // 2) + 1 + (0 if self.softness is None else d)
 
     @property
     def mean(self) -> Tensor:
@@ -331,7 +331,7 @@ class PrincipalMixture(Distribution):
             ValueError: If there is no density (see :attr:`has_density`), or values are of a wrong shape or not
                 finite.
         """
-        if not self.has_density:
+        if self.rectified or (not traced(value) and not self.has_density):
             why = (
                 "a rectified law has atoms at zero; the density of the pre-activations is that of the same "
                 "parameters with rectified=False"
@@ -440,19 +440,18 @@ class PrincipalMixture(Distribution):
         )
 
 
-def _read(activations: Tensor | Iterable[Tensor], rectified: bool, positive: bool) -> tuple[Rows, float | None]:
+def _read(activations: Tensor | Iterable[Tensor], rectified: bool, positive: bool) -> tuple[Rows, Tensor | None]:
     """The rows x that a law of h = activations is fitted to, and its softness."""
     rows = Rows(activations)
     if not positive:
         return rows, None
     if rectified:
         raise ValueError("a law is rectified or positive, not both")
-    least, mean = min(float(batch.min()) for batch in rows.given() if len(batch)), float(rows.mean.mean())
-    if least < 0 or mean == 0:
+    least, mean = min(float(batch.min()) for batch in rows.given() if len(batch)), rows.mean
+    if least < 0 or not bool((mean > 0).any()):
         raise ValueError(f"positive=True is for activations that are not negative; the least of these is {least:.4g}")
-    softness = _SOFTNESS * mean
-    b = torch.tensor(softness, dtype=torch.float64)
-    return Rows(activations, lambda h: _unsquare(h.clamp_min(_NEXT_TO_ZERO * softness), b)[0]), softness
+    b = _SOFTNESS * torch.where(mean > 0, mean, 0.01 * mean.mean())
+    return Rows(activations, lambda h: _unsquare(torch.maximum(h, NEXT_TO_ZERO * b), b)[0]), b
 
 
 def _square(x: Tensor, b: Tensor) -> Tensor:
@@ -495,13 +494,13 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
         "means": (c, m),
         "scale_tril": (c, m, m),
         "residual_scale": (),
-        "softness": (),
+        "softness": (d,),
     }
     if not 1 <= m <= d or c < 1 or any(tuple(value.shape) != expected[name] for name, value in given.items()):
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
         raise ValueError(
             f"the shapes do not agree: {shapes}; expected loc (d,), components (m, d), logits (C,), means (C, m), "
-            "scale_tril (C, m, m), residual_scale () and softness () with 1 <= m <= d and C >= 1"
+            "scale_tril (C, m, m), residual_scale () and softness (d,) with 1 <= m <= d and C >= 1"
         )
 
 
@@ -511,8 +510,8 @@ def _check_values(given: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} holds NaN or infinity")
     if not bool((given["logits"] > -math.inf).any()):
         raise ValueError("logits leave every component out: all are -inf")
-    if "softness" in given and not bool(given["softness"] > 0):
-        raise ValueError(f"softness must be positive, or None; got {float(given['softness']):.4g}")
+    if "softness" in given and not bool((given["softness"] > 0).all()):
+        raise ValueError(f"softness must be positive, or None; its least is {float(given['softness'].min()):.4g}")
     plane = given["components"].detach().to(working_dtype(given["components"].device))
     error = float((plane @ plane.mT - torch.eye(len(plane), dtype=plane.dtype, device=plane.device)).abs().max())
     tolerance = max(1e-6, 20 * torch.finfo(given["components"].dtype).eps)

@@ -151,8 +151,9 @@ def halves(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Te
     """Two disjoint sets of rows that hold each class in the shares ``share`` and 1 − ``share``, ascending."""
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]
-    place, size = _places(labels[order])
-    first = place < (size * share).floor()
+    # Row by row along the classes, so that what a small class cannot give to one side the next one does.
+    place = torch.arange(len(order), dtype=torch.float64)
+    first = ((place + 1) * share + 1e-9).floor() > (place * share + 1e-9).floor()
     return order[first].sort().values, order[~first].sort().values
 
 
