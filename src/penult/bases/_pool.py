@@ -24,7 +24,9 @@ class Pool:
     Iterating gives what the head reads: of pre-activations their positive part.
 
     Attributes:
-        rectified: Whether what is stored are pre-activations. True from the start for `Activations` that say so.
+        rectified: Whether what is stored are pre-activations: `Activations` that say so, and a tensor with negative
+            numbers where the head's certificate says that a ReLU stands right before the head.
+        declared: Whether the `Activations` say so.
         minimum: The least number stored.
         zeros: Share of exact zeros in what is stored.
 
@@ -40,7 +42,7 @@ class Pool:
     def __init__(self, head: Head, activations: Tensor | Activations) -> None:
         self._head = head
         self._source: Tensor | Activations
-        self.rectified = isinstance(activations, Activations) and activations.pre_activation
+        self.declared = isinstance(activations, Activations) and activations.pre_activation
         if isinstance(activations, Activations):
             shape: tuple[int, ...] = (len(activations), activations.in_features)
             self._source = activations
@@ -58,6 +60,8 @@ class Pool:
             zeros += int((rows == 0).sum())
             bad += int((~rows.isfinite().all(-1)).sum())
             self.minimum = min(self.minimum, float(rows.min()))
+        relu = head.certificate is not None and head.certificate.rectified
+        self.rectified = self.declared or (relu and self.minimum < 0)
         self.zeros = zeros / (shape[0] * shape[1])
         if bad:
             raise ValueError(f"{bad} of {shape[0]} activations hold NaN or infinity; leave them out first")

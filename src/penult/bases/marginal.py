@@ -405,7 +405,7 @@ def _check_integer(name: str, value: Any, least: int, most: int) -> None:
 def _rectified(head: Head, pool: Pool, asked: bool | None, kind: str) -> bool:
     """Whether stored activations are pre-activations, see `Marginal.fit`."""
     relu = head.certificate is not None and head.certificate.rectified
-    if pool.rectified and asked is False:
+    if pool.declared and asked is False:
         raise ValueError("these Activations are pre-activations (pre_activation=True): leave rectified=False out")
     if asked and pool.minimum >= 0:
         raise ValueError(
@@ -420,4 +420,4 @@ def _rectified(head: Head, pool: Pool, asked: bool | None, kind: str) -> bool:
             UserWarning,
             stacklevel=3,
         )
-    return pool.rectified or bool(asked) or (asked is None and relu and pool.minimum < 0)
+    return pool.rectified if asked is None else asked

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
+_APART = 0.05  # confidences of draws and of stored activations
 _CHECKED = 1000  # activations that have to agree with the head, and draws that are judged
 
 
@@ -152,10 +153,11 @@ def fit(
         f"{source} from {float(prior.min()):.3g} to {float(prior.max()):.3g}, as spread as "
         f"{facts['effective_classes']:.1f} of {len(prior)} classes; pair.with_prior(p) sets another"
     )
+    apart = abs(facts["draws_confidence"] - facts["stored_confidence"])
     reporter.line(
         f"the head is right on {facts['draws_accuracy']:.1%} of {_CHECKED} draws, with mean confidence "
         f"{facts['draws_confidence']:.3f}; on stored activations its confidence is {facts['stored_confidence']:.3f}"
-        + ("" if "ranking" in facts else ". Far apart, the base is a poor stand-in: try --base auto")
+        + (". They are far apart, and the base a poor stand-in: try --base auto" if apart > _APART else "")
     )
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

@@ -333,10 +333,11 @@ class PrincipalMixture(Distribution):
         """
         if self.rectified or (not traced(value) and not self.has_density):
             why = (
-                "a rectified law has atoms at zero; the density of the pre-activations is that of the same "
-                "parameters with rectified=False"
+                "a rectified law has atoms at zero; pre-activations have one, that of the same parameters with "
+                "rectified=False"
                 if self.rectified
-                else "residual_scale is 0, so that all draws lie in a plane; give it a positive one"
+                else "residual_scale is 0, so that all draws lie in a plane, as the rows that it was fitted to did "
+                "(units that are always 0, or fewer rows than dimensions); give it a positive one"
             )
             raise ValueError(f"this PrincipalMixture has no density, and so no log_prob: {why}")
         if self._validate_args and not traced(value):
