@@ -50,7 +50,8 @@ class Shifted(Base):
 
 def test_a_pair_is_not_told_apart_from_its_own_draws(own):
     for comparison in (own.by_class, own.pooled, own.real_by_class, own.real_pooled):
-        assert all(abs(auc - 0.5) < 0.04 for auc in comparison.auc.values()), comparison
+        # standard error .013 to .018; cross-validation of what cannot be told apart errs to below 0.5
+        assert all(0.44 < auc < 0.54 for auc in comparison.auc.values()), comparison
         assert abs(comparison.energy) < 0.01
     assert own.auc is own.by_class.auc
     assert own.auc.keys() == own.real_auc.keys() == {"logistic", "mlp", "knn"}
