@@ -245,6 +245,13 @@ def test_a_class_too_rare_to_draw_is_said_in_one_line(refused, penult_json, here
     assert penult_json("sample", "bank.safetensors", "-n", "1000", "--class", "2", "--out", "x")["samples"] == 1000
 
 
+def test_what_is_there_is_not_replaced(penult_json, refused, here):
+    penult.GenerativePair(penult.Head(torch.eye(3)), penult.Sphere(2.0)).save("toy.safetensors")
+    penult_json("sample", "toy.safetensors", "-n", "5", "--out", "x")
+    line = refused("sample", "toy.safetensors", "-n", "5", "--out", "x")
+    assert "or --overwrite to replace them" in line
+
+
 def test_a_head_of_its_own(penult_json, here, activations):
     penult_json("head", "usernets:trained", "--shape", "1,8,8", "--out", "head.penult.safetensors")
     penult_json("fit", "acts", "--head", "head.penult.safetensors", "--out", "net.penult.safetensors")

@@ -60,6 +60,7 @@ def fail(error: BaseException) -> None:
     if os.environ.get("PENULT_TRACEBACK"):
         raise error
     reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason.replace("overwrite=True", "--overwrite")  # what the argument is called here
     Console(stderr=True, highlight=False).print(Text(f"penult: {reason}"), soft_wrap=True)
 
 
