@@ -121,7 +121,7 @@ def test_bad_arguments():
 
 
 def test_help():
-    for script in ("vmf.py", "extract.py", "families.py", "tables.py"):
+    for script in ("vmf.py", "extract.py", "families.py", "networks.py", "realism.py", "tables.py"):
         outcome = run(script, "--help")
         assert outcome.returncode == 0
         assert f"python benchmarks/{script}" in outcome.stdout

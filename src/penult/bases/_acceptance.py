@@ -13,7 +13,7 @@ from penult.special import working_dtype
 
 __all__ = ["MOST_DRAWS", "accept", "block_size", "class_means", "expected_posterior", "pick"]
 
-MOST_DRAWS = 1 << 28  # drawn for one call, at most: a quarter of an hour at d = 64
+MOST_DRAWS = 1 << 28  # expected for one call, at most
 _ELEMENTS = 1 << 23  # activations and logits in memory at a time
 
 
@@ -45,6 +45,7 @@ def accept(
 
     Raises:
         ValueError: If the draws of a class are expected to take more than `MOST_DRAWS` of the law.
+        RuntimeError: If they take a hundred times what was expected, so that the prior cannot be right.
     """
     expected = counts.double() / prior.double()
     if float(expected.max()) > MOST_DRAWS:

@@ -59,7 +59,8 @@ class Marginal(Base):
 
     Raises:
         TypeError: If ``head`` is no `Head` or ``distribution`` cannot be sampled.
-        ValueError: If the draws have another dimension than the head's, or are not finite.
+        ValueError: If the draws have another dimension than the head's, or are not finite; if a class has no share in
+            them; or a number is out of range.
 
     Example:
         >>> from torch.distributions import Independent, Normal
@@ -98,15 +99,15 @@ class Marginal(Base):
         _check_integer("seed", seed, -(1 << 63), (1 << 63) - 1)
         k, d = head.num_classes, head.in_features
         affordable = max(1 << 12, min(_SAMPLES, _LOGITS // k, _OPERATIONS // (k * d)))
-        self._hold(head, Law(distribution), samples or affordable, seed)
+        self._hold(head, head.full_bias.clone(), Law(distribution), samples or affordable, seed)
         prior, error = self._estimate()
         self.register_buffer("log_prior", prior.log())
         self.register_buffer("standard_error", error)
 
-    def _hold(self, head: Head, law: Law, samples: int, seed: int) -> None:
+    def _hold(self, head: Head, bias: Tensor, law: Law, samples: int, seed: int) -> None:
         # A head of its own, since a pair under another prior has another bias; and no submodule, since the pair holds
         # W, and its state dict shall have it once.
-        own = head.with_bias(head.full_bias.clone())
+        own = head.with_bias(bias)
         own.weight, own.mean_row = head.weight, head.mean_row
         self._heads = (own,)
         self.register_buffer("bias", own.bias)
@@ -154,7 +155,11 @@ class Marginal(Base):
         Returns:
             The base. ``base.distribution`` is the law.
 
+        Warns:
+            UserWarning: If a ReLU stands right before the head and ``activations`` come after it.
+
         Raises:
+            ImportError: If ``"flow"`` is asked for and zuko is not installed (``pip install "penult[flow]"``).
             TypeError: If ``activations`` is neither a floating tensor nor `Activations`.
             ValueError: If ``activations`` is too few, has a wrong shape, is not finite or constant; if ``rectified``
                 contradicts it; or an option is unknown.
@@ -284,14 +289,12 @@ class Marginal(Base):
         parts = {name.removeprefix("law."): tensor for name, tensor in tensors.items() if name.startswith("law.")}
         base = cls.__new__(cls)
         Base.__init__(base)
-        bias = tensors["bias"].to(head.weight)
         _check_integer("samples", config["samples"], 2, 1 << 28)
         _check_integer("seed", config["seed"], -(1 << 63), (1 << 63) - 1)
         law = Law.rebuild(config["law"], parts)
         if tuple(law.sampler.event_shape) != (head.in_features,):
             raise ValueError(f"the law is of {tuple(law.sampler.event_shape)}, and the head of ({head.in_features},)")
-        base._hold(head.with_bias(bias), law, config["samples"], config["seed"])
-        base.head.weight, base.head.mean_row = head.weight, head.mean_row
+        base._hold(head, tensors["bias"].to(head.weight), law, config["samples"], config["seed"])
         for name in ("log_prior", "standard_error"):
             value = tensors[name]
             if value.shape != (head.num_classes,) or not value.is_floating_point() or not bool(value.isfinite().all()):

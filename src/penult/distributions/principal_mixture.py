@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 from penult.distributions import _expectation_maximisation as em
+from penult.distributions._links import NEXT_TO_ZERO, rectified_moments, square, unsquare
 from penult.distributions._rows import Rows
 from penult.special import traced, working_dtype
 
@@ -19,7 +20,6 @@ __all__ = ["PrincipalMixture"]
 _ELEMENTS = 1 << 21  # handled at a time by log_prob
 _SAMPLE = 1 << 14  # rows that the start is found on, where there are more
 _SOFTNESS = 0.01  # of the mean of a coordinate; where that is 0, of a hundredth of the mean of all
-NEXT_TO_ZERO = 0.09  # of the softness: activations below are moved there before a fit
 _STRENGTH = 0.5  # rows that the prior of a covariance counts for, for each dimension, see fit
 _ROWS = 20  # for each component, at least
 
@@ -357,7 +357,7 @@ class PrincipalMixture(Distribution):
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         parts = []
         for rows in value.to(dtype).expand(shape).reshape(-1, d).split(max(1, _ELEMENTS // (len(means) * m + d))):
-            x, slope = (rows, None) if self.softness is None else _unsquare(rows, self.softness.to(dtype))
+            x, slope = (rows, None) if self.softness is None else unsquare(rows, self.softness.to(dtype))
             off = x - loc
             u = off @ plane.mT
             z = (u - means.unsqueeze(-2)) @ whiten.mT  # (C, n, m)
@@ -397,20 +397,20 @@ class PrincipalMixture(Distribution):
             u.addmm_(x, plane.mT, alpha=-1)
             x.addmm_(u, plane).add_(loc)
         if self.softness is not None:
-            return _square(x, self.softness.to(dtype))
+            return square(x, self.softness.to(dtype))
         return x.clamp_(min=0) if self.rectified else x
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights (C,), and mean and variance of each coordinate of h in each component (C, d)."""
         weight, centre, variance = self._coordinates()
         if self.rectified:
-            return weight, *_rectify(centre, variance)
+            return weight, *rectified_moments(centre, variance)
         if self.softness is None:
             return weight, centre, variance
         first, second, total = torch.zeros_like(centre), torch.zeros_like(centre), 0.0
         for z in torch.linspace(-8, 8, 257, dtype=torch.float64).tolist():  # smooth, so that the rule is exact
             bell = math.exp(-0.5 * z * z)
-            h = _square(centre + z * variance.sqrt(), self.softness.to(centre))
+            h = square(centre + z * variance.sqrt(), self.softness.to(centre))
             first, second, total = first + bell * h, second + bell * h.square(), total + bell
         return weight, first / total, (second / total - (first / total).square()).clamp_min(0)
 
@@ -452,37 +452,7 @@ def _read(activations: Tensor | Iterable[Tensor], rectified: bool, positive: boo
     if least < 0 or not bool((mean > 0).any()):
         raise ValueError(f"positive=True is for activations that are not negative; the least of these is {least:.4g}")
     b = _SOFTNESS * torch.where(mean > 0, mean, 0.01 * mean.mean())
-    return Rows(activations, lambda h: _unsquare(torch.maximum(h, NEXT_TO_ZERO * b), b)[0]), b
-
-
-def _square(x: Tensor, b: Tensor) -> Tensor:
-    """H = (x + √(x² + 4b))² / 4."""
-    root = (x.square() + 4 * b).sqrt()
-    return torch.where(x > 0, 0.5 * (x + root), 2 * b / (root - x)).square()
-
-
-def _unsquare(h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """X = √h − b/√h (*S, d), and Σ log dx/dh = Σ log(1 + b/h) − log(2√h), (*S,); 0 and −∞ where h ≤ 0."""
-    inside = h > 0
-    safe = torch.where(inside, h, 1.0)
-    root = safe.sqrt()
-    slope = (torch.log1p(b / safe) - math.log(2) - root.log()).sum(-1)
-    return torch.where(inside, root - b / root, 0.0), torch.where(inside.all(-1), slope, -math.inf)
-
-
-def _rectify(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of max(x, 0) for normal x. The variance is P + a²PQ + aφ(Q − P) − φ² of that of x.
-
-    With a = μ/σ, P = Φ(a), Q = 1 − P and φ the normal density at a: no term is large where a is.
-    """
-    random = variance > 0
-    scale = torch.where(random, variance, 1.0).sqrt()
-    a = mean / scale
-    upper, lower = 0.5 * torch.erfc(-a * math.sqrt(0.5)), 0.5 * torch.erfc(a * math.sqrt(0.5))
-    bell = torch.exp(-0.5 * a.square()) / math.sqrt(2 * math.pi)
-    first = scale * (a * upper + bell)
-    share = upper + a.square() * upper * lower + a * bell * (lower - upper) - bell.square()
-    return torch.where(random, first, mean.clamp_min(0)), torch.where(random, variance * share, 0.0)
+    return Rows(activations, lambda h: unsquare(torch.maximum(h, NEXT_TO_ZERO * b), b)[0]), b
 
 
 def _check_shapes(given: dict[str, Tensor]) -> None:

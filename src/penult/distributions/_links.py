@@ -1,0 +1,42 @@
+"""How the rows x of a Gaussian mixture become activations h that are not negative."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["NEXT_TO_ZERO", "rectified_moments", "square", "unsquare"]
+
+NEXT_TO_ZERO = 0.09  # of the softness: activations below are moved there before a fit
+
+
+def square(x: Tensor, b: Tensor) -> Tensor:
+    """H = (x + √(x² + 4b))² / 4."""
+    root = (x.square() + 4 * b).sqrt()
+    return torch.where(x > 0, 0.5 * (x + root), 2 * b / (root - x)).square()
+
+
+def unsquare(h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """X = √h − b/√h (*S, d), and Σ log dx/dh = Σ log(1 + b/h) − log(2√h), (*S,); 0 and −∞ where h ≤ 0."""
+    inside = h > 0
+    safe = torch.where(inside, h, 1.0)
+    root = safe.sqrt()
+    slope = (torch.log1p(b / safe) - math.log(2) - root.log()).sum(-1)
+    return torch.where(inside, root - b / root, 0.0), torch.where(inside.all(-1), slope, -math.inf)
+
+
+def rectified_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of max(x, 0) for normal x. The variance is P + a²PQ + aφ(Q − P) − φ² of that of x.
+
+    With a = μ/σ, P = Φ(a), Q = 1 − P and φ the normal density at a: no term is large where a is.
+    """
+    random = variance > 0
+    scale = torch.where(random, variance, 1.0).sqrt()
+    a = mean / scale
+    upper, lower = 0.5 * torch.erfc(-a * math.sqrt(0.5)), 0.5 * torch.erfc(a * math.sqrt(0.5))
+    bell = torch.exp(-0.5 * a.square()) / math.sqrt(2 * math.pi)
+    first = scale * (a * upper + bell)
+    share = upper + a.square() * upper * lower + a * bell * (lower - upper) - bell.square()
+    return torch.where(random, first, mean.clamp_min(0)), torch.where(random, variance * share, 0.0)
