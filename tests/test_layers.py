@@ -21,7 +21,11 @@ FLOORS = [
 ]
 RANK = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 CORE = {"torch", "safetensors", "penult"} | set(sys.stdlib_module_names)
-EXTRAS = {"report": {"jinja2", "markupsafe", "matplotlib", "cycler", "numpy"}, "cli": {"typer", "rich"}}
+EXTRAS = {
+    "distill": {"lightning", "torchmetrics"},
+    "report": {"jinja2", "markupsafe", "matplotlib", "cycler", "numpy"},
+    "cli": {"typer", "rich"},
+}
 
 
 def room_of(path):

@@ -33,6 +33,7 @@ def test_every_block_runs(code, tmp_path, monkeypatch):
         "images": data.images[:64],
         "weight": model.fc.weight,
         "bias": model.fc.bias,
+        "shifted_loader": [(1 - data.images[:100], data.labels[:100])],
         "loader": list(zip(data.images[:300].split(100), data.labels[:300].split(100), strict=True)),
     }
     exec(compile(code, str(README), "exec"), names)

@@ -7,7 +7,7 @@ import torch
 import penult
 from penult import demo
 from penult.data import digits
-from penult.demo.networks import DigitsNet
+from penult.demo.networks import DigitsNet, DigitsStudent
 from penult.testing import check_base, check_pair
 
 
@@ -81,6 +81,25 @@ def test_draws_of_the_chosen_pair_are_classified_as_real_ones(finished):
     assert right[0] == pytest.approx(right[1], abs=0.05)
 
 
+def test_students_under_a_shift(finished):
+    found = finished.results["distill"]
+    assert list(found) == ["no shift", "texture", "inversion"]
+    mean = {name: {m: sum(each) / len(each) for m, each in facts["students"].items()} for name, facts in found.items()}
+    page = (finished.out / "index.html").read_text()
+    for name, facts in found.items():
+        assert set(mean[name]) == {"cross-entropy", "Hinton", "FitNets", "gated, soft", "gated, activations"}
+        assert facts["gate"]["rows"] == 200
+        assert all(f"{each:.1%}" in page for each in (facts["teacher"], *mean[name].values()))
+    assert found["no shift"]["teacher"] > 0.95
+    assert 0.35 < found["texture"]["teacher"] < 0.65
+    assert found["inversion"]["teacher"] < 0.35
+    for name in ("texture", "inversion"):  # few seeds: what a user sees must hold by far
+        for ours in ("gated, soft", "gated, activations"):
+            assert mean[name][ours] > mean[name]["Hinton"] + 0.15
+            assert mean[name][ours] > mean[name]["cross-entropy"] - 0.04
+        assert found[name]["gate"]["belief"] < 0.5 < found["no shift"]["gate"]["belief"]
+
+
 def test_the_page_is_whole_and_loads_nothing(finished):
     page = (finished.out / "index.html").read_text()
     for title in (
@@ -89,6 +108,7 @@ def test_the_page_is_whole_and_loads_nothing(finished):
         "Activations without data",
         "Fitted without labels",
         "Which base",
+        "A student under a domain shift",
         "One file, no model",
     ):
         assert title in page
@@ -122,3 +142,6 @@ def test_digits_and_their_parts():
 
 def test_the_network_takes_digits():
     assert DigitsNet(width=16)(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    student = DigitsStudent(classes=4)
+    assert student(torch.zeros(3, 1, 8, 8)).shape == (3, 4)
+    assert student.features(torch.zeros(3, 1, 8, 8)).shape == (3, student.features_out)

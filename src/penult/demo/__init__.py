@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from penult.demo import bases, classifier, fit, head, samples, storage
+from penult.demo import bases, classifier, distill, fit, head, samples, storage
 from penult.demo.job import Job, Quiet, Reporter
 
 __all__ = ["PARTS", "Job", "Quiet", "Reporter", "run"]
@@ -21,6 +21,7 @@ PARTS: tuple[Callable[[Job], None], ...] = (
     samples.without_data,
     fit.label_free,
     bases.compare,
+    distill.teach,
     storage.save_and_reload,
 )
 

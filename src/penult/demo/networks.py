@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["DigitsNet"]
+__all__ = ["DigitsNet", "DigitsStudent"]
 
 
 class DigitsNet(nn.Module):
@@ -35,6 +35,41 @@ class DigitsNet(nn.Module):
             nn.Flatten(),
         )
         self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 1, 8, 8) to logits (B, K)."""
+        logits: Tensor = self.fc(self.features(x))
+        return logits
+
+
+class DigitsStudent(nn.Module):
+    """A network of a few thousand parameters, for students of a `DigitsNet`.
+
+    Args:
+        classes: Number of classes K.
+
+    Attributes:
+        features_out: Width of its features.
+
+    Example:
+        >>> DigitsStudent()(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    features_out = 32
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(256, self.features_out),
+            nn.ReLU(),
+        )
+        self.fc = nn.Linear(self.features_out, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 1, 8, 8) to logits (B, K)."""

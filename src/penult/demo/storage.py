@@ -1,4 +1,4 @@
-"""Part six: the pair as a file that needs no model."""
+"""Part seven: the pair as a file that needs no model."""
 
 from __future__ import annotations
 

@@ -1,0 +1,347 @@
+"""``penult distill``."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from penult.cli import sources
+from penult.cli.console import RichReporter, warnings_as_lines
+from penult.cli.lesson import (
+    CHECKPOINT,
+    accuracy_of,
+    confusion_of,
+    lesson_of,
+    loader_of,
+    save,
+    share_of,
+    train,
+    trainer_of,
+)
+from penult.cli.lesson_told import STUDENT_FILE, page, summary
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from penult.activations import Tap
+    from penult.distill import Distiller
+    from penult.pair import GenerativePair
+
+__all__ = ["distill"]
+
+_SETTINGS, _LOG, _PAGE = "settings.json", "log.json", "index.html"
+_FEW = 16  # images that heads are found with
+_RECORDED = (  # what the student depends on
+    *("teacher", "student", "data", "val", "pair", "kind", "temperature", "weight", "strength", "hint", "epochs"),
+    *("batch_size", "rate", "size", "mode", "mean", "std", "weights", "path", "fold", "weight_key", "bias_key"),
+    *("seed", "devices", "num_nodes", "precision"),
+)
+
+
+class Kind(str, Enum):
+    """What the student is taught."""
+
+    soft = "soft"
+    activation = "activation"
+    hinted = "hinted"
+
+
+def distill(
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEACHER",
+            help="A .penult.safetensors, or another .safetensors that holds a head: no network of the teacher is "
+            "needed. Or package.module:factory, which is run over the images once.",
+        ),
+    ],
+    student: Annotated[str, typer.Option(help="The student's network, package.module:factory.")],
+    data: Annotated[str, typer.Option(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; a run that was killed continues there.")],
+    val: Annotated[
+        str | None, typer.Option(help="Labelled images to judge by. [default: a tenth of DATA is held out]")
+    ] = None,
+    pair: Annotated[
+        Path | None, typer.Option(help="The pair of a teacher's network, with a base fitted to its own domain.")
+    ] = None,
+    kind: Annotated[
+        Kind, typer.Option(help="Teach by soft targets, by activations, or by these with hints.")
+    ] = Kind.soft,
+    temperature: Annotated[float, typer.Option(help="T of soft targets.")] = 4.0,
+    weight: Annotated[float, typer.Option(help="Weight of soft targets beside the labels, 0 to 1.")] = 0.9,
+    strength: Annotated[float, typer.Option(help="Weight of activations beside the labels.")] = 5.0,
+    hint: Annotated[float, typer.Option(help="Weight of hints beside the labels.", min=1e-6)] = 5.0,
+    epochs: Annotated[int, typer.Option(help="How often all images are seen.", min=1)] = 20,
+    batch_size: Annotated[int, typer.Option(help="Images at a time, on each device.", min=2)] = 64,
+    rate: Annotated[float, typer.Option(help="Half the highest learning rate of AdamW.")] = 3e-3,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
+    size: sources.Size = None,
+    mode: sources.Mode = None,
+    mean: sources.Mean = None,
+    std: sources.Std = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors state dict for the teacher that the factory makes.")
+    ] = None,
+    path: Annotated[str | None, typer.Option("--path", help="Name of the teacher's head, if known.")] = None,
+    fold: sources.Fold = True,
+    weight_key: sources.WeightKey = None,
+    bias_key: sources.BiasKey = None,
+    overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds another distillation.")] = False,
+    seed: sources.Seed = 0,
+    device: sources.Device = "cpu",
+    devices: Annotated[int, typer.Option(help="How many devices of a machine.", min=1)] = 1,
+    num_nodes: Annotated[int, typer.Option(help="How many machines.", min=1)] = 1,
+    strategy: Annotated[str, typer.Option(help="Lightning's strategy for several devices, such as ddp.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Lightning's precision, such as bf16-mixed.")] = "32-true",
+    as_json: sources.AsJson = False,
+) -> None:
+    """Distil a teacher into a student, believing it only where it deserves to be.
+
+    With a file, the head of the teacher is all that is needed: students learn what it says of typical activations.
+
+    With a network, each image's target is mixed with what the network says of it, as far as a gate believes that:
+    by its accuracy on the labels, whether it is right on the image, and how typical its activation is of the class.
+
+    OUT gets student.safetensors, the page index.html, log.json and checkpoints. Training goes by Lightning (extra
+    train): the same command continues after a kill, and gives the same student.
+
+    Example: penult distill resnet.penult.safetensors --student mynets:small --data "target-*.parquet" --out run/
+
+    Example: penult distill mynets:resnet --weights resnet.safetensors --student mynets:small --data photos/ --out run/
+    """
+    import torch
+
+    settings = {name: _plain(value) for name, value in locals().items() if name in _RECORDED}
+    from penult import io
+    from penult.activations._resume import checksum
+    from penult.distill import Distiller
+    from penult.report import Page  # noqa: F401  a missing extra is better said before the work
+
+    reporter = RichReporter(stderr=as_json)
+    sources.folder_path(out)
+    where = sources.device_of(device)
+    loading = {"batch_size": batch_size, "num_workers": workers}
+    with warnings_as_lines(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        reading = {"size": size, "mode": mode, "mean": mean, "std": std}
+        dataset = sources.load_images(data, **reading)
+        judge = None if val is None else sources.load_images(val, **reading)
+        images = sources.first_images(dataset, _FEW)
+        if sources.is_file(teacher):
+            _refuse_for_files(teacher, {"--pair": pair, "--weights": weights, "--path": path})
+            known, tap = sources.load_pair(teacher, weight_key, bias_key), None
+        else:
+            network = sources.load_model(teacher, weights).to(where)
+            known, tap = _watched(teacher, network, images.to(where), pair, path, fold, reporter)
+        names = _class_names(known.head.num_classes, {data: dataset} | ({} if val is None else {val: judge}))
+        if dataset.labels is None and tap is None:
+            raise ValueError(
+                f"{data} has no labels, and the head in {teacher} cannot see images: give labelled images, or the "
+                "teacher's network (package.module:factory), which labels them itself"
+            )
+        settings |= {"head": checksum(known.head), "images": len(dataset)}
+        if _is_complete(out, settings, overwrite):
+            reporter.line(f"{out} is complete: nothing is done; --overwrite starts anew")
+            if as_json:
+                typer.echo(json.dumps(json.loads((out / _LOG).read_text("utf-8")) | {"was_complete": True}, indent=2))
+            return
+
+        torch.manual_seed(seed)  # of the student's first weights
+        pupil = sources.load_model(student)
+        with sources.running(tuple(images.shape)):
+            loss = _loss(kind, known, pupil, images, temperature, weight, strength, hint, reporter)
+            distiller = Distiller(pupil, loss, rate=rate)
+            _try(distiller, student, images, known.head.num_classes)
+        share = share_of(dataset, judge, seed)
+        if share.held_out:
+            reporter.line(f"{share.held_out} of {len(dataset)} images are held out to judge by; --val gives others")
+        lesson = lesson_of(known, tap, share, kind.value, temperature, names, loading, reporter)
+        examined = None if share.val is None else loader_of(share.val, **loading)
+        start = None if examined is None else confusion_of(distiller, examined, where)
+        trainer = trainer_of(
+            out,
+            seed,
+            max_epochs=epochs,
+            accelerator={"cuda": "gpu"}.get(where.type, where.type),
+            devices=[where.index] if where.index is not None and where.type == "cuda" and devices == 1 else devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=precision,
+        )
+        if trainer.is_global_zero:
+            out.mkdir(parents=True, exist_ok=True)
+            for name in (_SETTINGS, _LOG, _PAGE, STUDENT_FILE, *([CHECKPOINT] if overwrite else [])):
+                (out / name).unlink(missing_ok=True)  # of a run before
+            io.write_bytes(out / _SETTINGS, json.dumps(settings, indent=2).encode())
+        resumed = train(trainer, distiller, lesson.data, examined, out, seed, loading, not overwrite, reporter)
+        if not trainer.is_global_zero:
+            return
+        end = confusion_of(distiller, loader_of(lesson.data, **loading) if examined is None else examined, where)
+
+    curve = [each["val_accuracy"] for each in distiller.history if "val_accuracy" in each]
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "images": len(lesson.data),
+        "judged_by": 0 if share.val is None else len(share.val),
+        "held_out": bool(share.held_out),
+        "labels": "pseudo" if share.labels is None else "given",
+        "gate": None if lesson.gate is None else lesson.gate.to_dict(),
+        "teacher_accuracy": lesson.teacher_accuracy,
+        "start_accuracy": None if start is None else accuracy_of(start),
+        "best_accuracy": max(curve, default=None),
+        "best_epoch": curve.index(max(curve)) + 1 if curve else None,
+        "accuracy": None if examined is None else accuracy_of(end),
+        "epochs": len(distiller.history),
+        "history": distiller.history,
+        "loads_into": save(distiller, student, out / STUDENT_FILE),
+    }
+    summary(facts, lesson.gate, reporter)
+    page(out / _PAGE, facts, settings, lesson.gate, known, end, names)
+    io.write_bytes(out / _LOG, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
+    reporter.line(f"{out / STUDENT_FILE}: the state dict of {facts['loads_into']}")
+    reporter.line(f"{out / _PAGE}")
+    if as_json:
+        typer.echo(json.dumps(facts | {"resumed_after_epochs": resumed, "was_complete": False}, indent=2))
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
+
+
+def _refuse_for_files(teacher: str, options: dict[str, Any]) -> None:
+    for flag, value in options.items():
+        if value is not None:
+            raise ValueError(f"{flag} goes with a teacher's network, package.module:factory; {teacher} is a file")
+
+
+def _watched(
+    teacher: str,
+    network: nn.Module,
+    images: Tensor,
+    pair: Path | None,
+    path: str | None,
+    fold: bool,
+    reporter: RichReporter,
+) -> tuple[GenerativePair, Tap]:
+    """The pair of a network's head, on the CPU, and its tap."""
+    import torch
+
+    from penult.activations import Tap
+    from penult.head import find_head
+    from penult.pair import GenerativePair, load
+
+    with sources.running(tuple(images.shape)):
+        head = find_head(network, images, path=path, fold=fold)
+    reporter.line(str(head.certificate))
+    tap = Tap(network, head)
+    if tap.axes != ("batch",):
+        raise ValueError(f"{teacher} gives logits with the axes {tap.axes}; a teacher of images gives one row each")
+    own = head.clone().cpu()
+    if pair is None:
+        return GenerativePair(own), tap
+    given = load(pair)
+    close = (given.head.num_classes, given.head.in_features) == (own.num_classes, own.in_features) and all(
+        torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        for a, b in ((given.head.weight, own.weight), (given.head.full_bias, own.full_bias))
+    )
+    if not close:
+        raise ValueError(
+            f"the head in --pair {pair}, {given.head}, is not that of {teacher}, {own}: make the pair from the "
+            "activations that penult extract stored of this network, with the same --fold"
+        )
+    return given, tap
+
+
+def _class_names(classes: int, datasets: dict[str, Any]) -> list[str]:
+    """Names of the classes, after a look at whether labels are those of the head."""
+    for source, dataset in datasets.items():
+        count = classes if dataset.class_names is None else len(dataset.class_names)
+        if count != classes:
+            raise ValueError(
+                f"{source} has {count} classes, but the head has {classes}: labels would mean other things"
+            )
+        if dataset.labels is not None and int(dataset.labels.max()) >= classes:
+            raise ValueError(
+                f"{source} has labels up to {int(dataset.labels.max())}, but the head has {classes} classes, 0 to "
+                f"{classes - 1}: leave the others out"
+            )
+    named = {source: dataset.class_names for source, dataset in datasets.items() if dataset.class_names is not None}
+    if len(set(named.values())) > 1:
+        raise ValueError(f"{' and '.join(named)} have classes of other names or in another order")
+    return list(next(iter(named.values()), map(str, range(classes))))
+
+
+def _is_complete(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether all is there already; what the folder holds has to be of this distillation, or to be overwritten."""
+    file = out / _SETTINGS
+    if not file.exists():
+        if out.exists() and any(out.iterdir()):
+            raise FileExistsError(f"{out} holds other files, and no distillation; give a new folder")
+        return False
+    if overwrite:
+        return False
+    stored = json.loads(file.read_text("utf-8"))
+    differing = [
+        "the head has other weights" if name == "head" else f"{name} is {stored.get(name)} there and {value} now"
+        for name, value in settings.items()
+        if stored.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{out} holds another distillation: {', '.join(differing)}. To continue it, give the same; else another "
+            "folder, or --overwrite to start anew"
+        )
+    return (out / _LOG).exists()
+
+
+def _loss(
+    kind: Kind,
+    pair: GenerativePair,
+    student: nn.Module,
+    images: Tensor,
+    temperature: float,
+    weight: float,
+    strength: float,
+    hint: float,
+    reporter: RichReporter,
+) -> nn.Module:
+    import torch
+
+    from penult.distill import ActivationLoss, SoftTargetLoss
+    from penult.head import find_head
+
+    if kind is Kind.soft:
+        return SoftTargetLoss(temperature, weight)
+    hint = hint if kind is Kind.hinted else 0.0
+    with torch.no_grad():
+        output = student.eval()(images)
+    if isinstance(output, torch.Tensor) and output.ndim == 2 and output.shape[1] != pair.head.num_classes:
+        reporter.line(f"the student's output, {output.shape[1]} numbers an image, is taken for its features")
+        return ActivationLoss(pair, output.shape[1], strength, hint=hint)
+    return ActivationLoss(pair, find_head(student, images, fold=False).in_features, strength, hint=hint)
+
+
+def _try(distiller: Distiller, name: str, images: Tensor, classes: int) -> None:
+    """See before the work that the student fits, and can be exported."""
+    import torch
+
+    distiller.locate(images)
+    distiller.eval()
+    with torch.no_grad():
+        logits, plain = distiller(images), distiller.export()(images)
+    distiller.train()
+    if logits.shape != (len(images), classes):
+        raise ValueError(
+            f"the student {name} gives {tuple(logits.shape)} for {len(images)} images, but the head has {classes} "
+            "classes: it must give logits of the same"
+        )
+    if isinstance(plain, torch.Tensor) and not torch.allclose(
+        plain, logits, atol=1e-4 * max(1, float(logits.abs().max()))
+    ):
+        raise ValueError(
+            f"the student {name} does more with its head's output than return it, so that no other layer can take "
+            "its place: give a feature extractor, images to features"
+        )
