@@ -76,7 +76,8 @@ def _gains(cell: dict[str, Any], method: str, rate: str | None, other: str = "cr
 def _accuracies(cells: Cells, rate: str | None, title: str) -> Table:
     header = ("", *(f"{name}: {_teacher(cell):.0f}" for name, cell in cells.items()), "mean gain", "worst")
     first = next(iter(next(iter(cells.values())).values()))["runs"]
-    methods = [name for name, runs in first.items() if rate or len(runs) > 1]
+    every = [run["runs"] for cell in cells.values() for run in cell.values()]
+    methods = [name for name in first if all(name in runs and (rate or len(runs[name]) > 1) for runs in every)]
     rows = []
     for method in methods:
         gains = [g for cell in cells.values() for g in _gains(cell, method, rate)]
@@ -103,7 +104,9 @@ def _bars(cells: Cells, rate: str) -> Table:
         if among:
             at = min(among, key=lambda name: statistics.mean(among[name]))
             least = statistics.mean(among[at])
-            rows.append((label, f"{least:+.2f} ({at})", f"≥ {asked:+g}", "met" if least >= asked else "missed"))
+            good = sum(statistics.mean(each) >= asked for each in among.values())
+            verdict = "met" if least >= asked else "missed" + (f"; {good} of {len(among)} meet it" if good else "")
+            rows.append((label, f"{least:+.2f} ({at})", f"≥ {asked:+g}", verdict))
 
     mnist, cifar = _setting(cells, "mnist"), _setting(cells, "cifar10")
     for method, asked in (

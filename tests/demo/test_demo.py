@@ -87,14 +87,14 @@ def test_students_under_a_shift(finished):
     mean = {name: {m: sum(each) / len(each) for m, each in facts["students"].items()} for name, facts in found.items()}
     page = (finished.out / "index.html").read_text()
     for name, facts in found.items():
-        assert set(mean[name]) == {"cross-entropy", "Hinton", "FitNets", "gated, soft", "gated, activations"}
+        assert set(mean[name]) == {"cross-entropy", "Hinton", "FitNets", "gated, soft", "gated, hinted"}
         assert facts["gate"]["rows"] == 200
         assert all(f"{each:.1%}" in page for each in (facts["teacher"], *mean[name].values()))
     assert found["no shift"]["teacher"] > 0.95
     assert 0.35 < found["texture"]["teacher"] < 0.65
     assert found["inversion"]["teacher"] < 0.35
     for name in ("texture", "inversion"):  # few seeds: what a user sees must hold by far
-        for ours in ("gated, soft", "gated, activations"):
+        for ours in ("gated, soft", "gated, hinted"):
             assert mean[name][ours] > mean[name]["Hinton"] + 0.15
             assert mean[name][ours] > mean[name]["cross-entropy"] - 0.04
         assert found[name]["gate"]["belief"] < 0.5 < found["no shift"]["gate"]["belief"]

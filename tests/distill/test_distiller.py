@@ -364,3 +364,30 @@ def test_a_missing_extra_names_the_remedy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "torch alone False\n"
     assert 'pip install "penult[train]"' in done.stderr.splitlines()[-1]
+
+
+def test_history_has_an_accuracy_only_where_it_was_validated():
+    pair = penult.GenerativePair(penult.Head(4 * torch.eye(3)))
+    labels = torch.arange(3).repeat(8)
+    images = torch.rand(24, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    data = TargetDataset(list(zip(images, labels.tolist(), strict=True)), targets(pair, labels))
+    distiller = Distiller(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), SoftTargetLoss())
+    fit(distiller, DataLoader(data, 8), DataLoader(data, 8), max_epochs=4, check_val_every_n_epoch=2)
+    assert ["val_accuracy" in each for each in distiller.history] == [False, True, False, True]
+
+
+def test_a_head_of_another_precision(images):
+    """A head of float64 teaches a student of float32, which stays one."""
+    pair = penult.GenerativePair(penult.Head(torch.randn(10, 12, dtype=torch.float64)))
+    taught = targets(pair, images.labels[:64], "activation")
+    data = TargetDataset(list(zip(images.images[:64], images.labels[:64].tolist(), strict=True)), taught)
+    distiller = fit(Distiller(DigitsNet(width=WIDTH), ActivationLoss(pair, WIDTH)), DataLoader(data, 32))
+    plain = distiller.export()
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.float32}
+    distiller.eval()
+    assert torch.allclose(plain(images.images[:5]), distiller(images.images[:5]).float(), atol=1e-5)
+
+
+def test_labels_of_other_integer_types():
+    labels = torch.tensor([0, 1], dtype=torch.int32)
+    assert SoftTargetLoss()(torch.zeros(2, 3), labels, torch.full((2, 3), 1 / 3)).isfinite()

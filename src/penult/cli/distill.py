@@ -42,6 +42,9 @@ _RECORDED = (  # what the student depends on
 )
 
 
+_OTHER = {"head": "the head has other weights", "content": "images, labels or files hold something else"}
+
+
 class Kind(str, Enum):
     """What the student is taught."""
 
@@ -143,6 +146,11 @@ def distill(
                 "teacher's network (package.module:factory), which labels them itself"
             )
         settings |= {"head": checksum(known.head), "images": len(dataset)}
+        settings["content"] = _digest(
+            images,
+            *(each.labels for each in (dataset, judge) if each is not None and each.labels is not None),
+            *(file for file in (teacher if sources.is_file(teacher) else None, pair, weights) if file is not None),
+        )
         if _is_complete(out, settings, overwrite):
             reporter.line(f"{out} is complete: nothing is done; --overwrite starts anew")
             if as_json:
@@ -209,6 +217,21 @@ def distill(
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
+
+
+def _digest(*parts: Tensor | str | Path) -> str:
+    """SHA-256 of tensors and files."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str | Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+        else:
+            digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _refuse_for_files(teacher: str, options: dict[str, Any]) -> None:
@@ -285,7 +308,7 @@ def _is_complete(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return False
     stored = json.loads(file.read_text("utf-8"))
     differing = [
-        "the head has other weights" if name == "head" else f"{name} is {stored.get(name)} there and {value} now"
+        _OTHER.get(name, "") or f"{name} is {stored.get(name)} there and {value} now"
         for name, value in settings.items()
         if stored.get(name) != value
     ]

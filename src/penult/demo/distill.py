@@ -28,6 +28,7 @@ _STEPS = 150
 _BATCH = 64
 _SEEDS = 2
 _TEMPERATURE = 4.0
+_STRENGTH = 5.0
 
 
 def teach(job: Job) -> None:
@@ -75,7 +76,8 @@ def teach(job: Job) -> None:
         "blended with textures, and inverted. The classifier of this page is their teacher, and it has seen none of "
         "these domains but the first. Cross-entropy leaves it out. Hinton's distillation believes what it says of "
         "every image, FitNets its features. `penult.distill` believes it image by image, as far as a gate goes, and "
-        "elsewhere teaches what the pair says of the class, which no shift can change.",
+        "elsewhere teaches what the pair says of the class, which no shift can change; *hinted* students get the "
+        "features as well, for hints that take no part in predictions.",
     )
     section.figure(
         plots.image_grid(
@@ -150,7 +152,7 @@ def _methods(pair: GenerativePair, acts: Activations, gate: Gate) -> dict[str, C
     assert labels is not None
     said = (acts.logits / _TEMPERATURE).softmax(-1)
     soft = targets(pair, activations=acts, temperature=_TEMPERATURE, gate=gate)
-    inside = targets(pair, kind="activation", activations=acts, gate=gate)
+    inside = targets(pair, kind="hinted", activations=acts)
     distil = SoftTargetLoss(_TEMPERATURE)
 
     def cross_entropy() -> _Method:
@@ -173,8 +175,8 @@ def _methods(pair: GenerativePair, acts: Activations, gate: Gate) -> dict[str, C
     def gated_soft() -> _Method:
         return _Method(lambda student, f, rows: distil(student.fc(f), labels[rows], soft[rows]))
 
-    def gated_activation() -> _Method:
-        through = ActivationLoss(pair, DigitsStudent.features_out)
+    def gated_hinted() -> _Method:
+        through = ActivationLoss(pair, DigitsStudent.features_out, _STRENGTH, hint=_STRENGTH)
         return _Method(lambda student, f, rows: through(f, labels[rows], inside[rows]), through)
 
     return {
@@ -182,7 +184,7 @@ def _methods(pair: GenerativePair, acts: Activations, gate: Gate) -> dict[str, C
         "Hinton": hinton,
         "FitNets": fitnets,
         "gated, soft": gated_soft,
-        "gated, activations": gated_activation,
+        "gated, hinted": gated_hinted,
     }
 
 

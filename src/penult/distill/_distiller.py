@@ -113,6 +113,7 @@ class Distiller(LightningModule):
         self.certificate: HeadCertificate | None = None
         self.history: list[dict[str, float]] = []
         self._located = not isinstance(loss, ActivationLoss)
+        self._validated = False
 
     def locate(self, images: Tensor) -> None:
         """See on some images what the student's features are; done by itself on the first batch.
@@ -198,7 +199,7 @@ class Distiller(LightningModule):
                     "what the features of the student are is seen on its first batch: train it, or call "
                     "distiller.locate(images) first"
                 )
-            layer = copy.deepcopy(self.loss.folded())
+            layer = copy.deepcopy(self.loss.folded()).to(next(student.parameters(), torch.empty(0)).dtype)
             student = (
                 nn.Sequential(student, layer)
                 if self.certificate is None
@@ -273,8 +274,14 @@ class Distiller(LightningModule):
         """Keep the figures of the epoch."""
         logged = self.trainer.callback_metrics
         figures: dict[str, float] = {"epoch": self.current_epoch + 1}
-        figures |= {name: float(logged[name]) for name in ("train_loss", "val_accuracy") if name in logged}
+        names = ("train_loss", "val_accuracy") if self._validated else ("train_loss",)  # Lightning keeps old figures
+        figures |= {name: float(logged[name]) for name in names if name in logged}
+        self._validated = False
         self.history.append(figures)
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the accuracy is of this epoch."""
+        self._validated = not self.trainer.sanity_checking
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where the student's head is, and the history: plain numbers and words."""

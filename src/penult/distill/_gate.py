@@ -15,7 +15,7 @@ from penult.distill._canonical import Canonical
 from penult.head._checks import check_labels
 from penult.pair import GenerativePair
 
-__all__ = ["ClassTrust", "Gate", "GateSummary", "labels_of"]
+__all__ = ["ClassTrust", "Gate", "GateSummary", "answers", "labels_of"]
 
 _TAIL = 0.1  # a cosine above this quantile of the class's own law is trusted in full
 
@@ -48,8 +48,7 @@ class GateSummary:
         labelled: Whether their labels were known; otherwise they are what the teacher says.
         accuracy: Share that the teacher gets right; None without labels.
         trust: ρ, the factor that all images share.
-        typical: Share of images whose cosine to the row of their label is no lower than that of nine in ten
-            activations of that class.
+        typical: Share of images whose cosine to the row of their label is above the τ-quantile F_y of that class.
         belief: Mean of the gate.
         classes: The same by class, where there are images of it.
     """
@@ -91,9 +90,10 @@ class Gate(nn.Module):
 
     with three factors. ρ = max(0, (a − 1/K) / (1 − 1/K)) is the teacher's accuracy a
     on the labelled images, set against guessing. The second asks whether the teacher is right on the image at hand. In
-    the third, F_y is the law of the cosine between an activation and the row of its class, which the pair implies in
-    span(W) (von Mises-Fisher with concentration r‖w_y‖): an activation that lies farther from its row than all but a
-    share τ of those of the class is believed in proportion.
+    the third, F_y is the law of the cosine between an activation and the row of its class: von Mises-Fisher in span(W)
+    with concentration r‖w_y‖, where r is the mean norm of the pair's activations there. For a round sphere in span(W)
+    this is what the pair implies; for other bases it is near to that. An activation that lies farther from its row than
+    all but a share τ of those of the class is believed in proportion.
 
     Without labels the teacher's own predictions take their place. Then the second factor is 1, and ρ, which cannot be
     measured, is how many of the cosines lie above the τ-quantile, in proportion to the 1 − τ that would without a
@@ -250,7 +250,7 @@ class Gate(nn.Module):
         own = self.canonical
         parts, start = [], 0
         for rows in pool:
-            predicted = self.pair.head(rows.to(self.pair.head.weight)).argmax(-1)
+            predicted = answers(self.pair, rows)
             y = predicted if labels is None else labels[start : start + len(rows)].to(predicted)
             start += len(rows)
             below = own.typicality(own.read(rows), y)
@@ -260,6 +260,11 @@ class Gate(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, *args, **kwargs)
         self.summary = None  # it told of what was fitted before
+
+
+def answers(pair: GenerativePair, rows: Tensor) -> Tensor:
+    """The classes (n,) that a head gives activations (n, d), by logits in at least float32."""
+    return pair.head.centered_logits(rows.to(torch.promote_types(rows.dtype, torch.float32))).argmax(-1)
 
 
 def labels_of(activations: Tensor | Activations, labels: Tensor | None, classes: int) -> Tensor | None:

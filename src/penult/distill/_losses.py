@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, final
 
@@ -69,7 +70,7 @@ class SoftTargetLoss(nn.Module):
         _check(labels, logits.shape)
         t, w = self.temperature, self.weight
         divergence = F.kl_div((logits / t).log_softmax(-1), target.to(logits), reduction="batchmean")
-        return (1 - w) * F.cross_entropy(logits, labels) + w * t * t * divergence
+        return (1 - w) * F.cross_entropy(logits, labels.to(torch.int64)) + w * t * t * divergence
 
     def extra_repr(self) -> str:
         """The part of ``repr(loss)`` between the brackets."""
@@ -181,8 +182,10 @@ class ActivationLoss(nn.Module):
         target = target.to(u)
         distance = self.strength * (u - F.linear(target[:, :d], own.span.to(u))).square().sum(-1).mean()
         if self.hint_projector is not None:
-            distance = distance + self.hint * (self.hint_projector(features) - target[:, d:]).square().sum(-1).mean()
-        return F.cross_entropy(logits, labels) + distance / own.radius.to(u) ** 2
+            distance = (
+                distance + self.hint * (_through(self.hint_projector, features) - target[:, d:]).square().sum(-1).mean()
+            )
+        return F.cross_entropy(logits, labels.to(torch.int64)) + distance / own.radius.to(u) ** 2
 
     def predict(self, features: Tensor) -> Tensor:
         """Logits of the student (B, K), from its features (B, in_features)."""
@@ -204,7 +207,7 @@ class ActivationLoss(nn.Module):
         layer = nn.utils.skip_init(nn.Linear, features, classes, dtype=weight.dtype, device=weight.device)
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
-        return layer if isinstance(self.projector, nn.Linear) else nn.Sequential(self.projector, layer)
+        return layer if isinstance(self.projector, nn.Linear) else nn.Sequential(copy.deepcopy(self.projector), layer)
 
     def extra_repr(self) -> str:
         """The part of ``repr(loss)`` between the brackets."""
@@ -216,13 +219,20 @@ class ActivationLoss(nn.Module):
             raise ValueError(
                 f"the student's features have shape {tuple(features.shape)}; expected (B, {self.in_features})"
             )
-        u: Tensor = self.projector(features)
+        u = _through(self.projector, features)
         if u.shape != (len(features), self.canonical.rows.shape[1]):
             raise ValueError(
                 f"the projector gives {tuple(u.shape)}; it must give {(len(features), self.canonical.rows.shape[1])}, "
                 "coordinates in the span of the head"
             )
         return u
+
+
+def _through(projector: nn.Module, features: Tensor) -> Tensor:
+    """What a projector makes of features, in its own precision, which is that of the teacher's head."""
+    weight = next(projector.parameters(), features)
+    projected: Tensor = projector(features.to(weight.dtype))
+    return projected
 
 
 def _check(labels: Any, shape: torch.Size) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, final
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from penult.activations import Activations
 from penult.bases._pool import Pool
 from penult.distill._canonical import Canonical, check_pair
-from penult.distill._gate import Gate
+from penult.distill._gate import Gate, answers
 from penult.head._checks import check_labels, check_positive
 from penult.pair import GenerativePair
 
@@ -98,9 +99,9 @@ def targets(
     Targets of kind ``"activation"`` lie in span(W), at the canonical scale c at which the mean row norm is 1/√3
     (:meth:`penult.Head.rescaled`).
 
-    ``"hinted"`` is ``"activation"`` with the teacher's activation behind it as it is, whether believed or not, for the
-    hints of `ActivationLoss`: r h_i / √(mean ‖h‖²). A hint is learnt beside what the student predicts by, and can be of
-    use where the teacher's answer is wrong.
+    ``"hinted"`` is ``"activation"`` with the teacher's activation behind it, whether believed or not, for the hints of
+    `ActivationLoss`: r (h_i − h̄) / √(mean ‖h‖²), means over the images. A hint is learnt beside what the student
+    predicts by, and can be of use where the teacher's answer is wrong.
 
     Args:
         pair: The pair of the teacher's head. Its base says what e_y and r are.
@@ -178,7 +179,10 @@ def targets(
     if not hints:
         return torch.cat(parts)
     hint = torch.cat(hints)
-    norm = hint.square().sum(-1).double().mean().sqrt().to(hint)
+    norm = float(hint.double().square().sum(-1).mean().sqrt())
+    if not norm > 0:
+        raise ValueError("the activations are all zero, so that there is nothing to hint at: the layer is dead")
+    hint = hint - hint.double().mean(0).to(hint)  # what all images share says nothing of any, and is most of a ReLU's h
     return torch.cat([torch.cat(parts), hint * (own.radius / norm)], dim=-1)
 
 
@@ -206,7 +210,7 @@ def pseudo_labels(pair: GenerativePair, activations: Tensor | Activations) -> Te
         tensor([0, 1])
     """
     check_pair(pair)
-    return torch.cat([pair.head(h.to(pair.head.weight)).argmax(-1) for h in Pool(pair.head, activations)])
+    return torch.cat([answers(pair, h) for h in Pool(pair.head, activations)])
 
 
 @final
@@ -247,11 +251,13 @@ class TargetDataset(Dataset[Any]):
             raise ValueError(f"{bad} of {len(targets)} targets hold NaN or infinity")
         if labels is not None and not isinstance(labels, Tensor):
             raise TypeError(f"labels are a {type(labels).__name__}; they must be a tensor of integers (N,)")
-        if labels is not None and (labels.shape != targets.shape[:1] or labels.is_floating_point()):
+        kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        if labels is not None and (labels.shape != targets.shape[:1] or labels.dtype not in kinds):
             raise ValueError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected ({len(targets)},) integers"
             )
-        self.dataset, self.targets, self.labels = dataset, targets.detach().cpu(), labels
+        self.dataset, self.targets = dataset, targets.detach().cpu()
+        self.labels = None if labels is None else labels.detach().cpu().to(torch.int64)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -259,8 +265,13 @@ class TargetDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, Any, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no image {index} among {len(self)}")
-        index %= len(self)
+        index = int(index) % len(self)
         item = self.dataset[index]
+        if isinstance(item, Mapping):
+            raise TypeError(
+                f"item {index} of the data set is a mapping with {', '.join(map(repr, item))}; wrap the data set so "
+                "that items are tuples (image, label)"
+            )
         if self.labels is not None:
             image = item[0] if isinstance(item, (tuple, list)) else item
             return image, int(self.labels[index]), self.targets[index]
