@@ -75,22 +75,22 @@ class Taught:
     """
 
     def __init__(self, loss: SoftTargetLoss | ActivationLoss, targets: Tensor, labels: Tensor | None = None) -> None:
-        self._loss, self.targets, self.labels = loss, targets, labels
+        self.criterion, self.targets, self.labels = loss, targets, labels
 
     def loss(self, student: Student, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """As the loss says."""
         y = y if self.labels is None else self.labels[rows]
         features = student.features(x)
-        given = features if isinstance(self._loss, ActivationLoss) else student.head(features)
-        return self._loss(given, y, self.targets[rows])
+        given = features if isinstance(self.criterion, ActivationLoss) else student.head(features)
+        return self.criterion(given, y, self.targets[rows])
 
     def parameters(self) -> list[nn.Parameter]:
         """The projector's, if there is one."""
-        return list(self._loss.parameters())
+        return list(self.criterion.parameters())
 
     def predict(self, student: Student, x: Tensor) -> Tensor:
         """Logits (B, K)."""
-        return self._loss.predict(student.features(x)) if isinstance(self._loss, ActivationLoss) else student(x)
+        return self.criterion.predict(student.features(x)) if isinstance(self.criterion, ActivationLoss) else student(x)
 
 
 @dataclass(frozen=True)

@@ -212,10 +212,10 @@ def run(name: str, domain: str, seed: int, data: Path, cache: Path) -> dict[str,
     return found
 
 
-def _again(setting: Any, k: Knowledge, student: Student, method: Method, split: Any, seed: int) -> float:
+def _again(setting: Any, k: Knowledge, student: Student, method: Any, split: Any, seed: int) -> float:
     """A student of the student, whose own coordinates in span(W) take the teacher's place as far as it is right."""
     images, labels = split.train
-    loss = method._loss  # type: ignore[attr-defined]
+    loss = method.criterion
     with torch.no_grad():
         u = loss.projector(student.features(images))
     h = u @ loss.canonical.span / k.pair.head.rescaled()[1]
