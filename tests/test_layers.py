@@ -23,6 +23,7 @@ RANK = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, ro
 CORE = {"torch", "safetensors", "penult"} | set(sys.stdlib_module_names)
 EXTRAS = {
     "distill": {"lightning", "torchmetrics"},
+    "generate": {"lightning"},
     "report": {"jinja2", "markupsafe", "matplotlib", "cycler", "numpy"},
     "cli": {"typer", "rich"},
 }

@@ -21,7 +21,7 @@ from penult.pair import GenerativePair, load
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "demo", "distill", "realism", "report", "testing")  # loaded when they are first asked for
+_ROOMS = ("data", "demo", "distill", "generate", "realism", "report", "testing")  # loaded when they are first asked for
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -239,11 +239,8 @@ class GenerativePair(nn.Module):
 
         The file appears under its name only when it is whole.
         """
-        self._check_current()
-        tensors = {f"head.{name}": t for name, t in self.head.state_dict().items()}
-        tensors |= {f"base.{name}": t for name, t in self.base.state_dict().items()}
-        base = {"class": type(self.base).__name__, "config": self.base.config()}
-        return io.write(path, tensors, "pair", {"head": self.head.config(), "base": base})
+        tensors, metadata = to_parts(self)
+        return io.write(path, tensors, "pair", metadata)
 
     # --- inside ---------------------------------------------------------------------------------------------
 
@@ -370,12 +367,28 @@ def load(
         Sphere(radius=2)
     """
     file = io.read(path, kind="pair", device=device)
+    return from_parts(path, file.tensors, file.metadata, bases)
+
+
+def to_parts(pair: GenerativePair) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name and JSON facts of a pair, for a file that holds it, or that holds more."""
+    pair._check_current()
+    tensors = {f"head.{name}": t for name, t in pair.head.state_dict().items()}
+    tensors |= {f"base.{name}": t for name, t in pair.base.state_dict().items()}
+    base = {"class": type(pair.base).__name__, "config": pair.base.config()}
+    return tensors, {"head": pair.head.config(), "base": base}
+
+
+def from_parts(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any, bases: Sequence[type[Base]] = ()
+) -> GenerativePair:
+    """The pair of `to_parts`, read from a file; raises as :func:`load`."""
     own: tuple[type[Base], ...] = (Gaussian, Marginal, Sphere)
     known = {cls.__name__: cls for cls in (*own, *bases)}
     name: Any
     try:
-        description = file.metadata["base"]
-        head_config, name, config = file.metadata["head"], description["class"], description["config"]
+        description = metadata["base"]
+        head_config, name, config = metadata["head"], description["class"], description["config"]
     except (KeyError, TypeError) as error:
         raise io.FileFormatError(f"{path}: the metadata of the pair lacks {error}; the file is damaged") from error
     if not isinstance(name, str) or name not in known:
@@ -383,7 +396,7 @@ def load(
             f"{path} holds the base {name!r}, which penult does not know; pass its class: load(path, bases=[{name}])"
         )
     parts: dict[str, dict[str, Tensor]] = {"head": {}, "base": {}}
-    for key, tensor in file.tensors.items():
+    for key, tensor in tensors.items():
         room, _, rest = key.partition(".")
         parts.setdefault(room, {})[rest] = tensor
     try:

@@ -1,0 +1,169 @@
+"""Tables of what `generate.py` measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from blocks import Block, Table, table
+
+Cells = dict[str, dict[str, Any]]  # by model, by seeds
+
+COLUMNS = {
+    "accuracy": "accuracy", "frechet": "Fréchet", "class_frechet": "class Fréchet", "precision": "precision",
+    "recall": "recall", "density": "density", "coverage": "coverage", "cas": "CAS", "nearness": "nearness",
+}  # fmt: skip
+SPREAD = ("accuracy", "frechet", "coverage", "cas")  # columns with a standard deviation
+CHOSEN = "mixture, 100 in 24"  # of the mixtures, by the selection pictures
+COMMAND = "python benchmarks/generate.py --data DATA --cache CACHE"
+
+
+@table("generate", source="generate")
+def generate(results: dict[str, Any]) -> Block:
+    """Quality of generated pictures."""
+    section = results["sections"].get("test") or results["sections"]["selection"]
+    made, settings = section["machine"], section["settings"]
+    found = [_bars(section)] if "test" in results["sections"] else []
+    for setting, title in (("mnist", "MNIST"), ("mnist-usps", "USPS, by a classifier of MNIST")):
+        cells = _setting(section["cells"], setting)
+        if cells:
+            steps, each = settings["steps"][setting], settings["each"]
+            found.append(
+                _rows(cells, section["references"][setting], f"{title}, {steps} steps, {each} pictures a class")
+            )
+    judges = ", ".join(f"{100 * ref['judge']:.1f} % ({name})" for name, ref in section["references"].items())
+    notes = [
+        "Means ± standard deviations over two classifiers and two seeds of the generator each; two seeds for baselines "
+        "that no classifier matters for. Pictures are judged by an independent network that gets "
+        f"{judges} of the test pictures right; Fréchet distances are in its feature space, so that only their ratios "
+        "mean anything. *Sure*: only pictures that the classifier puts into their class with p > "
+        f"{settings['confident']}; *confident*: only activations of which its head is as sure; *rejected*: pictures "
+        "that it puts into another class are drawn again. "
+        f"{made['cpu']}, one thread a run; torch {section['versions']['torch']}."
+    ]
+    return Block(found, notes, COMMAND)
+
+
+@table("generate-choices", source="generate")
+def choices(results: dict[str, Any]) -> Block:
+    """What was chosen from, on the selection share."""
+    section = results["sections"]["selection"]
+    cells = _setting(section["cells"], "mnist")
+    found = [
+        _rows(cells, section["references"]["mnist"], "MNIST, selection pictures: options of the autoencoder and laws")
+    ]
+    notes = ["Two seeds each. By these, and by nothing else, the options of the other tables were chosen."]
+    return Block(found, notes, f"{COMMAND} --share selection")
+
+
+def _setting(cells: Cells, name: str) -> Cells:
+    return {key.split("/", 1)[1]: cell for key, cell in cells.items() if key.split("/")[0] == name}
+
+
+def _values(cell: dict[str, Any], row: str, key: str) -> list[float]:
+    return [run["rows"][row][key] for run in cell.values() if row in run["rows"]]
+
+
+def _rows(cells: Cells, reference: dict[str, Any], title: str) -> Table:
+    rows: list[tuple[str, ...]] = [("real pictures", *(_shown(key, [reference["row"][key]]) for key in COLUMNS), "")]
+    for model in sorted(cells, key=lambda name: (name.startswith("vae"), name)):
+        cell = cells[model]
+        for row in next(iter(cell.values()))["rows"]:
+            label = model if row == "plain" else f"{model}, {row}"
+            label = label.replace("pictures that the classifier is sure of", "sure")
+            floats = next(iter(cell.values())).get("floats", {}).get(row.removesuffix(", confident"))
+            bold = model == "vae" and row in ("bank", CHOSEN)
+            figures = (_shown(key, _values(cell, row, key)) for key in COLUMNS)
+            rows.append(
+                (f"**{label}**" if bold else label, *figures, "" if floats is None else f"{floats / 1e3:.0f} k")
+            )
+    return Table(title, ("", *COLUMNS.values(), "floats of the law"), rows)
+
+
+def _shown(key: str, values: list[float]) -> str:
+    digits = 0 if "frechet" in key and statistics.mean(values) >= 20 else 1 if "frechet" in key else 3
+    text = f"{statistics.mean(values):.{digits}f}"
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if key in SPREAD and len(values) > 1 else text
+
+
+# --- bars ---------------------------------------------------------------------------------------------------
+
+
+def _bars(section: dict[str, Any]) -> Table:
+    """What was asked, the mean over runs and the worst of them; each run beside the baseline of its seeds."""
+    rows: list[tuple[str, ...]] = []
+    mnist, usps = _setting(section["cells"], "mnist"), _setting(section["cells"], "mnist-usps")
+
+    def add(label: str, asked: str, values: list[float]) -> None:
+        if not values:
+            return
+        sign, bar = asked.split()
+        number = float(bar.rstrip("×s").replace("+", "").replace("−", "-"))
+        least = sign == "≥"
+        mean, worst = statistics.mean(values), (min if least else max)(values)
+        met = mean >= number if least else mean <= number
+        unit = "×" if bar.endswith("×") else " s" if bar.endswith("s") else ""
+        plus = "+" if "+" in bar or "−" in bar else ""
+        verdict = "met" if met else "**missed**"
+        rows.append((label, f"{mean:{plus}.3g}{unit}", f"{worst:{plus}.3g}{unit}", asked, verdict))
+
+    def against(
+        cells: Cells, other: str, key: str, how: Callable[[float, float], float], row: str = "bank", base: str = "plain"
+    ) -> list[float]:
+        """Figures of the vae held against those of a baseline with the same seeds."""
+        if "vae" not in cells or other not in cells:
+            return []
+        found = []
+        for seeds, run in cells["vae"].items():
+            seed = seeds.split("-")[1]
+            beside = cells[other].get(seeds) or cells[other].get(f"{seed}-{seed}")
+            if beside and row in run["rows"]:
+                found.append(how(run["rows"][row][key], beside["rows"][base][key]))
+        return found
+
+    def ratio(a: float, b: float) -> float:
+        return a / b
+
+    def gain(a: float, b: float) -> float:
+        return a - b
+
+    one = "one-hot, labels"
+    add("MNIST, bank: Fréchet, to one-hot with labels", "≤ 0.6×", against(mnist, one, "frechet", ratio))
+    add("MNIST, bank: coverage, to one-hot with labels", "≥ 2×", against(mnist, one, "coverage", ratio))
+    add("MNIST, bank: CAS, over one-hot with labels", "≥ +0.02", against(mnist, one, "cas", gain))
+    if "vae" in mnist:
+        cell = mnist["vae"]
+        add("MNIST, bank: accuracy", "≥ 0.92", _values(cell, "bank", "accuracy"))
+        add("MNIST, bank, confident: accuracy", "≥ 0.96", _values(cell, "bank, confident", "accuracy"))
+        add(
+            "MNIST, held-out bank: Fréchet, to its own bank",
+            "≤ 1.2×",
+            against(mnist, "vae", "frechet", ratio, "bank, held-out", "bank"),
+        )
+        add(
+            f"MNIST, {CHOSEN}: Fréchet, to the bank",
+            "≤ 1.15×",
+            against(mnist, "vae", "frechet", ratio, CHOSEN, "bank"),
+        )
+        add(
+            f"MNIST, {CHOSEN}: accuracy, over the bank",
+            "≥ −0.03",
+            against(mnist, "vae", "accuracy", gain, CHOSEN, "bank"),
+        )
+        add(
+            f"MNIST, {CHOSEN}: coverage, over the bank",
+            "≥ −0.06",
+            against(mnist, "vae", "coverage", gain, CHOSEN, "bank"),
+        )
+        add(f"MNIST, {CHOSEN}: floats, thousands", "≤ 40", [run["floats"][CHOSEN] / 1e3 for run in cell.values()])
+    for other in ("one-hot, 100 labels", "one-hot, labels of a 100-label classifier"):
+        add(f"MNIST, bank: CAS, over {other}", "≥ +0.1", against(mnist, other, "cas", gain))
+    pseudo = "one-hot, pseudo-labels"
+    add("USPS, bank: Fréchet, to one-hot with pseudo-labels", "≤ 0.6×", against(usps, pseudo, "frechet", ratio))
+    add("USPS, bank: coverage, over one-hot with pseudo-labels", "≥ +0.15", against(usps, pseudo, "coverage", gain))
+    if "vae" in usps:
+        add("USPS, bank, confident: accuracy", "≥ 0.94", _values(usps["vae"], "bank, confident", "accuracy"))
+    seconds = [run["seconds"] for cells in (mnist, usps) for run in cells.get("vae", {}).values()]
+    add("training, two runs at a time", "≤ 60s", seconds)
+    return Table("Asked and measured", ("", "mean", "worst run", "asked", "mean is"), rows)

@@ -1,0 +1,140 @@
+"""Activations as conditions of a generator: draws for classes, brought to one scale."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from penult.activations import Activations
+from penult.bases._pool import Pool
+from penult.pair import GenerativePair
+
+__all__ = ["Standardizer", "check_share", "draw"]
+
+_DRAWS = 8192  # of the pair, for mean and scale
+_FLOOR = 0.1  # of the mean deviation: units that hardly move must not be blown up
+_TRIES = 4096  # draws for one activation that is confident enough
+_AT_ONCE = 1 << 16
+
+
+@final
+class Standardizer(nn.Module):
+    """Activations less their mean, each unit over its standard deviation, which is at least a tenth of the mean one.
+
+    Without the floor, units that are almost always zero would be the loudest of all.
+
+    Attributes:
+        mean: (d,).
+        scale: (d,), positive.
+
+    Args:
+        mean: (d,).
+        scale: (d,).
+
+    Example:
+        >>> standardize = Standardizer.of([torch.tensor([[1.0, 0.0], [3.0, 0.0]])])
+        >>> standardize(torch.tensor([4.0, 0.1]))
+        tensor([2., 2.])
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, blocks: list[Tensor] | Pool) -> Standardizer:
+        """Mean and scale of activations, blocks of (n, d).
+
+        Raises:
+            ValueError: All activations are the same.
+        """
+        count, total, square = 0, torch.zeros(()), torch.zeros(())
+        shift: Tensor | None = None
+        for block in blocks:
+            rows = block.double()
+            if shift is None:
+                shift = rows.mean(0)  # so that no digits are lost where the mean is large
+                total, square = torch.zeros_like(shift), torch.zeros_like(shift)
+            count += len(rows)
+            total = total + (rows - shift).sum(0)
+            square = square + (rows - shift).square().sum(0)
+        assert shift is not None
+        mean = total / count
+        deviation = (square / count - mean.square()).clamp_min(0).sqrt()
+        if not bool(deviation.mean() > 0):
+            raise ValueError("all activations are the same, so that no class can be told from another by them")
+        return cls((mean + shift).float(), deviation.clamp_min(_FLOOR * float(deviation.mean())).float())
+
+    @classmethod
+    def of_pair(cls, pair: GenerativePair, activations: Tensor | Activations | None = None) -> Standardizer:
+        """Mean and scale of activations, or else of draws of the pair; the global random state is left alone."""
+        if activations is not None:
+            return cls.of(Pool(pair.head, activations))
+        generator = torch.Generator(pair.head.weight.device).manual_seed(0)
+        return cls.of([pair.sample((_DRAWS,), generator=generator)[0]])
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Activations (*S, d) to (*S, d) in deviations from the mean."""
+        return (h.to(self.mean.dtype) - self.mean) / self.scale
+
+
+@torch.no_grad()
+def draw(
+    pair: GenerativePair, y: Tensor, confident: float | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Activations of classes, h ~ p(h|y), or of those of them that the head is sure of.
+
+    Args:
+        pair: The pair.
+        y: Labels (N,).
+        confident: Keeps draws with p(y|h) above it. It is then no longer an exact pair: what is kept are the clear
+            cases.
+        generator: Source of randomness, or None for torch's default.
+
+    Returns:
+        (N, d).
+
+    Raises:
+        ValueError: `confident` is no probability, or no draw of a class comes up to it.
+    """
+    h = pair.given(y).sample(generator=generator)
+    if confident is None:
+        return h
+    check_share("confident", confident)
+    sure = _posterior(pair, h, y) > confident
+    pending, tried = (~sure).nonzero().flatten(), 1
+    best = torch.zeros(pair.head.num_classes, device=h.device)
+    while len(pending):
+        repeats = max(1, min(64, _AT_ONCE // len(pending)))
+        classes = y[pending].repeat_interleave(repeats)
+        drawn = pair.given(classes).sample(generator=generator)
+        p = _posterior(pair, drawn, classes)
+        best.scatter_reduce_(0, classes, p.to(best), "amax")
+        good = (p > confident).view(-1, repeats)
+        found = good.any(1)
+        first = good.int().argmax(1)
+        h[pending[found]] = drawn.view(-1, repeats, h.shape[-1])[found, first[found]]
+        pending, tried = pending[~found], tried + repeats
+        if len(pending) and tried > _TRIES:
+            worst = int(y[pending[0]])
+            raise ValueError(
+                f"of {tried} draws for an activation of class {worst} none has p(y|h) > {confident}; the highest was "
+                f"{float(best[worst]):.3g}. Ask for less, or fit a base that puts activations where the head is sure"
+            )
+    return h
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise unless a number can be a probability to be exceeded."""
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a probability from 0 to below 1, got {value!r}")
+
+
+def _posterior(pair: GenerativePair, h: Tensor, y: Tensor) -> Tensor:
+    return pair.posterior(h).probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,429 @@
+"""What all generators that are conditioned on activations share: conditions, images for classes, files."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from penult import io
+from penult.activations import Activations, Tap
+from penult.bases import Base
+from penult.generate._conditions import Standardizer, draw
+from penult.generate._networks import check_image_shape
+from penult.generate._sight import Sight
+from penult.head._checks import check_positive
+from penult.head._model import untouched
+from penult.pair import GenerativePair, from_parts, to_parts
+
+try:
+    from lightning.pytorch import LightningModule
+except ImportError as error:
+    raise ImportError(
+        'generators of penult.generate need lightning: pip install "penult[train]"', name=error.name
+    ) from error
+
+__all__ = ["KIND", "ActivationGenerator", "Condition"]
+
+Condition = Literal["activation", "label"]
+Self = TypeVar("Self", bound="ActivationGenerator")
+
+KIND = "generator"  # of files
+_AT_ONCE = 500  # images decoded at a time
+_CANDIDATES = 256  # draws of a class that an edited image may go to
+_ROUNDS = 100  # tries for an image that the classifier puts into its class
+_RECORD = "penult"  # the entry of a checkpoint
+_OUTSIDE = "sight.", "pair."  # parts that are not trained, and that no checkpoint holds
+
+
+class ActivationGenerator(LightningModule, ABC):
+    """A network G(z, h) that makes images of activations; subclasses say how it is trained.
+
+    Args:
+        pair: The law of activations that `generate` draws from.
+        tap: The classifier; None where nothing has to be seen by it.
+        image_shape: (C, H, W).
+        latent: Numbers of a code z.
+        condition: ``"activation"``: trained on h = tap(x), no labels needed; ``"label"``: on h ~ p(h|y).
+        activations: What mean and scale of the condition are taken from; draws of the pair when left out.
+        preprocess: What brings images in [0, 1] to what the classifier takes, differentiable.
+    """
+
+    networks: ClassVar[tuple[str, ...]]  # names of the parts that files hold
+
+    def __init__(
+        self,
+        pair: GenerativePair,
+        tap: Tap | None,
+        image_shape: Sequence[int],
+        latent: int,
+        condition: Condition,
+        activations: Tensor | Activations | None,
+        preprocess: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pair, GenerativePair):
+            raise TypeError(f"pair is a {type(pair).__name__}, not a penult.GenerativePair")
+        if condition not in get_args(Condition):
+            raise ValueError(f"condition must be 'activation' or 'label', got {condition!r}")
+        self.image_shape = check_image_shape(tuple(image_shape))
+        check_positive("latent", latent)
+        self.latent, self.condition = int(latent), condition
+        self.pair = pair
+        self.sight = Sight(tap, preprocess, pair.head)
+        self.standardize = Standardizer.of_pair(pair, activations)
+        self.history: list[dict[str, float]] = []
+        self._validated = False
+
+    @property
+    def tap(self) -> Tap | None:
+        """The classifier, or None."""
+        return self.sight.tap
+
+    # --- what a subclass is -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decode(self, z: Tensor, h: Tensor) -> Tensor:
+        """Codes (B, latent) and activations (B, d) to images (B, C, H, W) in [0, 1], part of the autograd graph."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """JSON facts that rebuild its networks."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls: type[Self], config: dict[str, Any], pair: GenerativePair, **networks: nn.Module) -> Self:
+        """A generator as `config` says, its weights still to be loaded, networks of the user's own given."""
+
+    def code_of(self, x: Tensor, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Codes (B, latent) for images and their activations; random ones where nothing tells them."""
+        return self.random_codes(len(x), generator)
+
+    # --- images -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        y: Tensor | int,
+        confident: float | None = None,
+        reject: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images of classes: h ~ p(h|y), z ~ N(0, I), G(z, h).
+
+        Args:
+            y: Labels (*B,).
+            confident: Keeps activations with p(y|h) above it: clearer images, of less variety.
+            reject: Whether images have to be put into class y by the classifier, and are drawn again until they are.
+            generator: Source of randomness, or None for torch's default.
+
+        Returns:
+            Images (*B, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: A label is out of range, no activation is as confident, or there is no classifier to reject by.
+            RuntimeError: The classifier puts none of a hundred images into its class.
+        """
+        labels = torch.as_tensor(y, device=self.pair.head.weight.device)
+        flat = labels.reshape(-1)
+        if reject:
+            self.sight.needed("to reject images by")
+        images = self._drawn(flat, confident, generator)
+        wrong, rounds = self._misread(images, flat) if reject else flat[:0], 1
+        while len(wrong):
+            if rounds == _ROUNDS:
+                raise RuntimeError(
+                    f"of {_ROUNDS} images for class {int(flat[wrong[0]])} the classifier puts none into it; train the "
+                    "generator for longer, or leave reject out"
+                )
+            images[wrong] = again = self._drawn(flat[wrong], confident, generator)
+            wrong, rounds = wrong[self._misread(again, flat[wrong])], rounds + 1
+        return images.reshape(*labels.shape, *self.image_shape)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        y0: Tensor | int,
+        y1: Tensor | int,
+        steps: int = 8,
+        confident: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images on the straight way from an activation of one class to one of another, with one code for all.
+
+        Args:
+            y0: Labels (*B,) of the first images.
+            y1: Labels (*B,) of the last.
+            steps: Images on a way, both ends included.
+            confident: As for `generate`.
+            generator: Source of randomness, or None for torch's default.
+
+        Returns:
+            Images (*B, steps, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: As for `generate`; labels of different shapes; fewer than two steps.
+        """
+        device = self.pair.head.weight.device
+        first, last = torch.as_tensor(y0, device=device), torch.as_tensor(y1, device=device)
+        if first.shape != last.shape:
+            raise ValueError(f"y0 has shape {tuple(first.shape)} and y1 {tuple(last.shape)}; they must be the same")
+        if steps < 2:
+            raise ValueError(f"steps is {steps}; a way has at least its two ends")
+        h0, h1 = (draw(self.pair, y.reshape(-1), confident, generator) for y in (first, last))
+        z = self.random_codes(len(h0), generator)
+        shares = torch.linspace(0, 1, steps, device=device)
+        ways = torch.lerp(h0.unsqueeze(1), h1.unsqueeze(1), shares.view(1, -1, 1).to(h0))
+        images = self._decoded(z.repeat_interleave(steps, 0), ways.flatten(0, 1))
+        return images.reshape(*first.shape, steps, *self.image_shape)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        x: Tensor,
+        y: Tensor | int,
+        strength: float | Tensor = 1.0,
+        confident: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images moved towards a class: their activations go to the nearest of 256 draws of p(h|y), and are decoded.
+
+        The nearest draw (in deviations, see `Standardizer`) shares with the image what does not make the class.
+
+        Args:
+            x: Images (B, C, H, W) in [0, 1].
+            y: Labels (B,), or one for all.
+            strength: How far they go, from 0, as they are, to 1, all the way. A tensor (S,) gives S images each.
+            confident: As for `generate`, of the draws.
+            generator: Source of randomness, or None for torch's default.
+
+        Returns:
+            Images (B, C, H, W) in [0, 1], or (B, S, C, H, W).
+
+        Raises:
+            ValueError: There is no classifier; images, labels or strengths have a wrong shape or range.
+        """
+        self._check_images(x)
+        x = x.to(self.standardize.mean)
+        classes = torch.as_tensor(y, device=x.device).expand(len(x))
+        amount = torch.as_tensor(strength, device=x.device).to(x)
+        if amount.dim() > 1:
+            raise ValueError(f"strength has shape {tuple(amount.shape)}; it is a number, or a tensor (S,)")
+        h = self.activations(x)
+        goal = torch.empty_like(h)
+        for one in classes.unique():
+            drawn = draw(self.pair, one.expand(_CANDIDATES), confident, generator).to(h)
+            mine = classes == one
+            nearest = torch.cdist(self.standardize(h[mine]), self.standardize(drawn)).argmin(1)
+            goal[mine] = drawn[nearest]
+        z = self.code_of(x, h, generator)
+        shares = amount.reshape(1, -1, 1)
+        ways = torch.lerp(h.unsqueeze(1), goal.unsqueeze(1), shares)
+        images = self._decoded(z.repeat_interleave(shares.numel(), 0), ways.flatten(0, 1))
+        return images.reshape(len(x), *amount.shape, *self.image_shape)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """What the classifier makes of images in [0, 1], (B, C, H, W): h (B, d). It is left as it was.
+
+        Raises:
+            ValueError: There is no classifier.
+        """
+        return self.sight.activations(x.to(self.standardize.mean)).to(self.standardize.mean)
+
+    def random_codes(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Codes (count, latent) of the standard normal law."""
+        mean = self.standardize.mean
+        return torch.randn(count, self.latent, dtype=mean.dtype, device=mean.device, generator=generator)
+
+    def with_pair(self: Self, pair: GenerativePair) -> Self:
+        """The same networks with another law of activations, such as one of another base.
+
+        Raises:
+            TypeError: `pair` is no pair.
+            ValueError: It is of other activations or classes.
+        """
+        if not isinstance(pair, GenerativePair):
+            raise TypeError(f"pair is a {type(pair).__name__}, not a penult.GenerativePair")
+        if pair.head.weight.shape != self.pair.head.weight.shape:
+            raise ValueError(
+                f"the pair's head is {tuple(pair.head.weight.shape)}, but the generator was made for "
+                f"{tuple(self.pair.head.weight.shape)}: activations mean other things"
+            )
+        other = type(self).__new__(type(self))
+        other.__dict__ = dict(self.__dict__)
+        other._modules = {**self._modules, "pair": pair}
+        return other
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write networks, mean and scale of the condition, and the pair to one safetensors file.
+
+        `penult.generate.load` reads it, without the classifier. The pair goes with it as it is: one of a Bank holds
+        real activations.
+
+        Raises:
+            FileNotFoundError: The folder does not exist.
+            ValueError: The pair's law cannot be written.
+        """
+        tensors, facts = to_parts(self.pair)
+        parts = {f"pair.{name}": tensor for name, tensor in tensors.items()}
+        for name in (*self.networks, "standardize"):
+            parts |= {f"{name}.{key}": tensor for key, tensor in getattr(self, name).state_dict().items()}
+        return io.write(path, parts, KIND, {"class": type(self).__name__, "config": self.config(), "pair": facts})
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        path: str | os.PathLike[str],
+        *,
+        tap: Tap | None = None,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        bases: Sequence[type[Base]] = (),
+        device: str | torch.device = "cpu",
+        **networks: nn.Module,
+    ) -> Self:
+        """Read a generator that `save` wrote. No classifier and no pickle are needed to generate.
+
+        Args:
+            path: The file.
+            tap: The classifier, for what sees images: `edit`, ``reject``, reconstructions, further training.
+            preprocess: What the classifier needs before it.
+            bases: Your own base classes that the file may hold.
+            device: Where to put the tensors.
+            **networks: Modules of your own by the names of its arguments, where it was made with such.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            penult.io.FileFormatError: The file is damaged, foreign, or of another kind of generator.
+            ValueError: It was made with networks of your own, and these are not given.
+        """
+        file = io.read(path, kind=KIND, device=device)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in file.tensors.items():
+            room, _, rest = key.partition(".")
+            parts.setdefault(room, {})[rest] = tensor
+        name = file.metadata.get("class")
+        if name != cls.__name__:
+            raise io.FileFormatError(f"{path} holds a {name}, not a {cls.__name__}; penult.generate.load reads both")
+        try:
+            config, facts = file.metadata["config"], file.metadata["pair"]
+        except KeyError as error:
+            raise io.FileFormatError(f"{path}: the generator lacks {error}; the file is damaged") from error
+        if strange := set(networks) - set(cls.networks):
+            raise TypeError(f"{sorted(strange)} are no networks of a {cls.__name__}; it has {', '.join(cls.networks)}")
+        if isinstance(config, dict) and config.get("own_networks") and set(networks) != set(cls.networks):
+            raise ValueError(
+                f"{path} was made with networks of your own, of which a file holds the weights alone: give "
+                f"load(path, {', '.join(f'{name}=...' for name in cls.networks)})"
+            )
+        pair = from_parts(path, parts.get("pair", {}), facts, bases)
+        sight = Sight(tap, preprocess, pair.head)
+        try:
+            with torch.random.fork_rng(devices=[]):  # layers draw first weights, which are overwritten
+                made = cls.from_config(config, pair, **networks)
+            for part in (*cls.networks, "standardize"):
+                getattr(made, part).load_state_dict(parts.get(part, {}))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise io.FileFormatError(f"{path}: the generator cannot be rebuilt from the file: {error}") from error
+        made.sight = sight
+        return made.to(device).eval()
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Images of classes (B,), see `generate`."""
+        return self.generate(y)
+
+    def on_train_epoch_end(self) -> None:
+        """Keep the figures of the epoch."""
+        logged = self.trainer.callback_metrics
+        figures: dict[str, float] = {"epoch": self.current_epoch + 1}
+        fresh = (name for name in logged if name != "val_loss" or self._validated)  # Lightning keeps old figures
+        self.history.append(figures | {name: float(logged[name]) for name in fresh})
+        self._validated = False
+
+    def on_validation_epoch_end(self) -> None:
+        """Note that the figures are of this epoch."""
+        self._validated = not self.trainer.sanity_checking
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is not trained, and add the history."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(_OUTSIDE)}
+        checkpoint[_RECORD] = {"history": [dict(figures) for figures in self.history]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Complete it by what this generator has."""
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(_OUTSIDE)}
+        checkpoint["state_dict"] = own | checkpoint["state_dict"]
+        self.history = [dict(figures) for figures in checkpoint.get(_RECORD, {}).get("history", ())]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Where DistributedDataParallel looks: the classifier gets no gradients, and nothing outside is sent about."""
+        named = (*self.named_parameters(), *self.named_buffers())
+        return [name for name, _ in named if name.startswith(_OUTSIDE)]
+
+    def read_batch(self, batch: Any, first: bool) -> tuple[Tensor, Tensor]:
+        """Images of a batch and the activations that they are conditioned on."""
+        held = batch if isinstance(batch, list | tuple) else (batch,)
+        images = held[0] if held else None
+        if not isinstance(images, Tensor):
+            raise ValueError(f"a batch is a {type(batch).__name__}; expected images, or (images, labels)")
+        if first:
+            self._check_images(images)
+        images = images.to(self.standardize.mean)
+        if self.condition == "activation":
+            return images, self.activations(images)
+        if len(held) < 2 or not isinstance(held[1], Tensor):
+            raise ValueError("with condition='label' batches are (images, labels); these have no labels")
+        return images, draw(self.pair, held[1]).to(images)
+
+    def agreement(self, images: Tensor, h: Tensor) -> Tensor:
+        """Feature consistency: mean cosine of what the classifier makes of images to h, both in deviations.
+
+        Gradients go to the images; the classifier is in eval mode meanwhile, and gets none.
+        """
+        seen = self.sight.features(images.to(self.standardize.mean))
+        return torch.cosine_similarity(self.standardize(seen), self.standardize(h), dim=-1).mean()
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _log(self, name: str, value: Tensor, count: int) -> None:
+        self.log(name, value.detach(), on_step=False, on_epoch=True, batch_size=count, sync_dist=True, prog_bar=True)
+
+    def _core(self) -> nn.Module:
+        return nn.ModuleList([getattr(self, name) for name in self.networks])
+
+    def _drawn(self, y: Tensor, confident: float | None, generator: torch.Generator | None) -> Tensor:
+        h = draw(self.pair, y, confident, generator)
+        return self._decoded(self.random_codes(len(h), generator), h)
+
+    def _decoded(self, z: Tensor, h: Tensor) -> Tensor:
+        h = h.to(z)
+        with untouched(self._core()):
+            parts = [self.decode(*both) for both in zip(z.split(_AT_ONCE), h.split(_AT_ONCE), strict=True)]
+        return torch.cat(parts) if parts else z.new_empty(0, *self.image_shape)
+
+    def _misread(self, images: Tensor, y: Tensor) -> Tensor:
+        """Indices of images that the classifier does not put into their class."""
+        return (self.sight.answers(images) != y).nonzero().flatten()
+
+    def _check_images(self, x: Tensor) -> None:
+        shape = tuple(x.shape[1:])
+        if not x.is_floating_point() or x.dim() != 4 or shape != self.image_shape:
+            raise ValueError(
+                f"images are {x.dtype} of shape {tuple(x.shape)}; expected floats (B, *{self.image_shape}) in [0, 1]"
+            )
+        low, high = (float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0)
+        if not (low >= -1e-3 and high <= 1 + 1e-3):
+            raise ValueError(
+                f"images go from {low:.4g} to {high:.4g}; a generator makes images in [0, 1]. Give them so, and what "
+                "the classifier needs, such as a normalisation, as preprocess"
+            )

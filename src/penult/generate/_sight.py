@@ -1,0 +1,112 @@
+"""The classifier as a generator uses it: to see images, and to be left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from penult.activations import Tap
+from penult.head import Head
+from penult.head._model import evaluating, untouched
+
+__all__ = ["Sight"]
+
+_AT_ONCE = 500
+
+
+@final
+class Sight(nn.Module):
+    """A classifier that images in [0, 1] are shown to, or none, which is an error once an image has to be seen.
+
+    It always runs in eval mode. Its flags, buffers, gradients and the random states are left as they were, and no
+    `train` reaches it.
+
+    Args:
+        tap: The classifier, or None.
+        preprocess: What brings images in [0, 1] to what it takes.
+        head: The head of the pair, which activations are for.
+
+    Raises:
+        TypeError: `tap` is no `Tap`, or `preprocess` cannot be called.
+        ValueError: The classifier has another head, or not one row of activations an image.
+    """
+
+    def __init__(self, tap: Tap | None, preprocess: Callable[[Tensor], Tensor] | None, head: Head) -> None:
+        super().__init__()
+        if preprocess is not None and not callable(preprocess):
+            raise TypeError(f"preprocess is a {type(preprocess).__name__}; it is called with images in [0, 1]")
+        if tap is not None:
+            if not isinstance(tap, Tap):
+                raise TypeError(f"tap is a {type(tap).__name__}, not a penult.Tap; make one: penult.Tap(model, head)")
+            if tap.axes != ("batch",):
+                raise ValueError(f"the classifier has the axes {tap.axes}; generators need one activation an image")
+            if tap.head.weight.shape != head.weight.shape:
+                raise ValueError(
+                    f"the classifier's head is {tuple(tap.head.weight.shape)}, but the pair's "
+                    f"{tuple(head.weight.shape)}: make the pair from this classifier"
+                )
+        self.tap, self.preprocess = tap, preprocess
+        self._features = head.in_features
+
+    def train(self, mode: bool = True) -> Sight:
+        """Leave all flags as they are."""
+        return self
+
+    @torch.no_grad()
+    def activations(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to h (B, d)."""
+        with untouched(self.needed("to see images with").model):
+            return self._see(x)[0]
+
+    @torch.no_grad()
+    def answers(self, x: Tensor) -> Tensor:
+        """The classes that images (B, C, H, W) are put into, (B,)."""
+        with untouched(self.needed("to reject images by").model):
+            return torch.cat([self._see(part)[1] for part in x.split(_AT_ONCE)]).argmax(-1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to h (B, d), with gradients for the images and none for the classifier."""
+        tap = self.needed("for feature consistency")
+        with evaluating(tap.model), _frozen(tap):
+            return self._see(x)[0]
+
+    def needed(self, why: str) -> Tap:
+        """The classifier.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.tap is None:
+            raise ValueError(
+                f"there is no classifier {why}: give a tap, penult.Tap(model, head), when the generator is made or "
+                "loaded"
+            )
+        return self.tap
+
+    def _see(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.tap is not None
+        with torch.autocast(x.device.type, enabled=False):
+            h, logits = self.tap(x if self.preprocess is None else self.preprocess(x))
+        if h.shape != (len(x), self._features):
+            raise ValueError(
+                f"the classifier gives activations of shape {tuple(h.shape)} for {len(x)} images; expected "
+                f"({len(x)}, {self._features}), one row each"
+            )
+        return h, logits
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter gets a gradient from what is computed meanwhile."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
