@@ -268,7 +268,8 @@ def _ours(run: Run, share: Share, data: Path, cache: Path) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(run.seed)
             draw = lambda labels, drawing=drawing, g=generator: drawing.generate(labels, generator=g)  # noqa: E731
             images, kept[name] = confident(draw, k.model, y, CONFIDENT)
-            rows[f"{name}, pictures that the classifier is sure of"] = judged(run, share, images, y, data, cache)
+            if images is not None:
+                rows[f"{name}, pictures that the classifier is sure of"] = judged(run, share, images, y, data, cache)
     return {
         "seconds": short(seconds, 3),
         "parameters": parameters(vae),
@@ -301,7 +302,8 @@ def _baseline(run: Run, share: Share, data: Path, cache: Path) -> dict[str, Any]
 
     rows = {"plain": judged(run, share, draw(y), y, data, cache)}
     images, kept = confident(draw, model, y, CONFIDENT)
-    rows["pictures that the classifier is sure of"] = judged(run, share, images, y, data, cache)
+    if images is not None:
+        rows["pictures that the classifier is sure of"] = judged(run, share, images, y, data, cache)
     return {"seconds": short(seconds, 3), "parameters": parameters(vae), "kept": short(kept), "rows": rows}
 
 

@@ -11,38 +11,38 @@ import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
-from penult.cli.lesson import (
-    CHECKPOINT,
-    accuracy_of,
-    confusion_of,
-    lesson_of,
-    loader_of,
-    save,
-    share_of,
-    train,
-    trainer_of,
-)
+from penult.cli.lesson import accuracy_of, confusion_of, lesson_of, save, share_of
 from penult.cli.lesson_told import STUDENT_FILE, page, summary
+from penult.cli.training import (
+    CHECKPOINT,
+    FEW,
+    LOG_FILE,
+    PAGE_FILE,
+    SETTINGS_FILE,
+    class_names,
+    digest,
+    fit,
+    is_complete,
+    loader_of,
+    plain,
+    say_complete,
+    trainer_of,
+    watched,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from penult.activations import Tap
     from penult.distill import Distiller
     from penult.pair import GenerativePair
 
 __all__ = ["distill"]
 
-_SETTINGS, _LOG, _PAGE = "settings.json", "log.json", "index.html"
-_FEW = 16  # images that heads are found with
 _RECORDED = (  # what the student depends on
     *("teacher", "student", "data", "val", "pair", "kind", "temperature", "weight", "strength", "hint", "epochs"),
     *("batch_size", "rate", "size", "mode", "mean", "std", "weights", "path", "fold", "weight_key", "bias_key"),
     *("seed", "devices", "num_nodes", "precision"),
 )
-
-
-_OTHER = {"head": "the head has other weights", "content": "images, labels or files hold something else"}
 
 
 class Kind(str, Enum):
@@ -118,10 +118,11 @@ def distill(
     """
     import torch
 
-    settings = {name: _plain(value) for name, value in locals().items() if name in _RECORDED}
+    settings = {name: plain(value) for name, value in locals().items() if name in _RECORDED}
     from penult import io
     from penult.activations._resume import checksum
     from penult.distill import Distiller
+    from penult.pair import load
     from penult.report import Page  # noqa: F401  a missing extra is better said before the work
 
     reporter = RichReporter(stderr=as_json)
@@ -132,29 +133,28 @@ def distill(
         reading = {"size": size, "mode": mode, "mean": mean, "std": std}
         dataset = sources.load_images(data, **reading)
         judge = None if val is None else sources.load_images(val, **reading)
-        images = sources.first_images(dataset, _FEW)
+        images = sources.first_images(dataset, FEW)
         if sources.is_file(teacher):
             _refuse_for_files(teacher, {"--pair": pair, "--weights": weights, "--path": path})
             known, tap = sources.load_pair(teacher, weight_key, bias_key), None
         else:
             network = sources.load_model(teacher, weights).to(where)
-            known, tap = _watched(teacher, network, images.to(where), pair, path, fold, reporter)
-        names = _class_names(known.head.num_classes, {data: dataset} | ({} if val is None else {val: judge}))
+            given = None if pair is None else load(pair)
+            known, tap = watched(teacher, network, images.to(where), given, f"--pair {pair}", path, fold, reporter)
+        names = class_names(known.head.num_classes, {data: dataset} | ({} if val is None else {val: judge}))
         if dataset.labels is None and tap is None:
             raise ValueError(
                 f"{data} has no labels, and the head in {teacher} cannot see images: give labelled images, or the "
                 "teacher's network (package.module:factory), which labels them itself"
             )
         settings |= {"head": checksum(known.head), "images": len(dataset)}
-        settings["content"] = _digest(
+        settings["content"] = digest(
             images,
             *(each.labels for each in (dataset, judge) if each is not None and each.labels is not None),
             *(file for file in (teacher if sources.is_file(teacher) else None, pair, weights) if file is not None),
         )
-        if _is_complete(out, settings, overwrite):
-            reporter.line(f"{out} is complete: nothing is done; --overwrite starts anew")
-            if as_json:
-                typer.echo(json.dumps(json.loads((out / _LOG).read_text("utf-8")) | {"was_complete": True}, indent=2))
+        if is_complete(out, settings, overwrite, "distill"):
+            say_complete(out, as_json, reporter)
             return
 
         torch.manual_seed(seed)  # of the student's first weights
@@ -172,19 +172,30 @@ def distill(
         trainer = trainer_of(
             out,
             seed,
-            max_epochs=epochs,
-            accelerator={"cuda": "gpu"}.get(where.type, where.type),
-            devices=[where.index] if where.index is not None and where.type == "cuda" and devices == 1 else devices,
+            epochs=epochs,
+            where=where,
+            devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
             precision=precision,
         )
         if trainer.is_global_zero:
             out.mkdir(parents=True, exist_ok=True)
-            for name in (_SETTINGS, _LOG, _PAGE, STUDENT_FILE, *([CHECKPOINT] if overwrite else [])):
+            for name in (SETTINGS_FILE, LOG_FILE, PAGE_FILE, STUDENT_FILE, *([CHECKPOINT] if overwrite else [])):
                 (out / name).unlink(missing_ok=True)  # of a run before
-            io.write_bytes(out / _SETTINGS, json.dumps(settings, indent=2).encode())
-        resumed = train(trainer, distiller, lesson.data, examined, out, seed, loading, not overwrite, reporter)
+            io.write_bytes(out / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
+        resumed = fit(
+            trainer,
+            distiller,
+            lesson.data,
+            examined,
+            out=out,
+            seed=seed,
+            loading=loading,
+            resume=not overwrite,
+            figure=_accuracy,
+            reporter=reporter,
+        )
         if not trainer.is_global_zero:
             return
         end = confusion_of(distiller, loader_of(lesson.data, **loading) if examined is None else examined, where)
@@ -207,117 +218,22 @@ def distill(
         "loads_into": save(distiller, student, out / STUDENT_FILE),
     }
     summary(facts, lesson.gate, reporter)
-    page(out / _PAGE, facts, settings, lesson.gate, known, end, names)
-    io.write_bytes(out / _LOG, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
+    page(out / PAGE_FILE, facts, settings, lesson.gate, known, end, names)
+    io.write_bytes(out / LOG_FILE, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
     reporter.line(f"{out / STUDENT_FILE}: the state dict of {facts['loads_into']}")
-    reporter.line(f"{out / _PAGE}")
+    reporter.line(f"{out / PAGE_FILE}")
     if as_json:
         typer.echo(json.dumps(facts | {"resumed_after_epochs": resumed, "was_complete": False}, indent=2))
 
 
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
-
-
-def _digest(*parts: Tensor | str | Path) -> str:
-    """SHA-256 of tensors and files."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, str | Path):
-            with open(part, "rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        else:
-            digest.update(part.cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _accuracy(figures: dict[str, float]) -> str:
+    return f", accuracy {figures['val_accuracy']:.1%}" if "val_accuracy" in figures else ""
 
 
 def _refuse_for_files(teacher: str, options: dict[str, Any]) -> None:
     for flag, value in options.items():
         if value is not None:
             raise ValueError(f"{flag} goes with a teacher's network, package.module:factory; {teacher} is a file")
-
-
-def _watched(
-    teacher: str,
-    network: nn.Module,
-    images: Tensor,
-    pair: Path | None,
-    path: str | None,
-    fold: bool,
-    reporter: RichReporter,
-) -> tuple[GenerativePair, Tap]:
-    """The pair of a network's head, on the CPU, and its tap."""
-    import torch
-
-    from penult.activations import Tap
-    from penult.head import find_head
-    from penult.pair import GenerativePair, load
-
-    with sources.running(tuple(images.shape)):
-        head = find_head(network, images, path=path, fold=fold)
-    reporter.line(str(head.certificate))
-    tap = Tap(network, head)
-    if tap.axes != ("batch",):
-        raise ValueError(f"{teacher} gives logits with the axes {tap.axes}; a teacher of images gives one row each")
-    own = head.clone().cpu()
-    if pair is None:
-        return GenerativePair(own), tap
-    given = load(pair)
-    close = (given.head.num_classes, given.head.in_features) == (own.num_classes, own.in_features) and all(
-        torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-        for a, b in ((given.head.weight, own.weight), (given.head.full_bias, own.full_bias))
-    )
-    if not close:
-        raise ValueError(
-            f"the head in --pair {pair}, {given.head}, is not that of {teacher}, {own}: make the pair from the "
-            "activations that penult extract stored of this network, with the same --fold"
-        )
-    return given, tap
-
-
-def _class_names(classes: int, datasets: dict[str, Any]) -> list[str]:
-    """Names of the classes, after a look at whether labels are those of the head."""
-    for source, dataset in datasets.items():
-        count = classes if dataset.class_names is None else len(dataset.class_names)
-        if count != classes:
-            raise ValueError(
-                f"{source} has {count} classes, but the head has {classes}: labels would mean other things"
-            )
-        if dataset.labels is not None and int(dataset.labels.max()) >= classes:
-            raise ValueError(
-                f"{source} has labels up to {int(dataset.labels.max())}, but the head has {classes} classes, 0 to "
-                f"{classes - 1}: leave the others out"
-            )
-    named = {source: dataset.class_names for source, dataset in datasets.items() if dataset.class_names is not None}
-    if len(set(named.values())) > 1:
-        raise ValueError(f"{' and '.join(named)} have classes of other names or in another order")
-    return list(next(iter(named.values()), map(str, range(classes))))
-
-
-def _is_complete(out: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether all is there already; what the folder holds has to be of this distillation, or to be overwritten."""
-    file = out / _SETTINGS
-    if not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise FileExistsError(f"{out} holds other files, and no distillation; give a new folder")
-        return False
-    if overwrite:
-        return False
-    stored = json.loads(file.read_text("utf-8"))
-    differing = [
-        _OTHER.get(name, "") or f"{name} is {stored.get(name)} there and {value} now"
-        for name, value in settings.items()
-        if stored.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{out} holds another distillation: {', '.join(differing)}. To continue it, give the same; else another "
-            "folder, or --overwrite to start anew"
-        )
-    return (out / _LOG).exists()
 
 
 def _loss(

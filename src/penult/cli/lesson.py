@@ -1,16 +1,14 @@
-"""What ``penult distill`` does: share out images, ask the teacher, train, export."""
+"""What ``penult distill`` does beside training: share out images, ask the teacher, export."""
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from penult.cli.console import RichReporter
+from penult.cli.training import held_out, loader_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +21,7 @@ if TYPE_CHECKING:
 
     Kind = Literal["soft", "activation", "hinted"]
 
-__all__ = [
-    "CHECKPOINT", "Lesson", "Share", "accuracy_of", "confusion_of", "lesson_of", "loader_of", "save", "share_of",
-    "train", "trainer_of",
-]  # fmt: skip
-
-CHECKPOINT = "checkpoints/last.ckpt"
-_HELD_OUT = 0.1
+__all__ = ["Lesson", "Share", "accuracy_of", "confusion_of", "lesson_of", "save", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,6 @@ class Lesson:
 
 def share_of(dataset: ImageDataset, judge: ImageDataset | None, seed: int) -> Share:
     """What is trained on and what is judged by: all and `judge`, or nine tenths and the rest."""
-    import torch
     from torch.utils.data import Subset
 
     if judge is not None:
@@ -62,19 +53,8 @@ def share_of(dataset: ImageDataset, judge: ImageDataset | None, seed: int) -> Sh
         return Share(dataset, dataset.labels, judge, 0)
     if dataset.labels is None:
         return Share(dataset, None, None, 0)
-    count = max(1, round(_HELD_OUT * len(dataset)))
-    if len(dataset) - count < 2:
-        raise ValueError(f"there are {len(dataset)} images, too few to hold some out; give --val")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    train, val = order[count:].sort().values, order[:count].sort().values
-    return Share(Subset(dataset, train.tolist()), dataset.labels[train], Subset(dataset, val.tolist()), count)
-
-
-def loader_of(dataset: Any, **options: Any) -> Any:
-    """A loader of a data set, without an import of torch before it is needed."""
-    from torch.utils.data import DataLoader
-
-    return DataLoader(dataset, **options)
+    train, val = held_out(len(dataset), seed)
+    return Share(Subset(dataset, train.tolist()), dataset.labels[train], Subset(dataset, val.tolist()), len(val))
 
 
 def lesson_of(
@@ -137,97 +117,6 @@ def confusion_of(distiller: Distiller, loader: Any, device: torch.device) -> Ten
 def accuracy_of(confusion: Tensor) -> float:
     """Share of the diagonal."""
     return float(confusion.diagonal().sum() / confusion.sum())
-
-
-def trainer_of(out: Path, seed: int, **options: Any) -> Any:
-    """A Trainer that is silent, and keeps a checkpoint of the last whole epoch."""
-    import torch
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
-
-    def begin(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:  # so that dropout draws the same after a resume
-            torch.manual_seed(seed + 7919 * (1 + trainer.current_epoch) + 104729 * trainer.global_rank)
-
-    folder, name = (out / CHECKPOINT).parent, Path(CHECKPOINT).stem
-    saving = ModelCheckpoint(folder, name, save_on_train_epoch_end=True, enable_version_counter=False)
-    with _quiet():
-        return Trainer(
-            callbacks=[LambdaCallback(on_train_batch_start=begin), saving],
-            default_root_dir=out,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **options,
-        )
-
-
-def train(
-    trainer: Any,
-    distiller: Distiller,
-    data: TargetDataset,
-    examined: Any,
-    out: Path,
-    seed: int,
-    loading: dict[str, Any],
-    resume: bool,
-    reporter: RichReporter,
-) -> int:
-    """Fit, from the last checkpoint if there is one; gives the number of epochs that were done before."""
-    import torch
-    from lightning.pytorch.callbacks import LambdaCallback
-    from torch.utils.data.distributed import DistributedSampler
-
-    file, before, epochs = out / CHECKPOINT, 0, trainer.max_epochs
-    if resume and file.exists():
-        before = len(torch.load(file, map_location="cpu", weights_only=True)["penult"]["history"])
-        reporter.line(f"{out} holds a run that was stopped: resuming after epoch {before} of {epochs}")
-    # This sampler's order is a function of seed and epoch, on one device too; on several, Lightning puts in its own.
-    order: Any = DistributedSampler(data, 1, 0, seed=seed) if trainer.world_size == 1 else None
-    if order is not None:
-        order.set_epoch(before)  # Lightning does, but workers that are asked ahead begin before
-    # A last batch of one image would have no variance to normalise by.
-    loader = loader_of(
-        data,
-        sampler=order,
-        shuffle=None if order is not None else True,
-        drop_last=len(data) % loading["batch_size"] == 1 and len(data) > 1,
-        generator=torch.Generator().manual_seed(seed),
-        **loading,
-    )
-    with _quiet(), reporter.steps(epochs * -(-len(loader) // trainer.world_size)) as report:
-
-        def told(trainer: Any, module: Any, *_: Any) -> None:
-            accuracy = f", accuracy {module.history[-1]['val_accuracy']:.1%}" if examined and module.history else ""
-            report(trainer.global_step, f"epoch {min(trainer.current_epoch + 1, epochs)} of {epochs}{accuracy}")
-
-        trainer.callbacks.append(LambdaCallback(on_train_batch_end=told))
-        trainer.fit(distiller, loader, examined, ckpt_path=file if before else None)
-        told(trainer, distiller)
-    if len(distiller.history) < epochs:
-        raise RuntimeError(
-            f"the training was interrupted after epoch {len(distiller.history)} of {epochs}; the same command "
-            "continues it"
-        )
-    return before
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's tips and remarks, which are about its own options."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*does not have many workers", category=UserWarning)
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def save(distiller: Distiller, student: str, path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,6 +43,7 @@ __all__ = [
     "load_images",
     "load_model",
     "load_pair",
+    "normalization",
     "pair_path",
     "running",
     "users_code",
@@ -249,7 +250,7 @@ def load_images(source: str, *, size: str | None, mode: str | None, mean: str | 
     """A data set with the preprocessing that options ask for."""
     from penult.data import read
 
-    return read(source, size=_size(size), mode=mode, transform=_normalize(mean, std))
+    return read(source, size=_size(size), mode=mode, transform=normalization(mean, std))
 
 
 def _size(text: str | None) -> int | tuple[int, int] | None:
@@ -263,22 +264,23 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 
 
 class _Normalize:
-    """Images less a mean, over a standard deviation, channel by channel; can be sent to workers."""
+    """Images (*B, C, H, W) less a mean, over a standard deviation, channel by channel; can be sent to workers."""
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
         self.mean, self.std = mean, std
 
     def __call__(self, image: Tensor) -> Tensor:
         for name, values in (("--mean", self.mean), ("--std", self.std)):
-            if len(values) not in (1, len(image)):
+            if len(values) not in (1, image.shape[-3]):
                 raise ValueError(
-                    f"{name} has {len(values)} values, but the images have {len(image)} channels; see --mode"
+                    f"{name} has {len(values)} values, but the images have {image.shape[-3]} channels; see --mode"
                 )
         mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (image - mean) / std
 
 
-def _normalize(mean: str | None, std: str | None) -> _Normalize | None:
+def normalization(mean: str | None, std: str | None) -> Callable[[Tensor], Tensor] | None:
+    """What --mean and --std do to images (*B, C, H, W) in [0, 1]; None where neither is given."""
     if mean is None and std is None:
         return None
     values = []

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from penult.demo import bases, classifier, distill, fit, head, samples, storage
+from penult.demo import bases, classifier, distill, fit, generate, head, samples, storage
 from penult.demo.job import Job, Quiet, Reporter
 
 __all__ = ["PARTS", "Job", "Quiet", "Reporter", "run"]
@@ -22,6 +22,7 @@ PARTS: tuple[Callable[[Job], None], ...] = (
     fit.label_free,
     bases.compare,
     distill.teach,
+    generate.draw_images,
     storage.save_and_reload,
 )
 
@@ -38,7 +39,7 @@ def run(out: Path, seed: int = 0, reporter: Reporter | None = None) -> Job:
         The finished job, with all figures in ``results``.
 
     Raises:
-        ImportError: If an extra that the demo needs is missing (``penult[data,report]``).
+        ImportError: If an extra that the demo needs is missing (``penult[data,report,train]``).
     """
     job = Job.start(Path(out), seed, reporter or Quiet())
     begin = time.perf_counter()

@@ -1,0 +1,415 @@
+"""What ``penult generate`` does: train a generator of images on a classifier's activations, and judge it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from penult import io
+from penult.activations import Tap, extract
+from penult.activations._resume import checksum
+from penult.cli import sources
+from penult.cli.console import RichReporter, warnings_as_lines
+from penult.cli.generation_told import (
+    COLUMNS,
+    GENERATOR_FILE,
+    PILLOW,
+    Pictures,
+    class_rows,
+    evenly,
+    grid,
+    page,
+    pictures_of,
+    seeded,
+    summary,
+)
+from penult.cli.training import (
+    CHECKPOINT,
+    FEW,
+    LOG_FILE,
+    PAGE_FILE,
+    SETTINGS_FILE,
+    class_names,
+    digest,
+    fit,
+    held_out,
+    is_complete,
+    loader_of,
+    plain,
+    say_complete,
+    trainer_of,
+    watched,
+)
+from penult.data import ImageDataset
+from penult.data._extra import extra
+from penult.generate import ActivationGenerator, ActivationVAE, Judge
+from penult.head import find_head
+from penult.pair import GenerativePair
+
+__all__ = ["KINDS", "Order", "train"]
+
+SAMPLES = "samples"
+# From --kind to what makes the generator, given pair, tap, shape and options.
+KINDS: dict[str, Callable[..., ActivationGenerator]] = {"vae": ActivationVAE}
+
+_FREE = "confident", "judge", "judge_weights", "judge_content"  # what can be told anew without training
+_ROWS = 10  # classes of a grid
+_JUDGED, _COMPARED = 2000, 10_000  # images of either side, and training images that they are compared with
+_MEMORY = 1 << 30  # bytes of these
+_EVENLY = 200  # images of all classes together, where no real ones say how many of each
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a training is asked for, as options of the command say it."""
+
+    source: str
+    model: str
+    images: str
+    out: Path
+    val: str | None
+    kind: str
+    condition: str
+    epochs: int
+    batch_size: int
+    rate: float
+    latent: int
+    width: int | None
+    beta: float
+    consistency: float
+    confident: float | None
+    judge: str | None
+    judge_weights: Path | None
+    size: str | None
+    mode: str | None
+    mean: str | None
+    std: str | None
+    weights: Path | None
+    path: str | None
+    fold: bool
+    weight_key: str | None
+    bias_key: str | None
+    workers: int
+    overwrite: bool
+    seed: int
+    device: str
+    devices: int
+    num_nodes: int
+    strategy: str
+    precision: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that the results depend on."""
+        apart = "out", "workers", "overwrite", "device", "strategy"
+        return {"command": "generate"} | {name: plain(v) for name, v in asdict(self).items() if name not in apart}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of loaders."""
+        return {"batch_size": self.batch_size, "num_workers": self.workers}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Images to train on, or to judge by, with numbers of those that are used and labels of all, if there are."""
+
+    dataset: ImageDataset
+    places: Tensor
+
+    @property
+    def images(self) -> Any:
+        """The images as a data set."""
+        return Subset(self.dataset, self.places.tolist())
+
+    def some(self, most: int, seed: int, loading: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Images (N, C, H, W) and labels (N,) of a random part, as much as there is memory for."""
+        nbytes = 4 * first_images(self.dataset, 1).numel()
+        count = min(most, max(1, _MEMORY // nbytes), len(self.places))
+        order = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(seed))[:count]
+        part = replace(self, places=self.places[order.sort().values])
+        batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in loader_of(part.images, **loading)]
+        return torch.cat(batches), None if self.dataset.labels is None else self.dataset.labels[part.places]
+
+
+class Normalized(nn.Module):
+    """Images in [0, 1] as a classifier takes them."""
+
+    def __init__(self, by: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to images of the same shape."""
+        return self.by(x)
+
+
+def first_images(dataset: ImageDataset, count: int) -> Tensor:
+    """The first images, which have to be of one size."""
+    try:
+        return sources.first_images(dataset, count)
+    except RuntimeError as error:
+        raise ValueError(f"images are not all of one size ({error}); give --size, --mode") from error
+
+
+def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
+    """Train a generator, or go on with it; then judge it, and write its file, page and log."""
+    from penult.report import Page  # noqa: F401  a missing extra is better said before the work
+
+    extra("PIL.Image", PILLOW)
+    out, where = _folder(order.out), sources.device_of(order.device)
+    with warnings_as_lines(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        pair = sources.load_pair(order.source, order.weight_key, order.bias_key)
+        by = sources.normalization(order.mean, order.std)
+        normalize = None if by is None else Normalized(by)
+        reading = {"size": order.size, "mode": order.mode, "mean": None, "std": None}
+        dataset = sources.load_images(order.images, **reading)
+        other = None if order.val is None else sources.load_images(order.val, **reading)
+        datasets = {order.images: dataset} | ({} if order.val is None else {order.val: other})
+        first = first_images(dataset, FEW)
+        _check_shape(order, first, other)
+        names = class_names(pair.head.num_classes, datasets)
+        labels = [each.labels for each in (dataset, other) if each is not None]
+        if order.condition == "label" and any(each is None for each in labels):
+            raise ValueError("--condition label needs labels of all images; --condition activation needs none")
+        network = sources.load_model(order.model, order.weights).to(where)
+        seen = (first if normalize is None else normalize(first)).to(where)
+        pair, tap = watched(order.model, network, seen, pair, order.source, order.path, order.fold, reporter)
+        evaluator = _evaluator(order, network, normalize, first.to(where), pair)
+        settings = order.settings | {"head": checksum(pair.head), "count": len(dataset)}
+        settings["content"] = digest(
+            first,
+            *(each for each in labels if each is not None),
+            *(file for file in (order.source, order.weights) if file is not None),
+        )
+        settings["judge_content"] = None if order.judge_weights is None else digest(order.judge_weights)
+        if is_complete(out, settings, order.overwrite, "generate", _FREE):
+            say_complete(out, as_json, reporter)
+            return
+
+        if other is None:
+            trained, held = (Share(dataset, places) for places in held_out(len(dataset), order.seed))
+            reporter.line(f"{len(held.places)} of {len(dataset)} images are held out to judge by; --val gives others")
+        else:
+            trained, held = (Share(each, torch.arange(len(each))) for each in (dataset, other))
+        generator = _made(order, pair, tap, normalize, tuple(first.shape[1:]), trained)
+        trainer = trainer_of(
+            out,
+            order.seed,
+            epochs=order.epochs,
+            where=where,
+            devices=order.devices,
+            num_nodes=order.num_nodes,
+            strategy=order.strategy,
+            precision=order.precision,
+            callbacks=[_sampling(order)],
+        )
+        if trainer.is_global_zero:
+            out.mkdir(parents=True, exist_ok=True)
+            old = [CHECKPOINT, *(str(file.relative_to(out)) for file in (out / SAMPLES).glob("*.png"))]
+            for name in (LOG_FILE, PAGE_FILE, GENERATOR_FILE, *(old if order.overwrite else [])):
+                (out / name).unlink(missing_ok=True)  # of a run before
+            io.write_bytes(out / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
+        resumed = fit(
+            trainer,
+            generator,
+            trained.images,
+            loader_of(held.images, **order.loading),
+            out=out,
+            seed=order.seed,
+            loading=order.loading,
+            resume=not order.overwrite,
+            figure=_loss,
+            reporter=reporter,
+        )
+        if not trainer.is_global_zero:
+            return
+        generator.to(where).eval()
+        generator.save(out / GENERATOR_FILE)
+        with reporter.waiting("judging the images"):
+            facts, pictures = _judged(order, generator, evaluator, trained, held)
+
+    facts = {
+        "out": str(out),
+        "kind": order.kind,
+        "images": len(trained.places),
+        "judged_by": len(held.places),
+        "held_out": order.val is None,
+        "shape": list(first.shape[1:]),
+        "judge": order.judge,
+        "confident": order.confident,
+        "epochs": len(generator.history),
+        "history": generator.history,
+    } | facts
+    summary(facts, reporter)
+    page(out / PAGE_FILE, facts, settings, pair, pictures, names)
+    io.write_bytes(out / LOG_FILE, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
+    reporter.line(f"{out / GENERATOR_FILE}: penult generate {out} -o grid.png draws from it")
+    reporter.line(f"{out / PAGE_FILE}")
+    if as_json:
+        typer.echo(json.dumps(facts | {"resumed_after_epochs": resumed, "was_complete": False}, indent=2))
+
+
+def _folder(out: Path) -> Path:
+    if out.suffix == ".png":
+        raise ValueError(f"--out {out} becomes the folder of a training; a picture is drawn from what that has made")
+    return sources.folder_path(out)
+
+
+def _check_shape(order: Order, first: Tensor, other: ImageDataset | None) -> None:
+    """Refuse images to judge by that are of another shape."""
+    if other is not None and (shape := first_images(other, FEW).shape[1:]) != first.shape[1:]:
+        raise ValueError(
+            f"the images of --val {order.val} are of shape {tuple(shape)}, those of --images {tuple(first.shape[1:])}: "
+            "bring both to one with --size and --mode"
+        )
+
+
+def _evaluator(
+    order: Order, network: nn.Module, normalize: nn.Module | None, images: Tensor, pair: GenerativePair
+) -> Tap:
+    """The classifier, or an independent one, as a judge of images in [0, 1]."""
+    own = order.judge is None
+    judge = network
+    if order.judge is not None:
+        try:
+            judge = sources.load_model(order.judge, order.judge_weights).to(images.device)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--weights", "--judge-weights").replace("MODEL", "--judge")) from error
+    path = order.path if own else None
+    if normalize is not None:
+        judge, path = nn.Sequential(normalize, judge), None if path is None else f"1.{path}"
+    with nullcontext() if own else sources.users_code(f"--judge {order.judge}, given images {tuple(images.shape)},"):
+        head = find_head(judge, images, path=path, fold=order.fold)
+    if head.num_classes != pair.head.num_classes:
+        raise ValueError(
+            f"--judge {order.judge} has {head.num_classes} classes, but the head has {pair.head.num_classes}: it must "
+            "know the same"
+        )
+    return Tap(judge, head)
+
+
+def _made(
+    order: Order, pair: GenerativePair, tap: Tap, normalize: nn.Module | None, shape: tuple[int, ...], trained: Share
+) -> ActivationGenerator:
+    """The generator before its training, after a look at whether it can give what is asked for."""
+    activations = None
+    if not pair.base.info.needs_data:
+        certificate = tap.head.certificate
+        rectified = " --pre-activation" if certificate is not None and certificate.rectified else ""
+        warnings.warn(
+            f"{order.source} has a law that was not fitted to activations ({pair.base}), of which images will be "
+            f"poor. A law that works: penult extract {order.model} {order.images} --out acts/{rectified}, and then "
+            "penult fit acts/ --base mixture --out pair.penult.safetensors",
+            UserWarning,
+            stacklevel=2,
+        )
+        images, _ = trained.some(_JUDGED, order.seed, order.loading)
+        # Draws would not tell what real activations are like.
+        activations = extract(tap, [x if normalize is None else normalize(x) for x in images.split(500)])
+    torch.manual_seed(order.seed)  # of the first weights
+    generator = KINDS[order.kind](
+        pair,
+        tap,
+        shape,
+        condition=order.condition,
+        latent=order.latent,
+        width=order.width,
+        beta=order.beta,
+        consistency=order.consistency,
+        rate=order.rate,
+        activations=activations,
+        preprocess=normalize,
+    )
+    if order.confident is not None:  # what cannot be had is better said before the work
+        generator.generate(torch.arange(pair.head.num_classes), order.confident, generator=seeded(generator, 0))
+    return generator
+
+
+def _sampling(order: Order) -> Any:
+    """Writes a grid of samples after epochs 1, 2, 5, 10, 20, 50, ... and the last."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    def sample(trainer: Any, module: Any) -> None:
+        epoch = trainer.current_epoch + 1
+        if trainer.is_global_zero and (str(epoch).rstrip("0") in ("1", "2", "5") or epoch == order.epochs):
+            rows = class_rows(module, evenly(module.pair.head.num_classes, _ROWS), order.seed)
+            io.write_bytes(order.out / SAMPLES / f"epoch-{epoch:04}.png", grid(rows.flatten(0, 1), COLUMNS))
+
+    return LambdaCallback(on_train_epoch_end=sample)
+
+
+def _loss(figures: dict[str, float]) -> str:
+    return "".join(f", {name} {value:.4g}" for name, value in figures.items() if name == "loss")
+
+
+def _judged(
+    order: Order, generator: ActivationGenerator, evaluator: Tap, trained: Share, held: Share
+) -> tuple[dict[str, Any], Pictures]:
+    """Figures of quality with what they lack, and pictures for the page."""
+    loading, seed, k = order.loading, order.seed, generator.pair.head.num_classes
+    real, labels = held.some(_JUDGED, seed, loading)
+    known, known_labels = trained.some(_COMPARED, seed, loading)
+    facts: dict[str, Any] = {"labels": "given" if labels is not None else "judge", "skipped": []}
+    labels = _read(evaluator, real) if labels is None else labels
+    known_labels = _read(evaluator, known) if known_labels is None else known_labels
+
+    single = labels.bincount(minlength=k) == 1
+    if bool(single.any()):
+        facts["skipped"].append(
+            f"classes {single.nonzero().flatten().tolist()} are not judged: there is one image of each to judge by"
+        )
+    kept = ~single[labels]
+    enough = bool((known_labels.bincount(minlength=k)[labels[kept]] >= 2).all())
+    if not bool(kept.any()):
+        judge = None
+        facts["skipped"].append("there is nothing but accuracy: too few images are left to judge by")
+    else:
+        try:
+            judge = Judge(evaluator, (real[kept], labels[kept]), (known, known_labels) if enough else known, seed=seed)
+        except ValueError as error:
+            judge = None
+            facts["skipped"].append(f"there is nothing but accuracy: {error}")
+    y = torch.arange(k).repeat_interleave(max(1, _EVENLY // k)) if judge is None else labels[kept]
+    asked = {"generated": None} | ({} if order.confident is None else {"confident": order.confident})
+    metrics: dict[str, Any] = {}
+    for name, confident in asked.items():
+        try:
+            images = generator.generate(y, confident, generator=seeded(generator, seed)).float().cpu()
+            metrics[name] = (
+                {"accuracy": float((_read(evaluator, images) == y).double().mean()), "count": len(y)}
+                if judge is None
+                else judge(images, y).to_dict()
+            )
+        except ValueError as error:
+            facts["skipped"].append(f"{name} images are not judged: {error}")
+    if judge is not None:
+        try:
+            metrics["real"] = judge.reference.to_dict()
+        except ValueError as error:
+            facts["skipped"].append(f"there are no figures of real images to compare with: {error}")
+    for row in metrics.values():
+        row.pop("reference", None)
+    try:
+        pictures = pictures_of(generator, real, labels, seed, order.confident)
+    except ValueError as error:
+        facts["skipped"].append(f"there are no pictures of confident draws: {error}")
+        pictures = pictures_of(generator, real, labels, seed, None)
+    return facts | {"metrics": metrics}, pictures
+
+
+@torch.no_grad()
+def _read(evaluator: Tap, images: Tensor) -> Tensor:
+    """What the judge takes images for, (N,)."""
+    acts = extract(evaluator, list(images.split(500)))
+    return acts.logits.argmax(-1).cpu()

@@ -1,0 +1,312 @@
+"""What commands that train share: folders of runs, the classifier that is watched, and training that resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from penult.cli import sources
+from penult.cli.console import RichReporter
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from penult.activations import Tap
+    from penult.pair import GenerativePair
+
+__all__ = [
+    "CHECKPOINT", "FEW", "LOG_FILE", "PAGE_FILE", "SETTINGS_FILE", "class_names", "digest", "fit", "held_out",
+    "is_complete", "loader_of", "plain", "say_complete", "trainer_of", "watched",
+]  # fmt: skip
+
+SETTINGS_FILE, LOG_FILE, PAGE_FILE = "settings.json", "log.json", "index.html"
+CHECKPOINT = "checkpoints/last.ckpt"
+FEW = 16  # images that heads are found with
+_HELD_OUT = 0.1
+_OTHER = {  # settings that say nothing to a reader
+    "head": "the head has other weights",
+    "content": "images, labels or files hold something else",
+}
+_COMMANDS = {"distill": "distillation", "generate": "generator"}  # what the folder of a command holds
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it."""
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
+
+
+def digest(*parts: Tensor | str | Path) -> str:
+    """SHA-256 of tensors and files."""
+    import hashlib
+
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str | Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 24):
+                    found.update(block)
+        else:
+            found.update(part.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def is_complete(
+    out: Path, settings: Mapping[str, Any], overwrite: bool, command: str, free: Collection[str] = ()
+) -> bool:
+    """Whether all is there already; what the folder holds has to be of these settings, or to be overwritten.
+
+    Args:
+        out: The folder of the run.
+        settings: What its results depend on.
+        overwrite: Whether to start anew in any case.
+        command: That the settings are of.
+        free: Settings that may differ, for what can be done again without training.
+    """
+    file, what = out / SETTINGS_FILE, _COMMANDS[command]
+    stored = json.loads(file.read_text("utf-8")) if file.exists() else None
+    if stored is None or stored.get("command", "distill") != command:
+        if out.exists() and any(out.iterdir()):
+            raise FileExistsError(f"{out} holds other files, and no {what}; give a new folder")
+        return False
+    if overwrite:
+        return False
+    changed = [name for name, value in settings.items() if stored.get(name) != value]
+    differing = [
+        _OTHER.get(name, "") or f"{name} is {stored.get(name)} there and {settings[name]} now"
+        for name in changed
+        if name not in free
+    ]
+    if differing:
+        raise ValueError(
+            f"{out} holds another {what}: {', '.join(differing)}. To continue it, give the same; else another "
+            "folder, or --overwrite to start anew"
+        )
+    return not changed and (out / LOG_FILE).exists()
+
+
+def say_complete(out: Path, as_json: bool, reporter: RichReporter) -> None:
+    """Say that nothing is left to do, and give the facts of the run."""
+    reporter.line(f"{out} is complete: nothing is done; --overwrite starts anew")
+    if as_json:
+        facts = json.loads((out / LOG_FILE).read_text("utf-8"))
+        typer.echo(json.dumps(facts | {"was_complete": True}, indent=2))
+
+
+def watched(
+    name: str,
+    network: nn.Module,
+    images: Tensor,
+    pair: GenerativePair | None,
+    source: str,
+    path: str | None,
+    fold: bool,
+    reporter: RichReporter,
+) -> tuple[GenerativePair, Tap]:
+    """The pair of a network's head, on the CPU, and its tap.
+
+    Args:
+        name: What the user calls the network.
+        network: A classifier.
+        images: Some that it takes, on its device.
+        pair: A pair that has to be of the same head; the data-free one of the head where there is none.
+        source: What the user calls the pair.
+        path: Name of the head, if known.
+        fold: Whether a norm layer before the head is folded into it.
+        reporter: Told what the head is.
+    """
+    import torch
+
+    from penult.activations import Tap
+    from penult.head import find_head
+    from penult.pair import GenerativePair
+
+    with sources.running(tuple(images.shape)):
+        head = find_head(network, images, path=path, fold=fold)
+    reporter.line(str(head.certificate))
+    tap = Tap(network, head)
+    if tap.axes != ("batch",):
+        raise ValueError(f"{name} gives logits with the axes {tap.axes}; a classifier of images gives one row each")
+    own = head.clone().cpu()
+    if pair is None:
+        return GenerativePair(own), tap
+    close = (pair.head.num_classes, pair.head.in_features) == (own.num_classes, own.in_features) and all(
+        torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        for a, b in ((pair.head.weight, own.weight), (pair.head.full_bias, own.full_bias))
+    )
+    if not close:
+        raise ValueError(
+            f"the head in {source}, {pair.head}, is not that of {name}, {own}: make the pair from the "
+            "activations that penult extract stored of this network, with the same --fold"
+        )
+    return pair, tap
+
+
+def class_names(classes: int, datasets: dict[str, Any]) -> list[str]:
+    """Names of the classes, after a look at whether labels are those of the head."""
+    for source, dataset in datasets.items():
+        count = classes if dataset.class_names is None else len(dataset.class_names)
+        if count != classes:
+            raise ValueError(
+                f"{source} has {count} classes, but the head has {classes}: labels would mean other things"
+            )
+        if dataset.labels is not None and int(dataset.labels.max()) >= classes:
+            raise ValueError(
+                f"{source} has labels up to {int(dataset.labels.max())}, but the head has {classes} classes, 0 to "
+                f"{classes - 1}: leave the others out"
+            )
+    named = {source: dataset.class_names for source, dataset in datasets.items() if dataset.class_names is not None}
+    if len(set(named.values())) > 1:
+        raise ValueError(f"{' and '.join(named)} have classes of other names or in another order")
+    return list(next(iter(named.values()), map(str, range(classes))))
+
+
+def held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Sorted numbers of the images to train on, and of a tenth to judge by."""
+    import torch
+
+    held = max(1, round(_HELD_OUT * count))
+    if count - held < 2:
+        raise ValueError(f"there are {count} images, too few to hold some out; give --val")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def loader_of(dataset: Any, **options: Any) -> Any:
+    """A loader of a data set, without an import of torch before it is needed."""
+    from torch.utils.data import DataLoader
+
+    return DataLoader(dataset, **options)
+
+
+def trainer_of(
+    out: Path,
+    seed: int,
+    *,
+    epochs: int,
+    where: torch.device,
+    devices: int,
+    num_nodes: int,
+    strategy: str,
+    precision: Any,
+    callbacks: Collection[Any] = (),
+) -> Any:
+    """A Trainer that is silent, and keeps a checkpoint of the last whole epoch."""
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+
+    def begin(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # so that what the training draws is the same after a resume
+            torch.manual_seed(seed + 7919 * (1 + trainer.current_epoch) + 104729 * trainer.global_rank)
+
+    folder, name = (out / CHECKPOINT).parent, Path(CHECKPOINT).stem
+    saving = ModelCheckpoint(folder, name, save_on_train_epoch_end=True, enable_version_counter=False)
+    with _quiet():
+        return Trainer(
+            max_epochs=epochs,
+            accelerator={"cuda": "gpu"}.get(where.type, where.type),
+            devices=[where.index] if where.index is not None and where.type == "cuda" and devices == 1 else devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=precision,
+            callbacks=[LambdaCallback(on_train_batch_start=begin), *callbacks, saving],
+            default_root_dir=out,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+def fit(
+    trainer: Any,
+    module: Any,
+    data: Any,
+    examined: Any,
+    *,
+    out: Path,
+    seed: int,
+    loading: dict[str, Any],
+    resume: bool,
+    figure: Callable[[dict[str, float]], str],
+    reporter: RichReporter,
+) -> int:
+    """Fit, from the last checkpoint if there is one; gives the number of epochs that were done before.
+
+    Args:
+        trainer: From `trainer_of`.
+        module: A LightningModule with a ``history``, which its checkpoints hold under "penult".
+        data: The data set to train on.
+        examined: A loader of images to validate by, or None.
+        out: The folder of the run.
+        seed: Of the order of the images.
+        loading: Options of a loader.
+        resume: Whether to go on from a checkpoint that is there.
+        figure: What to say of the last epoch's figures, behind the number of the epoch.
+        reporter: Shows how far it is.
+    """
+    import torch
+    from lightning.pytorch.callbacks import LambdaCallback
+    from torch.utils.data.distributed import DistributedSampler
+
+    file, before, epochs = out / CHECKPOINT, 0, trainer.max_epochs
+    if resume and file.exists():
+        before = len(torch.load(file, map_location="cpu", weights_only=True)["penult"]["history"])
+        what = "a run that was stopped" if before < epochs else "a training that is done"
+        reporter.line(f"{out} holds {what}: resuming after epoch {before} of {epochs}")
+    # This sampler's order is a function of seed and epoch, on one device too; on several, Lightning puts in its own.
+    order: Any = DistributedSampler(data, 1, 0, seed=seed) if trainer.world_size == 1 else None
+    if order is not None:
+        order.set_epoch(before)  # Lightning does, but workers that are asked ahead begin before
+    # A last batch of one image would have no variance to normalise by.
+    loader = loader_of(
+        data,
+        sampler=order,
+        shuffle=None if order is not None else True,
+        drop_last=len(data) % loading["batch_size"] == 1 and len(data) > 1,
+        generator=torch.Generator().manual_seed(seed),
+        **loading,
+    )
+    with _quiet(), reporter.steps(epochs * -(-len(loader) // trainer.world_size)) as report:
+
+        def told(trainer: Any, module: Any, *_: Any) -> None:
+            last = figure(module.history[-1]) if module.history else ""
+            report(trainer.global_step, f"epoch {min(trainer.current_epoch + 1, epochs)} of {epochs}{last}")
+
+        trainer.callbacks.append(LambdaCallback(on_train_batch_end=told))
+        try:
+            trainer.fit(module, loader, examined, ckpt_path=file if before else None)
+        except SystemExit:  # what Lightning makes of Ctrl-C, without a word
+            pass
+        told(trainer, module)
+    if len(module.history) < epochs:
+        raise RuntimeError(
+            f"the training was interrupted after epoch {len(module.history)} of {epochs}; the same command continues it"
+        )
+    return before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's tips and remarks, which are about its own options."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*does not have many workers", category=UserWarning)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,322 @@
+"""``penult generate``: a generator of images from a pair, resumed where it was killed, and drawn from."""
+
+import json
+import signal
+import sys
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import penult
+from penult.cli import app
+from penult.data import digits, read
+from penult.demo.networks import DigitsNet
+from penult.generate import _cas
+
+NETS = '''
+import os
+import torch
+from torch import nn
+from penult.demo.networks import DigitsNet
+
+def net():
+    return DigitsNet(width=16)
+
+def seven():
+    return DigitsNet(classes=7, width=16)
+
+class Fragile(DigitsNet):
+    """Dies once it has seen as many batches of 50 images as it has been told."""
+
+    batches = 0
+
+    def forward(self, x):
+        self.batches += len(x) == 50
+        if self.batches == int(os.environ.get("DIES_AT", -1)):
+            raise KeyboardInterrupt if "BY_HAND" in os.environ else RuntimeError("the machine is gone")
+        return super().forward(x)
+
+def fragile():
+    return Fragile(width=16)
+
+class Normal(nn.Module):
+    """Takes images that were normalised by 0.25 and 0.5."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = DigitsNet(width=16)
+
+    def forward(self, x):
+        return self.net(x * 0.5 + 0.25)
+'''
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A classifier of digits after seconds of training."""
+    images = digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = DigitsNet(width=16)
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+        for rows in torch.randperm(1000).repeat(3).split(50):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images.images[rows]), images.labels[rows]).backward()
+            optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture
+def place(here, trained, monkeypatch):
+    """A classifier with its weights and pairs of two laws, and images with and without labels."""
+    monkeypatch.setattr(_cas, "_EPOCHS", 1)
+    monkeypatch.setattr(_cas, "_STEPS", 3)
+    (here / "gennets.py").write_text(NETS)
+    monkeypatch.delitem(sys.modules, "gennets", raising=False)
+    save_file(trained.state_dict(), here / "net.safetensors")
+    save_file({f"net.{name}": value for name, value in trained.state_dict().items()}, here / "normal.safetensors")
+    images = digits()
+    head = penult.find_head(trained, images.images[:16])
+    acts = penult.extract(penult.Tap(trained, head), [images.images[:1000]])
+    penult.GenerativePair(head, penult.Marginal.fit(head, acts, kind="bank")).save(here / "net.penult.safetensors")
+    penult.GenerativePair(head).save(here / "sphere.penult.safetensors")
+    arrays = {"images": images.images.numpy(), "labels": images.labels.numpy()}
+    numpy.savez(here / "data.npz", **{name: values[1000:1200] for name, values in arrays.items()})
+    numpy.savez(here / "val.npz", **{name: values[1600:1750] for name, values in arrays.items()})
+    numpy.savez(here / "unlabelled.npz", images=arrays["images"][1000:1200])
+    return here
+
+
+MODEL = ("--model", "gennets:net", "--weights", "net.safetensors")
+PAIR = ("generate", "net.penult.safetensors", *MODEL)
+FEW = ("--width", "32", "--latent", "4", "--batch-size", "50")
+DATA = (*PAIR, *FEW, "--images", "data.npz", "--val", "val.npz")
+
+
+def weights(folder):
+    return load_file(f"{folder}/generator.safetensors")
+
+
+def test_from_a_pair_to_pictures(penult_json, refused, place):
+    state = torch.get_rng_state()
+    facts = penult_json(*DATA, "--out", "run", "--epochs", "3", "--confident", "0.6")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (facts["images"], facts["judged_by"], facts["held_out"], facts["labels"]) == (200, 150, False, "given")
+    assert [each["epoch"] for each in facts["history"]] == [1, 2, 3]
+    assert facts["history"][-1]["val_loss"] < facts["history"][0]["val_loss"]
+    assert list(facts["metrics"]) == ["generated", "confident", "real"]
+    for row in facts["metrics"].values():
+        assert row["count"] == 150
+        assert None not in row.values()
+    assert facts["skipped"] == []
+    held = {path.name for path in (place / "run").iterdir()}
+    assert held == {"generator.safetensors", "index.html", "log.json", "settings.json", "checkpoints", "samples"}
+    names = sorted(path.name for path in (place / "run/samples").iterdir())
+    assert names == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
+    with Image.open("run/samples/epoch-0003.png") as sample:
+        assert (sample.mode, sample.size) == ("L", (8 * 58 + 2, 10 * 58 + 2))
+    page = (place / "run/index.html").read_text()
+    for words in ("Samples", "Between classes", "Editing", "class Fréchet", "with p(y|h) &gt; 0.6", "--judge gives"):
+        assert words in page
+
+    times = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")}
+    again = penult_json(*DATA, "--out", "run", "--epochs", "3", "--confident", "0.6")
+    assert again["was_complete"]
+    assert again["metrics"] == facts["metrics"]
+    assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")} == times
+    line = refused(*DATA, "--out", "run", "--epochs", "3", "--beta", "2")
+    assert "run holds another generator: beta is 1.0 there and 2.0 now" in line
+    assert "--overwrite" in line
+
+    before = weights("run")
+    told = penult_json(*DATA, "--out", "run", "--epochs", "3")  # told anew, without another training
+    assert list(told["metrics"]) == ["generated", "real"]
+    assert told["history"] == facts["history"]
+    assert told["metrics"]["generated"] == facts["metrics"]["generated"]
+    assert all(torch.equal(value, before[name]) for name, value in weights("run").items())
+    anew = penult_json(*DATA, "--out", "run", "--epochs", "1", "--overwrite")
+    assert len(anew["history"]) == 1
+    assert [path.name for path in (place / "run/samples").iterdir()] == ["epoch-0001.png"]
+
+    facts = penult_json("generate", "run", "--class", "7", "-n", "5", "-o", "seven.png")
+    assert (facts["images"], facts["classes"], facts["shape"]) == (5, [7], [1, 8, 8])
+    with Image.open("seven.png") as drawn:
+        assert (drawn.mode, drawn.size) == ("L", (3 * 58 + 2, 2 * 58 + 2))
+        assert drawn.getpixel((0, 0)) == drawn.getpixel((58, 30)) == 255
+    penult_json("generate", "run/generator.safetensors", "-o", "all.png")
+    with Image.open("all.png") as drawn:
+        assert drawn.size == (8 * 58 + 2, 10 * 58 + 2)
+    penult_json("generate", "run", "--class", "3", "--class", "1", "-n", "2", "-o", "some.npz", "--confident", "0.5")
+    dataset = read("some.npz")
+    assert dataset.labels.tolist() == [3, 3, 1, 1]
+    images = dataset.load().images
+    made = penult.generate.load("run/generator.safetensors")
+    wanted = made.generate(torch.tensor([3, 3, 1, 1]), 0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(images, wanted)
+    penult_json("generate", "run", "--class", "3", "-n", "2", "-o", "other.npz", "--seed", "1")
+    assert not torch.equal(read("other.npz").load().images, images[:2])
+
+    (place / "run/generator.safetensors").unlink()
+    assert "run holds a training that was stopped" in refused("generate", "run", "-o", "x.png")
+
+
+FRAGILE = ("generate", "net.penult.safetensors", "--model", "gennets:fragile", "--weights", "net.safetensors", *FEW)
+
+
+@pytest.mark.parametrize("way", ["error", "hand"])
+@pytest.mark.parametrize("condition", ["activation", "label"])
+def test_a_run_that_was_killed(penult_json, refused, place, monkeypatch, condition, way):
+    if (way, condition) == ("hand", "label"):
+        pytest.skip("once is enough")
+    handler = signal.getsignal(signal.SIGINT)
+    command = (*FRAGILE, "--images", "data.npz", "--condition", condition, "--consistency", "3", "--epochs", "4")
+    whole = penult_json(*command, "--out", "whole")
+    # An epoch of 180 images has three batches of 50; the classifier sees images, if it has to, and what comes of them.
+    monkeypatch.setenv("DIES_AT", "14" if condition == "activation" else "8")
+    if way == "hand":
+        monkeypatch.setenv("BY_HAND", "1")
+    line = refused(*command, "--out", "run")
+    signal.signal(signal.SIGINT, handler)
+    expected = "the machine is gone" if way == "error" else "interrupted after epoch 2 of 4; the same command continues"
+    assert expected in line
+    monkeypatch.delenv("DIES_AT")
+    assert not (place / "run/generator.safetensors").exists()
+    assert "a training that was stopped" in refused("generate", "run", "-o", "x.png")
+    assert "rate is 0.001 there and 0.01 now" in refused(*command, "--out", "run", "--rate", "0.01")
+    resumed = penult_json(*command, "--out", "run")
+    assert resumed["resumed_after_epochs"] == 2
+    assert resumed["history"] == whole["history"]
+    a, b = weights("whole"), weights("run")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert resumed["metrics"] == whole["metrics"]
+    for name in ("epoch-0001.png", "epoch-0002.png", "epoch-0004.png"):
+        assert (place / "run/samples" / name).read_bytes() == (place / "whole/samples" / name).read_bytes()
+
+
+def test_images_without_labels_and_a_tenth_of_them_held_out(place):
+    done = CliRunner().invoke(app, [*PAIR, *FEW, "--images", "unlabelled.npz", "--out", "run", "--epochs", "1"])
+    assert done.exit_code == 0, done.output
+    assert "20 of 200 images are held out" in done.output
+    assert "the held-out images have no labels: they have those that the judge gives them" in done.output
+    assert "biased in favour of the generator" in done.output
+    facts = json.loads((place / "run/log.json").read_text())
+    assert (facts["images"], facts["judged_by"], facts["labels"]) == (180, 20, "judge")
+    assert facts["skipped"]  # 20 images are too few for some classes
+    assert all(reason in done.output for reason in facts["skipped"])
+    assert 0 <= facts["metrics"]["generated"]["accuracy"] <= 1
+    assert "have no labels" in (place / "run/index.html").read_text()
+
+
+def test_too_few_images_for_any_other_figure_than_accuracy(penult_json, place):
+    images = digits()
+    numpy.savez("few.npz", images=images.images[:5].numpy(), labels=images.labels[:5].numpy())
+    facts = penult_json(*PAIR, *FEW, "--images", "data.npz", "--val", "few.npz", "--out", "run", "--epochs", "1")
+    assert set(facts["metrics"]) == {"generated"}
+    assert set(facts["metrics"]["generated"]) == {"accuracy", "count"}
+    assert any("nothing but accuracy" in reason for reason in facts["skipped"])
+
+
+def test_a_law_that_was_not_fitted_is_warned_of(place):
+    command = ["generate", "sphere.penult.safetensors", *MODEL, *FEW, "--images", "data.npz", "--out", "run"]
+    done = CliRunner().invoke(app, [*command, "--epochs", "1", "--val", "val.npz", "--json"])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("penult: warning")]
+    assert "penult extract gennets:net data.npz --out acts/" in line
+    assert "penult fit acts/ --base mixture --out" in line
+    json.loads(done.stdout)
+
+
+def test_mean_and_std_are_for_classifier_and_judge_alone(penult_json, place):
+    plain = penult_json(*DATA, "--out", "plain", "--epochs", "1", "--judge", "gennets:net", "--judge-weights",
+                        "net.safetensors")  # fmt: skip
+    assert plain["judge"] == "gennets:net"
+    assert "biased" not in (place / "plain/index.html").read_text()
+    command = ("generate", "net.penult.safetensors", "--model", "gennets:Normal", "--weights", "normal.safetensors")
+    command = (*command, *FEW, "--images", "data.npz", "--val", "val.npz", "--mean", "0.25", "--std", "0.5")
+    normal = penult_json(*command, "--out", "normal", "--epochs", "1", "--path", "net.fc")
+    for name in ("loss", "val_loss"):
+        assert normal["history"][0][name] == pytest.approx(plain["history"][0][name], rel=1e-4)
+    assert normal["metrics"]["real"]["accuracy"] == plain["metrics"]["real"]["accuracy"] > 0.6
+
+
+def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
+    images = digits()
+    names = ["$5 $6", "<script>alert(1)<x>", *(f"class {y}" for y in range(2, 9)), "a" * 60]
+    for y, name in enumerate(sorted(names)):
+        (place / "folder" / name).mkdir(parents=True)
+        for i, row in enumerate((images.labels == y).nonzero().flatten()[:6].tolist()):
+            pixels = (images.images[row, 0] * 255).byte().numpy()
+            Image.fromarray(pixels).save(place / "folder" / name / f"{i}.png")
+    penult_json(*PAIR, *FEW, "--images", "folder", "--out", "run", "--epochs", "1")
+    page = (place / "run/index.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "$5 $6" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "net.penult.safetensors", "--images", "data.npz"), "--model is needed"),
+        (PAIR, "--images is needed"),
+        ((*PAIR, "--images", "gone.npz"), "no file gone.npz"),
+        ((*DATA, "--class", "3", "-n", "2"), "--class, --count go with drawing"),
+        ((*DATA, "--judge-weights", "net.safetensors"), "--judge-weights goes with --judge"),
+        ((*DATA, "--judge", "gennets:gone"), "--judge 'gennets:gone'"),
+        ((*DATA, "--judge", "gennets:seven"), "--judge gennets:seven has 7 classes, but the head has 10"),
+        ((*DATA, "--judge", "gennets:net", "--judge-weights", "gone"), "--judge-weights gone does not exist"),
+        ((*DATA, "--confident", "2"), "confident must be a probability"),
+        ((*DATA, "--confident", "0.9999999"), "the highest was"),
+        ((*DATA, "--beta", "0"), "beta"),
+        ((*DATA, "--consistency", "-1"), "consistency"),
+        ((*DATA, "--mean", "0.5,0.5,0.5"), "the images have 1 channels"),
+        ((*DATA, "--mode", "RGB"), "images of shape (16, 3, 8, 8)"),
+        ((*DATA, "--device", "nowhere"), "--device 'nowhere'"),
+        ((*PAIR, "--images", "data.npz", "--val", "small.npz"), "of --val small.npz are of shape (1, 4, 4)"),
+        ((*PAIR, "--images", "unlabelled.npz", "--condition", "label"), "--condition label needs labels"),
+        (("generate", "other.penult.safetensors", *MODEL, "--images", "data.npz"), "is not that of gennets:net"),
+        (("generate", "gone.safetensors", *MODEL, "--images", "data.npz"), "SOURCE gone.safetensors does not exist"),
+        (("generate", "pickled.pth", *MODEL, "--images", "data.npz"), "never unpickles"),
+        (("generate", "empty", *MODEL, "--images", "data.npz"), "empty holds no generator"),
+    ],
+)
+def test_bad_input_to_train_on(refused, place, arguments, words):
+    penult.GenerativePair(penult.Head(torch.randn(10, 16))).save("other.penult.safetensors")
+    numpy.savez("small.npz", images=numpy.zeros((20, 4, 4)))
+    (place / "empty").mkdir()
+    assert words in refused(*arguments, "--out", "x")
+    assert not (place / "x").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(refused, place):
+    (place / "other").mkdir()
+    (place / "other/settings.json").write_text('{"kind": "soft"}')  # of a distillation
+    assert "other holds other files, and no generator" in refused(*DATA, "--out", "other", "--overwrite")
+    assert "becomes the folder of a training" in refused(*DATA, "--out", "x.png")
+    assert "becomes a folder" in refused(*DATA, "--out", "x.npz")
+
+
+def test_bad_input_to_draw_from(refused, place):
+    pair = penult.load("net.penult.safetensors")
+    vae = penult.generate.ActivationVAE(pair, None, (2, 8, 8), condition="label")
+    vae.save("two.safetensors")
+    for arguments, words in (
+        (("--model", "gennets:net", "--epochs", "3"), "--model, --epochs go with training, but two.safetensors"),
+        (("--class", "10"), "label 10 is out of range: the head has 10 classes"),
+        (("--confident", "1"), "confident must be a probability"),
+        (("--class", "1"), "images of 2 channels make no picture"),
+        (("--class", "1", "-n", "100000"), "make no picture"),
+    ):
+        assert words in refused("generate", "two.safetensors", "-o", "x.png", *arguments)
+    assert "a grid, name.png, or to arrays, name.npz" in refused("generate", "two.safetensors", "-o", "x.jpg")
+    assert not list(place.glob("x*"))
+
+
+def test_help_shows_how():
+    page = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "120"}).output
+    assert "penult generate run/ --class 7 -n 64 -o grid.png" in page
