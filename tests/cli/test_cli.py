@@ -19,9 +19,10 @@ def test_version_and_help():
 
 
 def test_demo_prints_and_returns_json(tmp_path, monkeypatch):
-    from penult.demo import classifier
+    from penult.demo import classifier, generate
 
-    monkeypatch.setattr(classifier, "_EPOCHS", 3)
+    monkeypatch.setattr(classifier, "_EPOCHS", 8)
+    monkeypatch.setattr(generate, "_EPOCHS", 10)
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["identity"]["float64"] < 1e-9

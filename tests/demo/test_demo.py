@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import penult
+import penult.generate
 from penult import demo
 from penult.data import digits
 from penult.demo.networks import DigitsNet, DigitsStudent
@@ -100,6 +101,28 @@ def test_students_under_a_shift(finished):
         assert found[name]["gate"]["belief"] < 0.5 < found["no shift"]["gate"]["belief"]
 
 
+def test_images_of_every_class(finished):
+    found, test = finished.results["generate"], finished.test
+    chosen = finished.chosen
+    assert set(found) == {"bank", chosen, f"{chosen}, confident", "sphere without data", "real images"}
+    assert found["real images"]["accuracy"] > 0.95
+    assert found[chosen]["accuracy"] > 0.88
+    assert found[f"{chosen}, confident"]["accuracy"] > 0.93
+    for law in ("bank", chosen):  # by far: few images, one seed
+        assert found[law]["frechet"] < found["sphere without data"]["frechet"] / 2
+        assert found[law]["coverage"] > found["sphere without data"]["coverage"] + 0.15
+        assert found[law]["cas"] > 0.7
+    page = (finished.out / "index.html").read_text()
+    assert all(f"{facts['frechet']:.3g}" in page for facts in found.values())
+
+    vae = penult.generate.load(finished.out / "digits-generator.safetensors")  # no classifier, no data
+    y = torch.arange(10).repeat_interleave(20)
+    drawn = vae.generate(y, confident=0.9, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (200, *test.images.shape[1:])
+    with torch.no_grad():
+        assert float((finished.model(drawn).argmax(-1) == y).double().mean()) > 0.9
+
+
 def test_the_page_is_whole_and_loads_nothing(finished):
     page = (finished.out / "index.html").read_text()
     for title in (
@@ -109,13 +132,14 @@ def test_the_page_is_whole_and_loads_nothing(finished):
         "Fitted without labels",
         "Which base",
         "A student under a domain shift",
+        "Images of every class, without labels",
         "One file, no model",
     ):
         assert title in page
-    assert page.count("<svg") >= 7
+    assert page.count("<svg") >= 10
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     names = sorted(p.name for p in finished.out.iterdir())
-    assert names == ["activations.png", "digits.penult.safetensors", "index.html"]
+    assert names == ["activations.png", "digits-generator.safetensors", "digits.penult.safetensors", "index.html"]
 
 
 def test_the_pair_is_read_without_the_model(finished):

@@ -101,9 +101,20 @@ def test_confident_draws_are_above_and_of_the_law_given_that(setting):
     assert ((drawn.mean(0) - expected).abs() < 5 * error + 1e-6).all()
 
 
+def test_rare_confident_draws_are_found_for_many_rows():
+    pair = penult.GenerativePair(penult.Head(0.01 * torch.eye(4)), penult.Sphere(1.0))
+    y = labels(50)
+    y[y > 3] = 3
+    p = pair.posterior(pair.given(torch.zeros(40_000, dtype=torch.long)).sample(generator=seeded())).probs[:, 0]
+    rare = float(p.sort().values[-40])  # one draw in a thousand
+    h = draw(pair, y, rare, seeded(1))
+    assert (pair.posterior(h).probs.gather(1, y[:, None]) > rare).all()
+    assert len(h.unique(dim=0)) == len(y)
+
+
 def test_confidence_that_no_draw_reaches_is_an_error(setting):
     pair = penult.GenerativePair(penult.Head(0.01 * torch.eye(4)), penult.Sphere(1.0))
-    with pytest.raises(ValueError, match=r"class 3 none has p\(y\|h\) > 0\.99.*the highest was"):
+    with pytest.raises(ValueError, match=r"class 3, 0 have p\(y\|h\) > 0\.99.*the highest was"):
         draw(pair, torch.tensor([3]), 0.99, seeded())
     for wrong in (1.0, -0.1, "high", float("nan")):
         with pytest.raises(ValueError, match="confident must be a probability"):

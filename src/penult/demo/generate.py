@@ -27,7 +27,7 @@ _EPOCHS = 60
 _BATCH = 64
 _EACH = 40  # images of a class that are judged
 _SHOWN = 12  # images of a class on the page
-_CONFIDENT = 0.95
+_CONFIDENT = 0.9
 _COLUMNS = {
     "accuracy": "accuracy", "frechet": "Fréchet", "class_frechet": "class Fréchet", "precision": "precision",
     "recall": "recall", "density": "density", "coverage": "coverage", "cas": "CAS", "nearness": "nearness",
@@ -82,7 +82,8 @@ def draw_images(job: Job) -> None:
         rows,
         caption=f"{_EACH} images a class beside {len(job.test.labels)} test images, in the features of a second "
         "network that had no part in making them. CAS: accuracy on test images of a network that was "
-        f"trained on the generated ones alone. Nearness: 0.5 is ideal, 1 is copying. Confident: activations with p(y|h) > {_CONFIDENT}.",
+        "trained on the generated ones alone. Nearness: 0.5 is ideal, 1 is copying. Confident: activations with "
+        f"p(y|h) > {_CONFIDENT}.",
     )
     y0, y1 = torch.tensor([3, 4, 1, 0]), torch.tensor([8, 9, 7, 6])
     ways = vae.interpolate(y0, y1, steps=_SHOWN, confident=_CONFIDENT, generator=job.generator(9))

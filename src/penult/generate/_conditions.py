@@ -15,7 +15,7 @@ __all__ = ["Standardizer", "check_share", "draw"]
 
 _DRAWS = 8192  # of the pair, for mean and scale
 _FLOOR = 0.1  # of the mean deviation: units that hardly move must not be blown up
-_TRIES = 4096  # draws for one activation that is confident enough
+_TRIES = 4096  # draws for one activation that is confident enough, on average
 _AT_ONCE = 1 << 16
 
 
@@ -101,31 +101,38 @@ def draw(
         (N, d).
 
     Raises:
-        ValueError: `confident` is no probability, or no draw of a class comes up to it.
+        ValueError: `confident` is no probability, or hardly a draw of a class comes up to it.
     """
     h = pair.given(y).sample(generator=generator)
     if confident is None:
         return h
     check_share("confident", confident)
     sure = _posterior(pair, h, y) > confident
-    pending, tried = (~sure).nonzero().flatten(), 1
-    best = torch.zeros(pair.head.num_classes, device=h.device)
+    pending = (~sure).nonzero().flatten()
+    tried = torch.ones(pair.head.num_classes, device=h.device)
+    kept, best = torch.zeros_like(tried), torch.zeros_like(tried)
     while len(pending):
         repeats = max(1, min(64, _AT_ONCE // len(pending)))
         classes = y[pending].repeat_interleave(repeats)
         drawn = pair.given(classes).sample(generator=generator)
         p = _posterior(pair, drawn, classes)
+        tried += torch.bincount(classes, minlength=len(tried))
         best.scatter_reduce_(0, classes, p.to(best), "amax")
-        good = (p > confident).view(-1, repeats)
-        found = good.any(1)
-        first = good.int().argmax(1)
-        h[pending[found]] = drawn.view(-1, repeats, h.shape[-1])[found, first[found]]
-        pending, tried = pending[~found], tried + repeats
-        if len(pending) and tried > _TRIES:
-            worst = int(y[pending[0]])
+        good = p > confident
+        kept += torch.bincount(classes[good], minlength=len(kept))
+        for label in y[pending].unique():  # draws of a class are alike, so that any of them serves any of its rows
+            rows, picks = pending[y[pending] == label], (good & (classes == label)).nonzero().flatten()
+            filled = min(len(rows), len(picks))
+            h[rows[:filled]] = drawn[picks[:filled]]
+            sure[rows[:filled]] = True
+        pending = pending[~sure[pending]]
+        rare = (tried > _TRIES * (kept + 1))[y[pending]]
+        if bool(rare.any()):
+            worst = int(y[pending[rare][0]])
             raise ValueError(
-                f"of {tried} draws for an activation of class {worst} none has p(y|h) > {confident}; the highest was "
-                f"{float(best[worst]):.3g}. Ask for less, or fit a base that puts activations where the head is sure"
+                f"of {int(tried[worst])} draws for class {worst}, {int(kept[worst])} have p(y|h) > {confident}; the "
+                f"highest was {float(best[worst]):.3g}. Ask for less, or fit a base that puts activations where the "
+                "head is sure"
             )
     return h
 
