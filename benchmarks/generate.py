@@ -5,7 +5,8 @@ each digit (`generate_setting.py`); then the same classifier, and unlabelled pic
 trained once for each classifier and seed, and draws from every law of activations. Baselines are the one-hot
 conditional autoencoder with the true labels, with the pseudo-labels of the classifier, with a hundred labels, and with
 the labels of a classifier that was trained on these hundred; and an unconditional one whose pictures the classifier
-labels. All have as many parameters and steps, and are trained by the same trainer.
+labels. All have as many parameters and steps, and are trained by the same trainer; how loud the label enters was chosen
+for the baseline as options were for penult.
 
 Each generator makes 500 pictures of each class, which an independent network judges beside the test pictures. Choices
 (``--share selection``) were made on other pictures, by that share alone; test pictures are looked at once for each
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 
 import penult
 import tables
-from generate_baselines import OneHotVAE, confident, fit, matched, parameters
+from generate_baselines import GAIN, OneHotVAE, confident, fit, matched, parameters
 from generate_setting import SETTINGS, Pictures, accuracy, classifier, evaluator, few, few_classifier, pictures
 from penult.generate import ActivationVAE, Judge
 from record import load, machine, short, versions, write
@@ -190,7 +191,8 @@ ALONE = ("one-hot, labels", "one-hot, 100 labels", "one-hot, labels of a 100-lab
 def runs(share: Share) -> Iterator[Run]:
     """All of them, first those that matter most."""
     if share == "selection":
-        yield from (Run("mnist", model, seed, seed) for model in ("vae", *TRIES) for seed in SEEDS)
+        models = "vae", *TRIES, "one-hot, labels", *GAINS
+        yield from (Run("mnist", model, seed, seed) for model in models for seed in SEEDS)
         return
     for setting in SETTINGS:
         for seed in SEEDS:
@@ -206,6 +208,12 @@ TRIES: dict[str, dict[str, Any]] = {
     "vae, consistency 30": {"consistency": 30.0},
     "vae, latent 32": {"latent": 32},
     "vae, beta 0.5": {"beta": 0.5},
+}
+GAINS = {  # of the baseline's label
+    "one-hot, labels, zeros and ones": None,
+    "one-hot, labels, gain 1": 1.0,
+    "one-hot, labels, gain 4": 4.0,
+    "one-hot, labels, gain 8": 8.0,
 }
 
 
@@ -293,7 +301,12 @@ def _baseline(run: Run, share: Share, data: Path, cache: Path) -> dict[str, Any]
     train = _labelled(run, setting, model, data, cache)
     classes = 0 if run.model.startswith("unconditional") else 10
     width = matched(SHAPE, 64, classes)
-    vae, seconds = fit(lambda: OneHotVAE(SHAPE, classes, width), *train, steps=STEPS[run.setting], seed=run.seed)
+    vae, seconds = fit(
+        lambda: OneHotVAE(SHAPE, classes, width, gain=GAINS.get(run.model, GAIN)),
+        *train,
+        steps=STEPS[run.setting],
+        seed=run.seed,
+    )
     generator = torch.Generator().manual_seed(run.seed)
     y = torch.arange(10).repeat_interleave(EACH)
 
@@ -314,7 +327,7 @@ def _labelled(run: Run, setting: Any, model: nn.Module, data: Path, cache: Path)
         return few(setting, run.seed, data)
     if run.model == "one-hot, labels of a 100-label classifier":
         model = few_classifier(setting, run.seed, data, cache)
-    elif run.model == "one-hot, labels":
+    elif run.model == "one-hot, labels" or run.model in GAINS:
         return train
     with torch.no_grad():
         said = torch.cat([model(part).argmax(-1) for part in train.images.split(1000)])
