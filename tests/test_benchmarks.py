@@ -80,6 +80,20 @@ def test_committed_extraction():
     assert memory["data_mib"] > 1.5 * memory["extract, 10 N"]  # which the data would not have fitted in
 
 
+def test_committed_generation():
+    sections = committed("generate")["sections"]
+    assert set(sections) == {"selection", "test"}
+    cells = sections["test"]["cells"]
+    assert set(cells["mnist/vae"]) == set(cells["mnist-usps/vae"]) == {"0-0", "0-1", "1-0", "1-1"}
+    sizes = [run["parameters"] for cell in cells.values() for run in cell.values()]
+    assert max(sizes) < 1.01 * min(sizes)  # as many for baselines
+    for cell in cells.values():
+        for run in cell.values():
+            for row in run["rows"].values():
+                assert 0 <= row["accuracy"] <= 1
+                assert row["frechet"] > sections["test"]["references"]["mnist"]["row"]["frechet"]
+
+
 # --- a run of one's own -------------------------------------------------------------------------------------
 
 
@@ -121,7 +135,17 @@ def test_bad_arguments():
 
 
 def test_help():
-    for script in ("vmf.py", "extract.py", "families.py", "networks.py", "realism.py", "tables.py"):
+    scripts = (
+        "vmf.py",
+        "extract.py",
+        "families.py",
+        "networks.py",
+        "realism.py",
+        "distill.py",
+        "generate.py",
+        "tables.py",
+    )
+    for script in scripts:
         outcome = run(script, "--help")
         assert outcome.returncode == 0
         assert f"python benchmarks/{script}" in outcome.stdout
