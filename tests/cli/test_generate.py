@@ -221,6 +221,22 @@ def test_too_few_images_for_any_other_figure_than_accuracy(penult_json, place):
     assert any("nothing but accuracy" in reason for reason in facts["skipped"])
 
 
+def test_a_training_that_diverges_ends_with_one_line(refused, place):
+    line = refused(*DATA, "--out", "run", "--epochs", "2", "--rate", "1e9")
+    assert "diverged" in line
+    assert not (place / "run/generator.safetensors").exists()
+
+
+def test_a_class_without_images_to_judge_by_does_no_harm(penult_json, place):
+    images = digits()
+    kept = images.labels[1600:1750] != 9
+    arrays = {"images": images.images[1600:1750][kept].numpy(), "labels": images.labels[1600:1750][kept].numpy()}
+    numpy.savez("nine.npz", **arrays)
+    facts = penult_json(*PAIR, *FEW, "--images", "data.npz", "--val", "nine.npz", "--out", "run", "--epochs", "1")
+    assert set(facts["metrics"]) == {"generated", "real"}
+    assert facts["skipped"] == []
+
+
 def test_a_law_that_was_not_fitted_is_warned_of(place):
     command = ["generate", "sphere.penult.safetensors", *MODEL, *FEW, "--images", "data.npz", "--out", "run"]
     done = CliRunner().invoke(app, [*command, "--epochs", "1", "--val", "val.npz", "--json"])

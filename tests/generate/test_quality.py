@@ -617,7 +617,8 @@ def test_generated_images_that_are_refused(judge, change, message):
         (lambda real, **_: {"real": 3}, TypeError, "real is a int; it must be"),
         (lambda real, **_: {"real": []}, ValueError, "real is a data set without a single image"),
         (lambda real, **_: {"real": [(real[0][0], 0), (real[0][1, :, :, :4], 1)]}, ValueError, "image 1 of real is of"),
-        (lambda real, **_: {"real": (real[0], real[1].clamp(max=1))}, ValueError, "go up to 1, but .* has 3 classes"),
+        (lambda real, **_: {"real": (real[0], real[1].clamp(max=1))}, None, ""),
+        (lambda real, **_: {"real": [{"image": real[0][0]}]}, TypeError, "a data set of dict"),
         (lambda real, **_: {"real": (real[0], real[1] + 1)}, ValueError, r"real: labels\[2\] is 3"),
         (lambda real, **_: {"real": (real[0], (real[1] > 0).long() * 2)}, None, ""),
         (lambda real, **_: {"real": (real[0][:4], real[1][:4])}, ValueError, r"real has fewer than 2 .* \[1, 2\]"),
@@ -647,6 +648,13 @@ def test_classes_that_real_images_lack_are_refused():
     judge = Judge(flat(), (real[labels != 1], labels[labels != 1]), cas=False)
     with pytest.raises(ValueError, match=r"real has fewer than 2 images of the classes \[1\]"):
         judge(*blobs(90, 3))
+
+
+def test_training_images_of_a_class_that_is_not_judged_may_be_single():
+    (real, labels), (train, known) = blobs(90, 1), blobs(90, 2)
+    keep = (known != 2) | ((known == 2).cumsum(0) == 1)
+    judge = Judge(flat(), (real[labels != 2], labels[labels != 2]), (train[keep], known[keep]), cas=False)
+    assert judge.reference.accuracy == 1.0
 
 
 def test_halves_that_are_too_small_are_refused():

@@ -400,6 +400,8 @@ def test_another_law_for_the_same_networks(trained, setting):
     assert other.decoder is trained.decoder
     assert right(setting, other.generate(y, generator=seeded()), y) > 0.7
     assert trained.pair is setting.bank
+    assert other.history == trained.history
+    assert other.history is not trained.history
     with pytest.raises(ValueError, match="activations mean other things"):
         trained.with_pair(penult.GenerativePair(penult.Head(torch.eye(3))))
     with pytest.raises(TypeError, match=r"not a penult\.GenerativePair"):
@@ -423,6 +425,54 @@ def test_preprocessing_stands_before_the_classifier(setting):
     head = penult.find_head(model, setting.images[:8])
     vae = make(setting, tap=penult.Tap(model, head), preprocess=Normalize())
     torch.testing.assert_close(vae.activations(setting.images[:9]), setting.tap(setting.images[:9])[0].detach())
+
+
+def test_casts_reach_what_is_trained_alone(setting):
+    vae = make(setting).double()
+    assert {p.dtype for p in vae.decoder.parameters()} == {torch.float64}
+    assert {p.dtype for p in setting.model.parameters()} == {torch.float32}
+    y = labels(1)
+    assert vae.generate(y, reject=False, generator=seeded()).dtype == torch.float64
+    assert vae.edit(setting.images[:3], 4, generator=seeded()).shape == (3, *SHAPE)
+    setting.bank.sample((3,), generator=seeded())
+
+
+def test_training_in_half_precision_leaves_the_classifier_as_it_was(setting):
+    before = {name: value.clone() for name, value in setting.model.state_dict().items()}
+    vae = fit(make(setting, consistency=3.0), setting.images, epochs=2, precision="bf16-true")
+    assert {p.dtype for p in vae.decoder.parameters()} == {torch.bfloat16}
+    assert vae.history[1]["loss"] < vae.history[0]["loss"]
+    for name, value in setting.model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_classifiers_of_other_precisions(setting, dtype):
+    model = copy.deepcopy(setting.model).to(dtype)
+    tap = penult.Tap(model, penult.find_head(model, setting.images[:8].to(dtype)))
+    vae = make(setting, tap=tap)
+    h = setting.tap(setting.images[:9])[0].detach()
+    torch.testing.assert_close(vae.activations(setting.images[:9]), h, rtol=0.05, atol=0.1)
+    assert vae.reconstruct(setting.images[:9]).dtype == torch.float32
+
+
+def test_many_images_are_shown_in_parts(setting):
+    seen = []
+    handle = setting.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    try:
+        make(setting).reconstruct(setting.images[:1].expand(1201, -1, -1, -1))
+    finally:
+        handle.remove()
+    assert seen == [500, 500, 201]
+
+
+def test_a_module_that_preprocesses_is_left_as_it_was(setting):
+    noisy = nn.Sequential(nn.BatchNorm2d(1, affine=False), nn.Dropout(0.9))
+    vae = make(setting, preprocess=noisy)
+    assert torch.equal(vae.reconstruct(setting.images[:9]), vae.reconstruct(setting.images[:9]))
+    assert noisy[0].num_batches_tracked == 0
+    assert noisy[1].training
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -513,6 +563,27 @@ def test_wrong_images_are_named(setting, trained):
             fit(make(setting), images, epochs=1)
         with pytest.raises(ValueError, match=message):
             trained.reconstruct(images[:2])
+
+
+def test_images_that_turn_wrong_later_in_the_first_epoch_are_named(setting):
+    images = setting.images.clone()
+    images[-1] = float("nan")
+    with pytest.raises(ValueError, match="images go from nan"):
+        fit(make(setting), images, epochs=1)
+
+
+def test_a_training_that_diverges_is_an_error(setting):
+    vae = make(setting, rate=1e9)
+    with pytest.raises(ValueError, match=r"the training diverged in epoch \d+: .*smaller rate"):
+        fit(vae, setting.images, epochs=3)
+    assert all(torch.tensor(list(figures.values())).isfinite().all() for figures in vae.history)
+
+
+def test_labels_of_a_wrong_shape_are_named(setting, trained):
+    with pytest.raises(ValueError, match=r"y has shape \(3,\); give one label, or one for each of 4 images"):
+        trained.edit(setting.images[:4], torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"labels are of shape \(64, 1\)"):
+        fit(make(setting, condition="label"), setting.images, setting.labels[:, None], epochs=1)
 
 
 def test_a_classifier_of_another_head_is_refused(setting):

@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 from penult import io
 from penult.activations import Tap, extract
 from penult.activations._resume import checksum
+from penult.bases import Gaussian, Sphere
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
 from penult.cli.generation_told import (
@@ -304,12 +305,12 @@ def _made(
 ) -> ActivationGenerator:
     """The generator before its training, after a look at whether it can give what is asked for."""
     activations = None
-    if not pair.base.info.needs_data:
+    if isinstance(pair.base, Sphere | Gaussian):
         certificate = tap.head.certificate
         rectified = " --pre-activation" if certificate is not None and certificate.rectified else ""
         warnings.warn(
-            f"{order.source} has a law that was not fitted to activations ({pair.base}), of which images will be "
-            f"poor. A law that works: penult extract {order.model} {order.images} --out acts/{rectified}, and then "
+            f"{order.source} has a law of which images will be poor ({pair.base}): its draws are not like activations. "
+            f"A law that works: penult extract {order.model} {order.images} --out acts/{rectified}, and then "
             "penult fit acts/ --base mixture --out pair.penult.safetensors",
             UserWarning,
             stacklevel=2,

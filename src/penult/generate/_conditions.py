@@ -139,7 +139,7 @@ def draw(
 
 def check_share(name: str, value: float) -> None:
     """Raise unless a number can be a probability to be exceeded."""
-    if not isinstance(value, int | float) or not 0 <= value < 1:
+    if not (hasattr(value, "__float__") and 0 <= float(value) < 1):
         raise ValueError(f"{name} must be a probability from 0 to below 1, got {value!r}")
 
 

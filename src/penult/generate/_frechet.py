@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penult.head._checks import check_finite
+
 __all__ = ["Normal", "frechet_distance"]
 
 
@@ -56,7 +58,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         y: Rows (M, d), M ≥ 2.
 
     Raises:
-        ValueError: The shapes do not fit, or there are fewer than two rows.
+        ValueError: The shapes do not fit, there are fewer than two rows, or numbers are not finite.
 
     Example:
         >>> x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -65,4 +67,6 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(f"x and y must be rows (N, d) and (M, d), N, M >= 2; got {tuple(x.shape)}, {tuple(y.shape)}")
+    for name, rows in (("x", x), ("y", y)):
+        check_finite(name, rows)
     return Normal.of(x).distance(Normal.of(y))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from penult.activations import Activations, Tap
 from penult.bases import Base
 from penult.generate._conditions import Standardizer, draw
 from penult.generate._networks import check_image_shape
-from penult.generate._sight import Sight
+from penult.generate._sight import Sight, moving
 from penult.head._checks import check_positive
 from penult.head._model import untouched
 from penult.pair import GenerativePair, from_parts, to_parts
@@ -28,13 +29,13 @@ except ImportError as error:
         'generators of penult.generate need lightning: pip install "penult[train]"', name=error.name
     ) from error
 
-__all__ = ["KIND", "ActivationGenerator", "Condition"]
+__all__ = ["AT_ONCE", "KIND", "ActivationGenerator", "Condition"]
 
 Condition = Literal["activation", "label"]
 Self = TypeVar("Self", bound="ActivationGenerator")
 
 KIND = "generator"  # of files
-_AT_ONCE = 500  # images decoded at a time
+AT_ONCE = 500  # images that a network is shown
 _CANDIDATES = 256  # draws of a class that an edited image may go to
 _ROUNDS = 100  # tries for an image that the classifier puts into its class
 _RECORD = "penult"  # the entry of a checkpoint
@@ -210,7 +211,10 @@ class ActivationGenerator(LightningModule, ABC):
         """
         self._check_images(x)
         x = x.to(self.standardize.mean)
-        classes = torch.as_tensor(y, device=x.device).expand(len(x))
+        labels = torch.as_tensor(y, device=x.device)
+        if labels.shape not in ((), (len(x),)):
+            raise ValueError(f"y has shape {tuple(labels.shape)}; give one label, or one for each of {len(x)} images")
+        classes = labels.expand(len(x))
         amount = torch.as_tensor(strength, device=x.device).to(x)
         if amount.dim() > 1:
             raise ValueError(f"strength has shape {tuple(amount.shape)}; it is a number, or a tensor (S,)")
@@ -241,7 +245,7 @@ class ActivationGenerator(LightningModule, ABC):
         return torch.randn(count, self.latent, dtype=mean.dtype, device=mean.device, generator=generator)
 
     def with_pair(self: Self, pair: GenerativePair) -> Self:
-        """The same networks with another law of activations, such as one of another base.
+        """The same networks, no copies, with another law of activations, such as one of another base.
 
         Raises:
             TypeError: `pair` is no pair.
@@ -256,6 +260,7 @@ class ActivationGenerator(LightningModule, ABC):
             )
         other = type(self).__new__(type(self))
         other.__dict__ = dict(self.__dict__)
+        other.history = list(self.history)
         other._modules = {**self._modules, "pair": pair}
         return other
 
@@ -343,9 +348,14 @@ class ActivationGenerator(LightningModule, ABC):
     def on_train_epoch_end(self) -> None:
         """Keep the figures of the epoch."""
         logged = self.trainer.callback_metrics
-        figures: dict[str, float] = {"epoch": self.current_epoch + 1}
         fresh = (name for name in logged if name != "val_loss" or self._validated)  # Lightning keeps old figures
-        self.history.append(figures | {name: float(logged[name]) for name in fresh})
+        figures: dict[str, float] = {name: float(logged[name]) for name in fresh}
+        if strange := {name: value for name, value in figures.items() if not math.isfinite(value)}:
+            raise ValueError(
+                f"the training diverged in epoch {self.current_epoch + 1}: {strange}. Take a smaller rate; what it was "
+                "before is in the last checkpoint, if there is one"
+            )
+        self.history.append({"epoch": self.current_epoch + 1} | figures)
         self._validated = False
 
     def on_validation_epoch_end(self) -> None:
@@ -370,19 +380,21 @@ class ActivationGenerator(LightningModule, ABC):
         named = (*self.named_parameters(), *self.named_buffers())
         return [name for name, _ in named if name.startswith(_OUTSIDE)]
 
-    def read_batch(self, batch: Any, first: bool) -> tuple[Tensor, Tensor]:
+    def read_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Images of a batch and the activations that they are conditioned on."""
         held = batch if isinstance(batch, list | tuple) else (batch,)
         images = held[0] if held else None
         if not isinstance(images, Tensor):
             raise ValueError(f"a batch is a {type(batch).__name__}; expected images, or (images, labels)")
-        if first:
+        if batch_idx == 0 or self.current_epoch == 0:  # later epochs show the same images
             self._check_images(images)
         images = images.to(self.standardize.mean)
         if self.condition == "activation":
             return images, self.activations(images)
         if len(held) < 2 or not isinstance(held[1], Tensor):
             raise ValueError("with condition='label' batches are (images, labels); these have no labels")
+        if held[1].shape != (len(images),):
+            raise ValueError(f"labels are of shape {tuple(held[1].shape)}; expected ({len(images)},), one an image")
         return images, draw(self.pair, held[1]).to(images)
 
     def agreement(self, images: Tensor, h: Tensor) -> Tensor:
@@ -398,6 +410,17 @@ class ActivationGenerator(LightningModule, ABC):
     def _log(self, name: str, value: Tensor, count: int) -> None:
         self.log(name, value.detach(), on_step=False, on_epoch=True, batch_size=count, sync_dist=True, prog_bar=True)
 
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts are for what is trained: the pair moves with it, and keeps its precision, as the classifier does."""
+        whole = self._modules
+        self.pair._apply(moving(fn), recurse)
+        try:
+            self._modules = {name: module for name, module in whole.items() if name != "pair"}
+            super()._apply(fn, recurse)
+        finally:
+            self._modules = whole
+        return self
+
     def _core(self) -> nn.Module:
         return nn.ModuleList([getattr(self, name) for name in self.networks])
 
@@ -408,7 +431,7 @@ class ActivationGenerator(LightningModule, ABC):
     def _decoded(self, z: Tensor, h: Tensor) -> Tensor:
         h = h.to(z)
         with untouched(self._core()):
-            parts = [self.decode(*both) for both in zip(z.split(_AT_ONCE), h.split(_AT_ONCE), strict=True)]
+            parts = [self.decode(*both) for both in zip(z.split(AT_ONCE), h.split(AT_ONCE), strict=True)]
         return torch.cat(parts) if parts else z.new_empty(0, *self.image_shape)
 
     def _misread(self, images: Tensor, y: Tensor) -> Tensor:

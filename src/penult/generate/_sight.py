@@ -13,7 +13,7 @@ from penult.activations import Tap
 from penult.head import Head
 from penult.head._model import evaluating, untouched
 
-__all__ = ["Sight"]
+__all__ = ["Sight", "moving"]
 
 _AT_ONCE = 500
 
@@ -22,8 +22,8 @@ _AT_ONCE = 500
 class Sight(nn.Module):
     """A classifier that images in [0, 1] are shown to, or none, which is an error once an image has to be seen.
 
-    It always runs in eval mode. Its flags, buffers, gradients and the random states are left as they were, and no
-    `train` reaches it.
+    It always runs in eval mode, in its own precision. Its flags, buffers, gradients and the random states are left as
+    they were; no `train` and no cast reaches it, but a move to another device does.
 
     Args:
         tap: The classifier, or None.
@@ -56,22 +56,29 @@ class Sight(nn.Module):
         """Leave all flags as they are."""
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sight:
+        super()._apply(moving(fn), recurse)
+        return self
+
     @torch.no_grad()
     def activations(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to h (B, d)."""
-        with untouched(self.needed("to see images with").model):
-            return self._see(x)[0]
+        self.needed("to see images with")
+        with untouched(self._models()):
+            return torch.cat([self._see(part)[0] for part in x.split(_AT_ONCE)])
 
     @torch.no_grad()
     def answers(self, x: Tensor) -> Tensor:
         """The classes that images (B, C, H, W) are put into, (B,)."""
-        with untouched(self.needed("to reject images by").model):
+        self.needed("to reject images by")
+        with untouched(self._models()):
             return torch.cat([self._see(part)[1] for part in x.split(_AT_ONCE)]).argmax(-1)
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to h (B, d), with gradients for the images and none for the classifier."""
-        tap = self.needed("for feature consistency")
-        with evaluating(tap.model), _frozen(tap):
+        self.needed("for feature consistency")
+        models = self._models()
+        with evaluating(models), _frozen(models):
             return self._see(x)[0]
 
     def needed(self, why: str) -> Tap:
@@ -87,16 +94,33 @@ class Sight(nn.Module):
             )
         return self.tap
 
+    def _models(self) -> nn.Module:
+        """All that images pass through."""
+        assert self.tap is not None
+        return nn.ModuleList([part for part in (self.tap.model, self.preprocess) if isinstance(part, nn.Module)])
+
     def _see(self, x: Tensor) -> tuple[Tensor, Tensor]:
         assert self.tap is not None
+        dtype = next((p.dtype for p in self.tap.model.parameters() if p.is_floating_point()), x.dtype)
+        wide = x.to(torch.promote_types(dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            h, logits = self.tap(x if self.preprocess is None else self.preprocess(x))
+            h, logits = self.tap((wide if self.preprocess is None else self.preprocess(wide)).to(dtype))
         if h.shape != (len(x), self._features):
             raise ValueError(
                 f"the classifier gives activations of shape {tuple(h.shape)} for {len(x)} images; expected "
                 f"({len(x)}, {self._features}), one row each"
             )
         return h, logits
+
+
+def moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function of a module's tensors without what it does to their precision."""
+
+    def move(tensor: Tensor) -> Tensor:
+        done = fn(tensor)
+        return done if done.dtype == tensor.dtype else tensor.to(done.device)
+
+    return move
 
 
 @contextmanager

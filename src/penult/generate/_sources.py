@@ -34,6 +34,10 @@ def read_source(name: str, source: Any) -> tuple[Tensor, Tensor | None]:
     if not len(source):
         raise ValueError(f"{name} is a data set without a single image")
     items = [source[i] for i in range(len(source))]
+    if not all(isinstance(item, Tensor | list | tuple) for item in items):
+        raise TypeError(
+            f"{name} is a data set of {type(items[0]).__name__}; its items must be images or (image, label)"
+        )
     images = [item if isinstance(item, Tensor) else item[0] for item in items]
     for i, image in enumerate(images):
         if not isinstance(image, Tensor) or image.shape != images[0].shape:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from penult.activations import Activations, Tap
-from penult.generate._generator import ActivationGenerator, Condition
+from penult.generate._generator import AT_ONCE, ActivationGenerator, Condition
 from penult.generate._networks import autoencoder
 from penult.head._checks import check_positive
 from penult.head._model import untouched
@@ -53,8 +53,9 @@ class ActivationVAE(ActivationGenerator):
     Args:
         pair: The law of activations that images are generated from. A :class:`~penult.Marginal` of activations of the
             images to train on, or of others like them, is what works.
-        tap: The classifier, ``penult.Tap(model, head)``. It is not trained, and left as it is. None with
-            ``condition="label"`` or for a generator that only generates.
+        tap: The classifier, ``penult.Tap(model, head)``. It is not trained, and left as it is; it
+            goes with the generator to another device, but no cast reaches it. None with ``condition="label"`` or for a
+            generator that only generates.
         image_shape: (C, H, W). Images are floats in [0, 1].
         condition: ``"activation"`` trains on h = tap(x); batches are images, labels behind them are not looked at.
             ``"label"`` trains on h ~ p(h|y), as the paper has it; batches are (images, labels).
@@ -179,11 +180,12 @@ class ActivationVAE(ActivationGenerator):
     def code_of(self, x: Tensor, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """The means of q(z|x, h) (B, latent)."""
         with untouched(self.encoder):
-            return self.encode(x, h)[0]
+            parts = zip(x.split(AT_ONCE), h.split(AT_ONCE), strict=True)
+            return torch.cat([self.encode(*part)[0] for part in parts])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch: images, alone or with labels behind them."""
-        images, h = self.read_batch(batch, first=batch_idx == 0)
+        images, h = self.read_batch(batch, batch_idx)
         figures = self._figures(images, h)
         for name, value in figures.items():
             self._log(name, value, len(images))
@@ -191,7 +193,7 @@ class ActivationVAE(ActivationGenerator):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The loss on a batch of other images."""
-        images, h = self.read_batch(batch, first=batch_idx == 0)
+        images, h = self.read_batch(batch, batch_idx)
         self._log("val_loss", self._figures(images, h)["loss"], len(images))
 
     def configure_optimizers(self) -> Any:
@@ -241,7 +243,7 @@ class ActivationVAE(ActivationGenerator):
         mean, log_variance = self.encode(images, h)
         mean, log_variance = mean.float(), log_variance.float()
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        pixels = self._pixels(z, h).float()
+        pixels, images = self._pixels(z.to(h), h).float(), images.float()
         if self.likelihood == "bernoulli":
             cross_entropy = F.binary_cross_entropy_with_logits(pixels, images, reduction="none")
             reconstruction = cross_entropy.flatten(1).sum(1).mean()

@@ -210,11 +210,6 @@ class Judge:
         self._tap = evaluator
         self._k = evaluator.head.num_classes
         known = self._checked_labels("real", labels, len(images))
-        if (implied := int(known.max()) + 1) != self._k:
-            raise ValueError(
-                f"the labels of real go up to {implied - 1}, but the evaluator has {self._k} classes: give an "
-                f"evaluator of {implied} classes, or real images of all of its own"
-            )
         counts = known.bincount(minlength=self._k)
         self._check_counts("real", counts, counts)
         self._train = None if train is None else self._training_images(train, counts)
@@ -288,7 +283,7 @@ class Judge:
         if labels is None:
             return _Seen(images, torch.full((len(images),), -1), *self._forward("train", images), None)
         known = self._checked_labels("train", labels, len(images))
-        self._check_counts("train", known.bincount(minlength=self._k), real)
+        self._check_counts("train", known.bincount(minlength=self._k).where(real > 0, 0), real)
         return _Seen(images, known, *self._forward("train", images), None)
 
     def _checked_labels(self, name: str, labels: Tensor | None, count: int) -> Tensor:
