@@ -51,7 +51,7 @@ def test_laws_of_the_data_free_sphere(classes, dim):
     head = random_head(classes, dim, seed=classes, norm=3.0)
     base = quiet_from_head(head, confidence=0.95 if classes < 1000 or dim > 2 else 0.3)
     assert base.subspace.shape == (head.rank, dim)
-    check_base(base, head, samples=20_000 if classes < 1000 and dim < 1000 else 4_000)
+    check_base(base, head, samples=20_000 if classes < 1000 and dim < 1000 else 2_000)
 
 
 def quiet_from_head(head, **kwargs):
@@ -83,9 +83,10 @@ class Miscounted(Sphere):
 @pytest.mark.parametrize(("classes", "dim"), [(2, 2), (3, 2), (3, 3), (10, 64), (1000, 64), (2, 1280)])
 def test_a_base_whose_log_m_is_off_by_one_per_cent_fails(classes, dim, norm):
     head = random_head(classes, dim, norm=norm)
-    check_base(Sphere(torch.tensor([1.5], dtype=torch.float64)), head, samples=10_000)
+    samples = 10_000 if classes * dim < 1000 else 3_000
+    check_base(Sphere(torch.tensor([1.5], dtype=torch.float64)), head, samples=samples)
     with pytest.raises(AssertionError, match="FAIL"):
-        check_base(Miscounted(torch.tensor([1.5], dtype=torch.float64)), head, samples=10_000)
+        check_base(Miscounted(torch.tensor([1.5], dtype=torch.float64)), head, samples=samples)
 
 
 class Skewed(Sphere):
