@@ -1,4 +1,4 @@
-"""Doctests see torch, nn, math and penult, and draw from a fixed seed that they do not leave behind."""
+"""Tests draw from a fixed seed that they do not leave behind; doctests see torch, nn, math and penult."""
 
 import math
 from collections.abc import Iterator
@@ -12,11 +12,13 @@ import penult
 
 
 @pytest.fixture(autouse=True)
-def _doctest_names(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> Iterator[None]:
-    if not isinstance(request.node, pytest.DoctestItem):
-        yield
-        return
-    doctest_namespace.update(math=math, nn=nn, penult=penult, torch=torch)
+def _seed() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> None:
+    if isinstance(request.node, pytest.DoctestItem):
+        doctest_namespace.update(math=math, nn=nn, penult=penult, torch=torch)

@@ -378,7 +378,7 @@ def test_history_has_an_accuracy_only_where_it_was_validated():
 
 def test_a_head_of_another_precision(images):
     """A head of float64 teaches a student of float32, which stays one."""
-    pair = penult.GenerativePair(penult.Head(torch.randn(10, 12, dtype=torch.float64)))
+    pair = penult.GenerativePair(penult.Head(torch.eye(10, 12, dtype=torch.float64)))
     taught = targets(pair, images.labels[:64], "activation")
     data = TargetDataset(list(zip(images.images[:64], images.labels[:64].tolist(), strict=True)), taught)
     distiller = fit(Distiller(DigitsNet(width=WIDTH), ActivationLoss(pair, WIDTH)), DataLoader(data, 32))
