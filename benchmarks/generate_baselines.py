@@ -117,12 +117,12 @@ def matched(image_shape: tuple[int, int, int], features: int, classes: int, widt
 
 
 class _Batches:
-    """Pictures and labels in batches of a hundred, in a new order each time."""
+    """Pictures and what is told of them in batches, in a new order each time."""
 
-    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, seed: int, size: int) -> None:
         self.images, self.labels = images, labels
         self.generator = torch.Generator().manual_seed(seed)
-        self.size = min(BATCH, len(images))
+        self.size = min(size, len(images))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images), generator=self.generator)
@@ -133,15 +133,18 @@ class _Batches:
         return len(self.images) // self.size
 
 
-def fit(build: Callable[[], LightningModule], images: Tensor, labels: Tensor, steps: int, seed: int) -> Any:
+def fit(
+    build: Callable[[], LightningModule], images: Tensor, labels: Tensor, steps: int, seed: int, batch: int = BATCH
+) -> Any:
     """Make a generator and train it by Lightning, first weights and noise from the seed.
 
     Args:
         build: Makes the generator.
         images: (N, C, H, W).
-        labels: (N,); those who need none do not look at them.
-        steps: Batches of a hundred.
+        labels: (N,), or activations (N, d); those who need none do not look at them.
+        steps: Batches.
         seed: Of first weights, order and noise.
+        batch: Pictures of a batch.
 
     Returns:
         The generator in eval mode, and how many seconds the training took.
@@ -157,7 +160,7 @@ def fit(build: Callable[[], LightningModule], images: Tensor, labels: Tensor, st
             enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         start = time.perf_counter()
-        trainer.fit(made, _Batches(images, labels, seed))
+        trainer.fit(made, _Batches(images, labels, seed, batch))
         took = time.perf_counter() - start
     return made.eval(), took
 

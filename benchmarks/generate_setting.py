@@ -1,31 +1,39 @@
 """The setting of the generation benchmark: shares of pictures, classifiers, few labelled pictures, evaluators.
 
 A generator of pictures is conditioned on the penultimate activations of a classifier, and was trained on pictures
-without labels. What it makes is judged by an evaluator that shares no training picture with either. All pictures are
-(N, 1, 28, 28) in [0, 1]; those of USPS are enlarged from 16 to 20 pixels, bilinearly, in a border of 4.
+without labels. What it makes is judged by an evaluator that shares no training picture with either, but for CIFAR-10,
+where it shares them with the classifiers. All pictures are in [0, 1]: (N, 1, 28, 28), where those of USPS are enlarged
+from 16 to 20 pixels, bilinearly, in a border of 4; or (N, 3, 32, 32) of CIFAR-10.
 
 Rows of the training files, none in two shares of one data set:
 
-============  ===============  =============  ==================================================================
-share         MNIST            USPS           use
-============  ===============  =============  ==================================================================
-`classifier`  0 - 20,000                      trains the classifiers, with labels
-`generator`   20,000 - 40,000  0 - 4,200      trains generators, without labels; holds the few labelled pictures
-`evaluator`   40,000 - 50,000  4,200 - 6,600  trains the evaluator, with labels
-`held-out`    50,000 - 56,000                 banks of pictures that no generator and no network was trained on
-`selection`   56,000 - 60,000  6,600 - 7,291  real pictures to make choices by
-============  ===============  =============  ==================================================================
+============  ===============  =============  ===============  =====================================================
+share         MNIST            USPS           CIFAR-10         use
+============  ===============  =============  ===============  =====================================================
+`classifier`  0 - 20,000                                       trains the classifiers, with labels
+`generator`   20,000 - 40,000  0 - 4,200      0 - 20,000       trains generators, without labels; holds the few
+                                                               labelled pictures
+`evaluator`   40,000 - 50,000  4,200 - 6,600  20,000 - 40,000  trains the evaluator, with labels
+`held-out`    50,000 - 56,000                 40,000 - 46,000  banks of pictures that nothing was trained on here
+`selection`   56,000 - 60,000  6,600 - 7,291  46,000 - 50,000  real pictures to make choices by
+============  ===============  =============  ===============  =====================================================
 
 Rows of USPS are those of its training file in an order that is drawn once. `test` is the test file, 10,000 pictures of
-MNIST and 2,007 of USPS: for final figures only, and not loaded before it is asked for.
+MNIST and of CIFAR-10 and 2,007 of USPS: for final figures only, and not loaded before it is asked for.
 
 * ``mnist``: all shares are of MNIST.
 * ``mnist-usps``: the classifiers are those of MNIST, all other shares are of USPS, which has no `held-out`. Its
   evaluator was trained on the evaluator shares of both.
+* ``cifar10``: the classifiers are the published ResNet32 (seed 0) and ResNet44 (seed 1) of `networks.py`. Their
+  publisher trained them on all 50,000 training pictures, in their original form (the copy at hand is recompressed).
+  So there is no `classifier` share, no few-label classifier, and every other share but `test` was seen by the
+  classifiers with its labels: `held-out` is held out from generators and evaluator, not from them. The evaluator
+  (`generate_colour.py`) was trained here, on its share alone.
 
-Trained weights are kept in a folder and found there the next time; all take ten minutes on one core. Remove them
-after a change of how a network is trained, or of the shares. Few labelled pictures are part of the generator share,
-so the accuracy on it of a network that was trained on them is a little too high.
+Trained weights are kept in a folder and found there the next time, as are activations of the published networks; all
+take twenty-five minutes on one core. Remove them after a change of how a network is trained, or of the shares. Few
+labelled pictures are part of the generator share, so the accuracy on it of a network that was trained on them is a
+little too high.
 
 Example:
     python benchmarks/generate_setting.py --data ../shared/data --cache /tmp/penult-cache
@@ -34,7 +42,7 @@ Example:
     >>> from pathlib import Path
     >>> from generate_setting import SETTINGS, accuracy, classifier, pictures
     >>> setting, data, cache = SETTINGS["mnist-usps"], Path("../shared/data"), Path("/tmp/penult-cache")
-    >>> accuracy(classifier(0, data, cache), pictures(setting, "selection", data))
+    >>> accuracy(classifier(setting, 0, data, cache), pictures(setting, "selection", data))
 """
 
 from __future__ import annotations
@@ -51,8 +59,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import generate_colour
+import networks
 import penult
 from distill_setting import Pictures
+from generate_colour import shifted
 from networks import KIND
 from penult.data import parquet
 
@@ -64,6 +75,7 @@ __all__ = [
     "Pictures",
     "Setting",
     "accuracy",
+    "activations",
     "as_mnist",
     "classifier",
     "classifier_net",
@@ -87,12 +99,19 @@ ROWS: dict[str, dict[str, range]] = {  # of the training file, by data set and s
         "evaluator": range(4_200, 6_600),
         "selection": range(6_600, 7_291),
     },
+    "cifar10": {
+        "generator": range(20_000),
+        "evaluator": range(20_000, 40_000),
+        "held-out": range(40_000, 46_000),
+        "selection": range(46_000, 50_000),
+    },
 }
 ORDERS = {"usps": 0}  # seeds of orders that rows are put in, where they are
 SHARES = ("classifier", "generator", "evaluator", "held-out", "selection", "test")
 KINDS = ("relu", "linear")
 SEEDS = (0, 1)  # of the networks that the command line prepares
 SIZE, CONTENT, BORDER = 28, 20, 4  # pixels
+GREY, COLOUR = (1, SIZE, SIZE), (3, 32, 32)
 
 BATCH = 100
 RATE = 2e-3  # the highest; it falls along a cosine
@@ -113,11 +132,16 @@ class Setting:
         name: Its name.
         source: The data set of the classifiers' pictures: ``{source}-train.parquet`` and ``{source}-test.parquet``.
         target: The data set of all others.
+        shape: Of a picture, (C, H, W).
+        published: Names in `networks.NETWORKS` of classifiers that were trained elsewhere, by seed; none where the
+            classifiers are trained here.
     """
 
     name: str
     source: str
     target: str
+    shape: tuple[int, int, int] = GREY
+    published: tuple[str, ...] = ()
 
     def data_set(self, share: str) -> str:
         """The data set that a share is of.
@@ -135,7 +159,11 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     each.name: each
-    for each in (Setting("mnist", source="mnist", target="mnist"), Setting("mnist-usps", source="mnist", target="usps"))
+    for each in (
+        Setting("mnist", source="mnist", target="mnist"),
+        Setting("mnist-usps", source="mnist", target="usps"),
+        Setting("cifar10", "cifar10", "cifar10", shape=COLOUR, published=("cifar-resnet32", "cifar-resnet44")),
+    )
 }
 
 
@@ -157,7 +185,8 @@ def _share(name: str, share: str, data: Path) -> Pictures | None:
     """A share of a data set."""
     if share != "test" and share not in ROWS[name]:
         return None
-    file = parquet(data / f"{name}-{'test' if share == 'test' else 'train'}.parquet", mode="L")
+    colour = name == "cifar10"
+    file = parquet(data / f"{name}-{'test' if share == 'test' else 'train'}.parquet", mode="RGB" if colour else "L")
     rows = torch.arange(len(file))
     if share != "test":
         if name in ORDERS:
@@ -166,12 +195,13 @@ def _share(name: str, share: str, data: Path) -> Pictures | None:
         if wanted.stop > len(file):
             raise ValueError(f"{share} is rows {wanted.start} to {wanted.stop} of {file}, which has {len(file)}")
         rows = rows[wanted.start : wanted.stop]
-    images, labels = zip(*(file[row] for row in rows.tolist()), strict=True)
-    return Pictures(as_mnist(torch.stack(images)), torch.tensor(labels))
+    parts, labels = zip(*(file[row] for row in rows.tolist()), strict=True)
+    images = torch.stack(parts)
+    return Pictures(images if colour else as_mnist(images), torch.tensor(labels))
 
 
 def as_mnist(images: Tensor) -> Tensor:
-    """Pictures in the geometry of MNIST: those that are not 28 x 28 are scaled to 20 x 20, in a border of 4 zeros.
+    """Grey pictures in the geometry of MNIST: those that are not 28 x 28 are scaled to 20 x 20, in a border of 4 zeros.
 
     Args:
         images: (N, 1, H, W).
@@ -227,7 +257,7 @@ def classifier_net(kind: str = "relu") -> nn.Sequential:
 
 
 def evaluator_net() -> nn.Sequential:
-    """Three convolutions with batch normalisation and pooling, a layer of 64, ReLU and the head."""
+    """For grey pictures: three convolutions with batch normalisation and pooling, a layer of 64, ReLU and the head."""
 
     def block(channels: int, planes: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes), nn.ReLU()]
@@ -242,20 +272,64 @@ def evaluator_net() -> nn.Sequential:
 
 
 @lru_cache(maxsize=8)
-def classifier(seed: int, data: Path, cache: Path, kind: str = "relu") -> nn.Module:
-    """A classifier of both settings, in eval mode and without gradients; trained where `cache` has no weights yet.
+def classifier(setting: Setting, seed: int, data: Path, cache: Path, kind: str = "relu") -> nn.Module:
+    """A classifier of a setting, in eval mode and without gradients; trained where `cache` has no weights yet.
+
+    Those of ``mnist`` and ``mnist-usps`` are the same.
 
     Args:
-        seed: Of its initial weights and of the order of the pictures.
-        data: The folder of parquet files.
+        setting: The setting.
+        seed: Of its initial weights and of the order of the pictures; or the place among `Setting.published`.
+        data: The folder of parquet files and published weights.
         cache: The folder of trained weights.
-        kind: As in `classifier_net`.
+        kind: As in `classifier_net`; the published ones are ``"relu"``.
+
+    Raises:
+        ValueError: There is no such published classifier.
     """
+    if setting.published:
+        if kind != "relu" or seed not in range(len(setting.published)):
+            names = ", ".join(setting.published)
+            raise ValueError(f"no {kind} classifier {seed} of {setting.name}; published, with a ReLU: {names}")
+        made = networks.model(setting.published[seed], data, cache)
+        return made.requires_grad_(False).to(memory_format=torch.channels_last)  # faster on a CPU
 
     def fit(model: nn.Module) -> None:
-        _train(model, pictures(SETTINGS["mnist"], "classifier", data), seed, EPOCHS)
+        _train(model, pictures(setting, "classifier", data), seed, EPOCHS)
 
     return _kept(f"generate-classifier-{kind}-{seed}", cache, seed, lambda: classifier_net(kind), fit)
+
+
+def activations(
+    setting: Setting, share: str, seed: int, data: Path, cache: Path, kind: str = "relu"
+) -> penult.Activations:
+    """What the head of a classifier reads of the pictures of a share; before the ReLU if one stands right before it.
+
+    There are no labels with them. Those of published classifiers, which are slow, are kept in the cache; one process
+    at a time may make them.
+
+    Args:
+        setting: The setting.
+        share: One of `SHARES`; ``"test"`` is for final figures only.
+        seed: As in `classifier`.
+        data: The folder of parquet files and published weights.
+        cache: The folder of trained weights and activations.
+        kind: As in `classifier`.
+
+    Raises:
+        ValueError: The setting has no such share, or no such classifier.
+    """
+    model, found = classifier(setting, seed, data, cache, kind), pictures(setting, share, data)
+    if found is None:
+        raise ValueError(f"{setting.name} has no {share} share")
+    head = penult.find_head(model, found.images[:16])
+    return penult.extract(
+        penult.Tap(model, head),
+        found.images.split(500),
+        out=cache / f"generate-{setting.published[seed]}-{share}" if setting.published else None,
+        pre_activation=head.certificate.rectified,
+        progress=False,
+    )
 
 
 @lru_cache(maxsize=8)
@@ -267,7 +341,12 @@ def few_classifier(setting: Setting, seed: int, data: Path, cache: Path) -> nn.M
         seed: Of the few pictures, of the initial weights and of the order.
         data: The folder of parquet files.
         cache: The folder of trained weights.
+
+    Raises:
+        ValueError: The classifiers of the setting are published ones.
     """
+    if setting.published:
+        raise ValueError(f"{setting.name} has no few-label classifier: its classifiers are published ones")
 
     def fit(model: nn.Module) -> None:
         _train(model, few(setting, seed, data), seed, FEW_EPOCHS)
@@ -279,20 +358,26 @@ def few_classifier(setting: Setting, seed: int, data: Path, cache: Path) -> nn.M
 def evaluator(setting: Setting, data: Path, cache: Path) -> nn.Module:
     """The judge of a setting, in eval mode and without gradients: another network, of other pictures.
 
-    It was trained on shifted pictures, of both data sets where the setting has two.
+    It was trained on shifted pictures, of both data sets where the setting has two; those in colour were flipped, too.
 
     Args:
         setting: The setting.
         data: The folder of parquet files.
         cache: The folder of trained weights.
     """
+    colour = setting.shape == COLOUR
 
     def fit(model: nn.Module) -> None:
         names = dict.fromkeys((setting.source, setting.target))  # each once
         images, labels = zip(*(_share(name, "evaluator", data) for name in names), strict=True)
-        _train(model, Pictures(torch.cat(images), torch.cat(labels)), 0, EVALUATOR_EPOCHS, shift=EVALUATOR_SHIFT)
+        labelled = Pictures(torch.cat(images), torch.cat(labels))
+        if colour:
+            generate_colour.train(model, labelled)
+        else:
+            _train(model, labelled, 0, EVALUATOR_EPOCHS, shift=EVALUATOR_SHIFT)
 
-    return _kept(f"generate-evaluator-{setting.name}", cache, 0, evaluator_net, fit)
+    build = generate_colour.evaluator_net if colour else evaluator_net
+    return _kept(f"generate-evaluator-{setting.name}", cache, 0, build, fit)
 
 
 def _kept(
@@ -320,20 +405,11 @@ def _train(model: nn.Module, labelled: Pictures, seed: int, epochs: int, shift: 
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for rows in torch.randperm(len(labels), generator=generator).split(BATCH):
-            x = _shifted(images[rows], shift, generator) if shift else images[rows]
+            x = shifted(images[rows], shift, generator) if shift else images[rows]
             optimizer.zero_grad()
             F.cross_entropy(model(x), labels[rows]).backward()
             optimizer.step()
             schedule.step()
-
-
-def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each shifted by up to so many pixels over black."""
-    count, _, height, width = images.shape
-    down, across = torch.randint(2 * most + 1, (2, count, 1), generator=generator)
-    i, j = down + torch.arange(height), across + torch.arange(width)
-    padded = F.pad(images, (most,) * 4)
-    return padded[torch.arange(count)[:, None, None], 0, i[:, :, None], j[:, None, :]][:, None]
 
 
 @torch.no_grad()
@@ -348,10 +424,13 @@ def accuracy(model: nn.Module, pictures: Pictures) -> float:
 
 def _networks(setting: Setting, data: Path, cache: Path) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Names of all networks of a setting, and what gives them."""
-    for kind in KINDS:
+    for kind in KINDS[:1] if setting.published else KINDS:
         for seed in SEEDS:
-            yield f"classifier {kind} {seed}", lambda seed=seed, kind=kind: classifier(seed, data, cache, kind)
-    for seed in SEEDS:
+            yield (
+                f"classifier {kind} {seed}",
+                lambda seed=seed, kind=kind: classifier(setting, seed, data, cache, kind),
+            )
+    for seed in () if setting.published else SEEDS:
         yield f"few {seed}", lambda seed=seed: few_classifier(setting, seed, data, cache)
     yield "evaluator", lambda: evaluator(setting, data, cache)
 
@@ -362,7 +441,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files")
+    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files and published weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder of trained weights")
     parser.add_argument("--only", action="append", choices=SETTINGS, help="this setting (repeatable; default: all)")
     parser.add_argument("--test", action="store_true", help="also say the accuracy on test pictures")

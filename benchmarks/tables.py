@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import tables_distill  # noqa: F401
+import tables_gan  # noqa: F401
 import tables_generate  # noqa: F401
 import tables_heads  # noqa: F401  (registers its tables)
 import tables_realism  # noqa: F401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from blocks import Block, Table, table
@@ -16,6 +17,7 @@ COLUMNS = {
 }  # fmt: skip
 SPREAD = ("accuracy", "frechet", "coverage", "cas")  # columns with a standard deviation
 CHOSEN = "mixture, 100 in 24"  # of the mixtures, by the selection pictures
+SMALL = "gan, how small"
 COMMAND = "python benchmarks/generate.py --data DATA --cache CACHE"
 
 
@@ -26,11 +28,11 @@ def generate(results: dict[str, Any]) -> Block:
     made, settings = section["machine"], section["settings"]
     found = [_bars(section)] if "test" in results["sections"] else []
     for setting, title in (("mnist", "MNIST"), ("mnist-usps", "USPS, by a classifier of MNIST")):
-        cells = _setting(section["cells"], setting)
+        cells = _autoencoders(section["cells"], setting)
         if cells:
             steps, each = settings["steps"][setting], settings["each"]
             found.append(
-                _rows(cells, section["references"][setting], f"{title}, {steps} steps, {each} pictures a class")
+                rows_of(cells, section["references"][setting], f"{title}, {steps} steps, {each} pictures a class")
             )
     judges = ", ".join(f"{100 * ref['judge']:.1f} % ({name})" for name, ref in section["references"].items())
     notes = [
@@ -49,39 +51,96 @@ def generate(results: dict[str, Any]) -> Block:
 def choices(results: dict[str, Any]) -> Block:
     """What was chosen from, on the selection share."""
     section = results["sections"]["selection"]
-    cells = _setting(section["cells"], "mnist")
+    cells = _autoencoders(section["cells"], "mnist")
     found = [
-        _rows(cells, section["references"]["mnist"], "MNIST, selection pictures: options of the autoencoder and laws")
+        rows_of(cells, section["references"]["mnist"], "MNIST, selection pictures: options of the autoencoder and laws")
     ]
     notes = ["Two seeds each. By these, and by nothing else, the options of the other tables were chosen."]
     return Block(found, notes, f"{COMMAND} --share selection")
 
 
-def _setting(cells: Cells, name: str) -> Cells:
+def of_setting(cells: Cells, name: str) -> Cells:
+    """Cells of a setting, by model."""
     return {key.split("/", 1)[1]: cell for key, cell in cells.items() if key.split("/")[0] == name}
 
 
-def _values(cell: dict[str, Any], row: str, key: str) -> list[float]:
+def _autoencoders(cells: Cells, name: str) -> Cells:
+    adversarial = "gan", "hinge", "non-saturating"
+    return {model: cell for model, cell in of_setting(cells, name).items() if not model.startswith(adversarial)}
+
+
+def held_against(
+    ours: str,
+    cells: Cells,
+    other: str,
+    key: str,
+    how: Callable[[float, float], float],
+    row: str = "bank",
+    base: str = "plain",
+) -> list[float]:
+    """Figures of one model's row held against those of another's, run by run, with the same seeds."""
+    if ours not in cells or other not in cells:
+        return []
+    found = []
+    for seeds, run in cells[ours].items():
+        seed = seeds.split("-")[1]
+        beside = cells[other].get(seeds) or cells[other].get(f"{seed}-{seed}")
+        if beside and row in run["rows"]:
+            found.append(how(run["rows"][row][key], beside["rows"][base][key]))
+    return found
+
+
+def ratio(a: float, b: float) -> float:
+    """The first in units of the second."""
+    return a / b
+
+
+def gain(a: float, b: float) -> float:
+    """How much more the first is."""
+    return a - b
+
+
+def bar(label: str, asked: str, values: list[float]) -> list[tuple[str, ...]]:
+    """A row of what was asked and measured, none where nothing was."""
+    if not values:
+        return []
+    sign, limit = asked.split()
+    number = float(limit.rstrip("×s").replace("+", "").replace("−", "-"))
+    least = sign == "≥"
+    mean, worst = statistics.mean(values), (min if least else max)(values)
+    met = mean >= number if least else mean <= number
+    unit = "×" if limit.endswith("×") else " s" if limit.endswith("s") else ""
+    plus = "+" if "+" in limit or "−" in limit else ""
+    verdict = "met" if met else "**missed**"
+    return [(label, f"{mean:{plus}.3g}{unit}", f"{worst:{plus}.3g}{unit}", asked, verdict)]
+
+
+def values_of(cell: dict[str, Any], row: str, key: str) -> list[float]:
+    """A figure of all runs."""
     return [run["rows"][row][key] for run in cell.values() if row in run["rows"]]
 
 
-def _rows(cells: Cells, reference: dict[str, Any], title: str) -> Table:
-    rows: list[tuple[str, ...]] = [("real pictures", *(_shown(key, [reference["row"][key]]) for key in COLUMNS), "")]
-    for model in sorted(cells, key=lambda name: (name.startswith("vae"), name)):
+def rows_of(
+    cells: Cells, reference: dict[str, Any], title: str, ours: str = "vae", columns: dict[str, str] = COLUMNS
+) -> Table:
+    """Every row of every model, ours last; figures are means over runs."""
+    rows: list[tuple[str, ...]] = [("real pictures", *(shown(key, [reference["row"][key]]) for key in columns), "")]
+    for model in sorted(cells, key=lambda name: (name.startswith(ours) and "one-hot" not in name, name)):
         cell = cells[model]
         for row in next(iter(cell.values()))["rows"]:
             label = model if row == "plain" else f"{model}, {row}"
             label = label.replace("pictures that the classifier is sure of", "sure")
             floats = next(iter(cell.values())).get("floats", {}).get(row.removesuffix(", confident"))
-            bold = model == "vae" and row in ("bank", CHOSEN)
-            figures = (_shown(key, _values(cell, row, key)) for key in COLUMNS)
+            bold = model == ours and row in ("bank", CHOSEN)
+            figures = (shown(key, values_of(cell, row, key)) for key in columns)
             rows.append(
                 (f"**{label}**" if bold else label, *figures, "" if floats is None else f"{floats / 1e3:.0f} k")
             )
-    return Table(title, ("", *COLUMNS.values(), "floats of the law"), rows)
+    return Table(title, ("", *columns.values(), "floats of the law"), rows)
 
 
-def _shown(key: str, values: list[float]) -> str:
+def shown(key: str, values: list[float]) -> str:
+    """A mean, with a deviation over runs where the column has one."""
     digits = 0 if "frechet" in key and statistics.mean(values) >= 20 else 1 if "frechet" in key else 3
     text = f"{statistics.mean(values):.{digits}f}"
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if key in SPREAD and len(values) > 1 else text
@@ -93,40 +152,11 @@ def _shown(key: str, values: list[float]) -> str:
 def _bars(section: dict[str, Any]) -> Table:
     """What was asked, the mean over runs and the worst of them; each run beside the baseline of its seeds."""
     rows: list[tuple[str, ...]] = []
-    mnist, usps = _setting(section["cells"], "mnist"), _setting(section["cells"], "mnist-usps")
+    mnist, usps = (_autoencoders(section["cells"], name) for name in ("mnist", "mnist-usps"))
+    against = partial(held_against, "vae")
 
     def add(label: str, asked: str, values: list[float]) -> None:
-        if not values:
-            return
-        sign, bar = asked.split()
-        number = float(bar.rstrip("×s").replace("+", "").replace("−", "-"))
-        least = sign == "≥"
-        mean, worst = statistics.mean(values), (min if least else max)(values)
-        met = mean >= number if least else mean <= number
-        unit = "×" if bar.endswith("×") else " s" if bar.endswith("s") else ""
-        plus = "+" if "+" in bar or "−" in bar else ""
-        verdict = "met" if met else "**missed**"
-        rows.append((label, f"{mean:{plus}.3g}{unit}", f"{worst:{plus}.3g}{unit}", asked, verdict))
-
-    def against(
-        cells: Cells, other: str, key: str, how: Callable[[float, float], float], row: str = "bank", base: str = "plain"
-    ) -> list[float]:
-        """Figures of the vae held against those of a baseline with the same seeds."""
-        if "vae" not in cells or other not in cells:
-            return []
-        found = []
-        for seeds, run in cells["vae"].items():
-            seed = seeds.split("-")[1]
-            beside = cells[other].get(seeds) or cells[other].get(f"{seed}-{seed}")
-            if beside and row in run["rows"]:
-                found.append(how(run["rows"][row][key], beside["rows"][base][key]))
-        return found
-
-    def ratio(a: float, b: float) -> float:
-        return a / b
-
-    def gain(a: float, b: float) -> float:
-        return a - b
+        rows.extend(bar(label, asked, values))
 
     one = "one-hot, labels"
     add("MNIST, bank: Fréchet, to one-hot with labels", "≤ 0.6×", against(mnist, one, "frechet", ratio))
@@ -134,8 +164,8 @@ def _bars(section: dict[str, Any]) -> Table:
     add("MNIST, bank: CAS, over one-hot with labels", "≥ +0.02", against(mnist, one, "cas", gain))
     if "vae" in mnist:
         cell = mnist["vae"]
-        add("MNIST, bank: accuracy", "≥ 0.92", _values(cell, "bank", "accuracy"))
-        add("MNIST, bank, confident: accuracy", "≥ 0.96", _values(cell, "bank, confident", "accuracy"))
+        add("MNIST, bank: accuracy", "≥ 0.92", values_of(cell, "bank", "accuracy"))
+        add("MNIST, bank, confident: accuracy", "≥ 0.96", values_of(cell, "bank, confident", "accuracy"))
         add(
             "MNIST, held-out bank: Fréchet, to its own bank",
             "≤ 1.2×",
@@ -163,7 +193,7 @@ def _bars(section: dict[str, Any]) -> Table:
     add("USPS, bank: Fréchet, to one-hot with pseudo-labels", "≤ 0.6×", against(usps, pseudo, "frechet", ratio))
     add("USPS, bank: coverage, over one-hot with pseudo-labels", "≥ +0.15", against(usps, pseudo, "coverage", gain))
     if "vae" in usps:
-        add("USPS, bank, confident: accuracy", "≥ 0.94", _values(usps["vae"], "bank, confident", "accuracy"))
+        add("USPS, bank, confident: accuracy", "≥ 0.94", values_of(usps["vae"], "bank, confident", "accuracy"))
     seconds = [run["seconds"] for cells in (mnist, usps) for run in cells.get("vae", {}).values()]
     add("training, two runs at a time", "≤ 60s", seconds)
     return Table("Asked and measured", ("", "mean", "worst run", "asked", "mean is"), rows)

@@ -1,10 +1,15 @@
 import io
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+import generate_colour
 import generate_setting
+import networks
 import penult
 from generate_setting import (
     KINDS,
@@ -13,6 +18,7 @@ from generate_setting import (
     SHARES,
     Pictures,
     accuracy,
+    activations,
     as_mnist,
     classifier,
     classifier_net,
@@ -24,7 +30,7 @@ from generate_setting import (
 )
 from penult.data import parquet
 
-MNIST, USPS = SETTINGS["mnist"], SETTINGS["mnist-usps"]
+MNIST, USPS, CIFAR = SETTINGS["mnist"], SETTINGS["mnist-usps"], SETTINGS["cifar10"]
 SMALL = {
     "mnist": {
         "classifier": range(40),
@@ -34,32 +40,49 @@ SMALL = {
         "selection": range(175, 180),
     },
     "usps": {"generator": range(200), "evaluator": range(200, 220), "selection": range(220, 230)},
+    "cifar10": {
+        "generator": range(110),
+        "evaluator": range(110, 130),
+        "held-out": range(130, 135),
+        "selection": range(135, 140),
+    },
 }
+SIZES = {"mnist": (28, 28), "usps": (16, 16), "cifar10": (32, 32, 3)}  # of pictures in the files
 
 
 def drawn(seed, *shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def write(path, count, size, seed):
+def write(folder, name, split, count, seed):
     pa, image = pytest.importorskip("pyarrow"), pytest.importorskip("PIL.Image")
     table = []
-    for number, picture in enumerate((drawn(seed, count, size, size) * 255).byte()):
+    for number, picture in enumerate((drawn(seed, count, *SIZES[name]) * 255).byte()):
         image.fromarray(picture.numpy()).save(png := io.BytesIO(), "png")
         table.append({"image": {"bytes": png.getvalue()}, "label": number % 10})
-    pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(table), path)
+    pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(table), folder / f"{name}-{split}.parquet")
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A folder of small training files, without test files; shares and training are as small."""
+    """A folder of small training files and published networks, without test files; shares and training are as small."""
     for name, rows in SMALL.items():
         monkeypatch.setitem(ROWS, name, rows)
     monkeypatch.setattr(generate_setting, "EPOCHS", 2)
     monkeypatch.setattr(generate_setting, "FEW_EPOCHS", 2)
     monkeypatch.setattr(generate_setting, "EVALUATOR_EPOCHS", 2)
-    write(tmp_path / "mnist-train.parquet", 185, 28, seed=0)
-    write(tmp_path / "usps-train.parquet", 230, 16, seed=1)
+    monkeypatch.setattr(generate_colour, "EPOCHS", 2)
+    write(tmp_path, "mnist", "train", 185, seed=0)
+    write(tmp_path, "usps", "train", 230, seed=1)
+    write(tmp_path, "cifar10", "train", 145, seed=2)
+    for seed, name in enumerate(CIFAR.published):
+        small = replace(networks.NETWORKS[name], build=partial(networks.ResNet, 1))
+        monkeypatch.setitem(networks.NETWORKS, name, small)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            state = small.build().state_dict()
+        state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+        save_file(state, tmp_path / f"{name.replace('-', '10-')}.safetensors")
     return tmp_path
 
 
@@ -82,18 +105,22 @@ def test_rows_are_disjoint_and_sized_as_told():
             "selection": 4_000,
         },
         "usps": {"generator": 4_200, "evaluator": 2_400, "selection": 691},
+        "cifar10": {"generator": 20_000, "evaluator": 20_000, "held-out": 6_000, "selection": 4_000},
     }
-    for name, count in {"mnist": 60_000, "usps": 7_291}.items():
+    for name, count in {"mnist": 60_000, "usps": 7_291, "cifar10": 50_000}.items():
         assert sorted(row for rows in ROWS[name].values() for row in rows) == list(range(count))
 
 
-def test_shares_of_mnist(data):
-    images, labels, _ = parquet(data / "mnist-train.parquet").load()
-    for share, rows in SMALL["mnist"].items():
-        found = pictures(MNIST, share, data)
+@pytest.mark.parametrize("setting", [MNIST, CIFAR], ids=["mnist", "cifar10"])
+def test_shares(setting, data):
+    images, labels, _ = parquet(data / f"{setting.name}-train.parquet").load()
+    for share, rows in SMALL[setting.name].items():
+        found = pictures(setting, share, data)
+        assert found.images.shape == (len(rows), *setting.shape)
         assert torch.equal(found.images, images[list(rows)])
         assert torch.equal(found.labels, labels[list(rows)])
-        assert pictures(MNIST, share, data) is found
+        assert pictures(setting, share, data) is found
+    assert (pictures(setting, "classifier", data) is None) == (setting is CIFAR)
 
 
 def test_shares_of_usps(data):
@@ -102,7 +129,7 @@ def test_shares_of_usps(data):
     seen = []
     for share, rows in SMALL["usps"].items():
         found = pictures(USPS, share, data)
-        assert found.images.shape == (len(rows), 1, 28, 28)
+        assert found.images.shape == (len(rows), *USPS.shape)
         same = (found.images[:, None] == expected).flatten(2).all(2)  # which row is which
         assert torch.equal(same.sum(1), torch.ones(len(rows), dtype=torch.long))
         seen += (numbers := same.long().argmax(1)).tolist()
@@ -114,15 +141,15 @@ def test_shares_of_usps(data):
 
 
 def test_test_pictures_are_loaded_only_when_asked_for(data):
-    for setting, name, size in ((MNIST, "mnist", 28), (USPS, "usps", 16)):
+    for setting in SETTINGS.values():
         for share in SHARES[:-1]:
             pictures(setting, share, data)  # there is no test file yet
         with pytest.raises(FileNotFoundError):
             pictures(setting, "test", data)
-        write(data / f"{name}-test.parquet", 13, size, seed=2)
-        images, labels, _ = parquet(data / f"{name}-test.parquet").load()
+        write(data, setting.target, "test", 13, seed=3)
+        images, labels, _ = parquet(data / f"{setting.target}-test.parquet").load()
         found = pictures(setting, "test", data)
-        assert torch.equal(found.images, as_mnist(images))
+        assert torch.equal(found.images, images if setting is CIFAR else as_mnist(images))
         assert torch.equal(found.labels, labels)
 
 
@@ -169,6 +196,15 @@ def test_few(setting, data):
 # --- networks -----------------------------------------------------------------------------------------------
 
 
+def test_the_head_of_the_colour_evaluator():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = generate_colour.evaluator_net().eval()
+    head = penult.find_head(model, drawn(5, 16, *CIFAR.shape))
+    assert (head.num_classes, head.in_features) == (10, 128)
+    assert head.certificate.rectified
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "evaluator"])
 def test_heads(kind):
     with torch.random.fork_rng(devices=[]):
@@ -187,11 +223,12 @@ def test_bad_kind():
 
 
 NETWORKS = {
-    "relu": lambda data, cache: classifier(1, data, cache),
-    "linear": lambda data, cache: classifier(1, data, cache, "linear"),
+    "relu": lambda data, cache: classifier(MNIST, 1, data, cache),
+    "linear": lambda data, cache: classifier(USPS, 1, data, cache, "linear"),
     "few": lambda data, cache: few_classifier(USPS, 1, data, cache),
     "mnist": lambda data, cache: evaluator(MNIST, data, cache),
     "usps": lambda data, cache: evaluator(USPS, data, cache),
+    "cifar10": lambda data, cache: evaluator(CIFAR, data, cache),
 }
 
 
@@ -211,6 +248,7 @@ def test_training(name, data, monkeypatch):
 
     # found there the next time
     monkeypatch.setattr(generate_setting, "_train", None)
+    monkeypatch.setattr(generate_colour, "train", None)
     for function in (classifier, few_classifier, evaluator):
         function.cache_clear()
     again = NETWORKS[name](data, data / "one")
@@ -221,11 +259,60 @@ def test_training(name, data, monkeypatch):
 
 
 def test_seeds_and_kinds_have_weights_of_their_own(data):
-    assert classifier(0, data, data) is classifier(0, data, data)
-    assert not alike(classifier(0, data, data), classifier(1, data, data))
-    assert not alike(classifier(0, data, data), classifier(0, data, data, "linear"))
-    assert not alike(evaluator(MNIST, data, data), evaluator(USPS, data, data))
-    assert len(list(data.glob("*.safetensors"))) == 5
+    first = classifier(MNIST, 0, data, data / "cache")
+    assert classifier(MNIST, 0, data, data / "cache") is first
+    assert not alike(first, classifier(MNIST, 1, data, data / "cache"))
+    assert not alike(first, classifier(MNIST, 0, data, data / "cache", "linear"))
+    assert alike(first, classifier(USPS, 0, data, data / "cache"))
+    assert not alike(evaluator(MNIST, data, data / "cache"), evaluator(USPS, data, data / "cache"))
+    assert len(list((data / "cache").iterdir())) == 5
+
+
+def test_classifiers_of_cifar10_are_published(data):
+    images = pictures(CIFAR, "selection", data).images
+    for seed, name in enumerate(CIFAR.published):
+        made = classifier(CIFAR, seed, data, data / "cache")
+        assert classifier(CIFAR, seed, data, data / "cache") is made
+        assert not made.training
+        assert not any(parameter.requires_grad for parameter in made.parameters())
+        torch.testing.assert_close(made(images), networks.model(name, data, data)(images).detach())
+    assert not alike(*(classifier(CIFAR, seed, data, data / "cache") for seed in (0, 1)))
+    assert not (data / "cache").exists()  # nothing to keep
+    for seed, kind in ((0, "linear"), (2, "relu"), (-1, "relu")):
+        with pytest.raises(ValueError, match=f"no {kind} classifier {seed} of cifar10"):
+            classifier(CIFAR, seed, data, data, kind)
+    with pytest.raises(ValueError, match="cifar10 has no few-label classifier"):
+        few_classifier(CIFAR, 0, data, data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_trained_classifiers(kind, data):
+    found = activations(USPS, "selection", 1, data, data / "cache", kind)
+    model, images = classifier(USPS, 1, data, data / "cache", kind), pictures(USPS, "selection", data).images
+    torch.testing.assert_close(found.activations, model[:6](images))  # before the ReLU, if there is one
+    torch.testing.assert_close(found.logits, model(images))
+    assert float(found.activations.min()) < 0
+    assert found.labels is None
+    assert len(list((data / "cache").iterdir())) == 1  # the weights
+    with pytest.raises(ValueError, match="mnist-usps has no held-out share"):
+        activations(USPS, "held-out", 1, data, data)
+
+
+def test_activations_of_published_classifiers_are_kept(data):
+    found = [activations(CIFAR, "generator", seed, data, data / "cache") for seed in (0, 1)]
+    images = pictures(CIFAR, "generator", data).images
+    for seed, acts in enumerate(found):
+        assert acts.activations.shape == (110, 64)
+        assert float(acts.activations.min()) >= 0  # pooled after the ReLU
+        torch.testing.assert_close(acts.logits, classifier(CIFAR, seed, data, data)(images))
+    assert sorted(path.name for path in (data / "cache").iterdir()) == [
+        "generate-cifar-resnet32-generator",
+        "generate-cifar-resnet44-generator",
+    ]
+    stamps = {path: path.stat().st_mtime_ns for path in (data / "cache").rglob("*.safetensors")}
+    again = activations(CIFAR, "generator", 1, data, data / "cache")
+    assert torch.equal(again.activations, found[1].activations)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (data / "cache").rglob("*.safetensors")}
 
 
 def test_training_learns_and_accuracy_counts():
@@ -241,17 +328,39 @@ def test_training_learns_and_accuracy_counts():
     assert accuracy(model, Pictures(images, torch.where(torch.arange(40) < 10, labels + 1, labels))) == 0.75
 
 
-def test_shifts():
-    images = torch.zeros(200, 1, 28, 28)
-    images[:, 0, 10, 15] = torch.arange(1.0, 201)
-    found = generate_setting._shifted(images, 2, torch.Generator().manual_seed(0))
+def test_training_in_colour_learns():
+    labels = torch.arange(20) % 4
+    images = 0.1 * drawn(6, 20, *CIFAR.shape)
+    for image, y in zip(images, labels.tolist(), strict=True):
+        image[y % 3, 16 * (y // 3) :] += 0.9
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = generate_colour.evaluator_net()
+    generate_colour.train(model, Pictures(images, labels))
+    assert accuracy(model.eval(), Pictures(images, labels)) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shifts(channels):
+    images = torch.zeros(200, channels, 28, 28)
+    images[:, :, 10, 15] = torch.arange(1.0, 200 * channels + 1).view(200, channels)
+    found = generate_colour.shifted(images, 2, torch.Generator().manual_seed(0))
     assert found.shape == images.shape
-    assert torch.equal(found.sum((1, 2, 3)), torch.arange(1.0, 201))  # every picture is still there, in its place
+    assert torch.equal(found.sum((2, 3)), images.sum((2, 3)))  # every picture is still there, in its place
+    assert bool((found.count_nonzero(1) % channels == 0).all())  # channels move together
     places = {tuple(place) for place in found[:, 0].nonzero()[:, 1:].tolist()}
     assert places == {(i, j) for i in range(8, 13) for j in range(13, 18)}
     images[:] = 1
-    dark = 784 - generate_setting._shifted(images, 2, torch.Generator().manual_seed(0)).sum((1, 2, 3))
+    dark = 784 - generate_colour.shifted(images, 2, torch.Generator().manual_seed(0))[:, 0].sum((1, 2))
     assert float(dark.max()) == 2 * 28 + 2 * 28 - 4  # over black
+
+
+def test_flips():
+    images = drawn(7, 200, 3, 4, 5)
+    found = generate_colour._flipped(images, torch.Generator().manual_seed(0))
+    kept, turned = ((found == each).flatten(1).all(1) for each in (images, images.flip(3)))
+    assert bool((kept ^ turned).all())
+    assert 60 < int(turned.sum()) < 140
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -265,13 +374,18 @@ def test_command(data, capsys):
     assert header.split() == ["setting", "network", "generator", "selection", "s"]
     assert [line.split()[0] for line in lines] == ["mnist"] * 7
     assert len(list((data / "cache").iterdir())) == 7
-    for name, size in (("mnist", 28), ("usps", 16)):
-        write(data / f"{name}-test.parquet", 5, size, seed=2)
+    for name in SIZES:
+        write(data, name, "test", 5, seed=3)
     assert generate_setting.main([*arguments, "--test"]) == 0
     _, header, *lines = capsys.readouterr().out.splitlines()
     assert header.split()[-2:] == ["test", "s"]
-    assert len(lines) == 14
-    assert len(list((data / "cache").iterdir())) == 10
+    assert len(lines) == 17
+    assert [line.split()[1:-4] for line in lines[-3:]] == [
+        ["classifier", "relu", "0"],
+        ["classifier", "relu", "1"],
+        ["evaluator"],
+    ]
+    assert len(list((data / "cache").iterdir())) == 11
 
 
 def test_help(capsys):

@@ -260,14 +260,14 @@ def test_damaged_files_are_refused(tmp_path):
     tensors = base.state_dict()
     Marginal.from_config(good, tensors, head)
     for config, state, reason in [
-        (good | {"law": {"class": "Popen", "option": True}}, tensors, "none of penult's"),
+        (good | {"law": {"class": "Popen", "options": {}}}, tensors, "none of penult's"),
         (good, tensors | {"log_prior": torch.zeros(7)}, r"log_prior is .* of shape \(7,\)"),
         (good, tensors | {"log_prior": torch.zeros(3)}, "no normalised prior"),
         (good, tensors | {"standard_error": torch.full((3,), torch.nan)}, "standard_error is"),
         (good | {"samples": 10**15}, tensors, "samples must be an integer from 2"),
         (good | {"seed": 0.5}, tensors, "seed must be an integer"),
-        (good | {"law": good["law"] | {"option": "false"}}, tensors, "no truth value"),
-        (good | {"law": {"class": "NormalizingFlow", "option": []}}, tensors, "no mapping"),
+        (good | {"law": good["law"] | {"options": {"rectified": "false"}}}, tensors, "no truth values"),
+        (good | {"law": {"class": "NormalizingFlow", "options": []}}, tensors, "no mapping"),
         (good, tensors | {"bias": torch.zeros(2)}, "bias"),
         (good, tensors | {"law.means": torch.zeros(2, 2)}, "shapes do not agree"),
         (good, tensors | {"law.loc": torch.full((4,), torch.nan)}, "NaN"),
@@ -428,7 +428,13 @@ def test_pre_activations_are_rectified():
     acts = penult.Activations(u, relu(u.clamp_min(0)), pre_activation=True)
     plain = Head(relu.weight, relu.bias)
     assert Marginal.fit(plain, acts, components=5).distribution.rectified
-    assert float(Marginal.fit(plain, acts, kind="bank").distribution.activations.min()) == 0
+    bank = Marginal.fit(plain, acts, kind="bank")
+    assert torch.equal(bank.distribution.activations, u)
+    assert torch.equal(bank.distribution.rows, u.clamp_min(0))
+    after = Marginal.fit(plain, u.clamp_min(0), kind="bank")
+    assert torch.equal(bank.log_prior, after.log_prior)
+    drawn = [GenerativePair(plain, base).sample((500,), generator=seeded())[0] for base in (bank, after)]
+    assert torch.equal(*drawn)
     assert Marginal.fit(plain, acts, kind="class").distribution.rectified
     assert torch.equal(penult.Gaussian.fit(relu, u).loc, penult.Gaussian.fit(plain, acts).loc)
     assert torch.equal(penult.Sphere.fit(relu, u).radius, penult.Sphere.fit(plain, u.clamp_min(0)).radius)

@@ -1,5 +1,6 @@
 """``penult generate``: a generator of images from a pair, resumed where it was killed, and drawn from."""
 
+import inspect
 import json
 import signal
 import sys
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 
 import penult
 from penult.cli import app
+from penult.cli.generate import KINDS, Kind
+from penult.cli.generation import CLASSES
 from penult.data import digits, read
 from penult.demo.networks import DigitsNet
 from penult.generate import _cas
@@ -83,7 +86,7 @@ def place(here, trained, monkeypatch):
     save_file({f"net.{name}": value for name, value in trained.state_dict().items()}, here / "normal.safetensors")
     images = digits()
     head = penult.find_head(trained, images.images[:16])
-    acts = penult.extract(penult.Tap(trained, head), [images.images[:1000]])
+    acts = penult.extract(penult.Tap(trained, head), [images.images[:BANK]])
     penult.GenerativePair(head, penult.Marginal.fit(head, acts, kind="bank")).save(here / "net.penult.safetensors")
     with warnings.catch_warnings():  # seconds of training do not part all classes
         warnings.filterwarnings("ignore", "classes .* are not the largest", UserWarning)
@@ -99,10 +102,17 @@ MODEL = ("--model", "gennets:net", "--weights", "net.safetensors")
 PAIR = ("generate", "net.penult.safetensors", *MODEL)
 FEW = ("--width", "32", "--latent", "4", "--batch-size", "50")
 DATA = (*PAIR, *FEW, "--images", "data.npz", "--val", "val.npz")
+GAN = ("--kind", "gan", "--width", "4")
+BANK = 1000  # activations that the pair holds
 
 
 def weights(folder):
     return load_file(f"{folder}/generator.safetensors")
+
+
+def sizes(folder):
+    """All sizes of tensors in a generator's file."""
+    return {size for tensor in weights(folder).values() for size in tensor.shape}
 
 
 def test_from_a_pair_to_pictures(penult_json, refused, place):
@@ -171,13 +181,14 @@ def test_from_a_pair_to_pictures(penult_json, refused, place):
 FRAGILE = ("generate", "net.penult.safetensors", "--model", "gennets:fragile", "--weights", "net.safetensors", *FEW)
 
 
-@pytest.mark.parametrize("way", ["error", "hand"])
-@pytest.mark.parametrize("condition", ["activation", "label"])
-def test_a_run_that_was_killed(penult_json, refused, place, monkeypatch, condition, way):
-    if (way, condition) == ("hand", "label"):
-        pytest.skip("once is enough")
+@pytest.mark.parametrize(
+    ("kind", "condition", "way"),
+    [("vae", "activation", "error"), ("vae", "label", "error"), ("gan", "activation", "hand")],
+)
+def test_a_run_that_was_killed(penult_json, refused, place, monkeypatch, kind, condition, way):
     handler = signal.getsignal(signal.SIGINT)
     command = (*FRAGILE, "--images", "data.npz", "--condition", condition, "--consistency", "3", "--epochs", "4")
+    command += GAN if kind == "gan" else ()
     whole = penult_json(*command, "--out", "whole")
     # An epoch of 180 images has three batches of 50; the classifier sees images, if it has to, and what comes of them.
     monkeypatch.setenv("DIES_AT", "14" if condition == "activation" else "8")
@@ -190,15 +201,81 @@ def test_a_run_that_was_killed(penult_json, refused, place, monkeypatch, conditi
     monkeypatch.delenv("DIES_AT")
     assert not (place / "run/generator.safetensors").exists()
     assert "a training that was stopped" in refused("generate", "run", "-o", "x.png")
-    assert "rate is 0.001 there and 0.01 now" in refused(*command, "--out", "run", "--rate", "0.01")
+    rate = {"vae": 0.001, "gan": 0.0005}[kind]
+    assert f"rate is {rate} there and 0.01 now" in refused(*command, "--out", "run", "--rate", "0.01")
     resumed = penult_json(*command, "--out", "run")
     assert resumed["resumed_after_epochs"] == 2
     assert resumed["history"] == whole["history"]
-    a, b = weights("whole"), weights("run")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    parts = [torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in ("whole", "run")]
+    trained = {name.partition(".")[0] for name in parts[0]} - {"standardize"}
+    assert trained == {"vae": {"encoder", "decoder"}, "gan": {"generator", "moving", "discriminator"}}[kind]
+    for a, b in (parts, (weights("whole"), weights("run"))):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
     assert resumed["metrics"] == whole["metrics"]
     for name in ("epoch-0001.png", "epoch-0002.png", "epoch-0004.png"):
         assert (place / "run/samples" / name).read_bytes() == (place / "whole/samples" / name).read_bytes()
+
+
+def test_adversaries(penult_json, place):
+    command = (*PAIR, *GAN, "--images", "data.npz", "--val", "val.npz", "--out", "run", "--epochs", "2")
+    command += ("--latent", "4", "--loss", "hinge", "--drawn", "0.5")
+    facts = penult_json(*command)
+    assert (facts["kind"], facts["images"]) == ("gan", 200)
+    figures = {"epoch", "loss", "discriminator_loss", "cosine", "val_cosine"}
+    assert [each.keys() for each in facts["history"]] == [figures, figures]
+    settings = json.loads((place / "run/settings.json").read_text())
+    own = {"batch_size": 64, "rate": 5e-4, "latent": 4, "width": 4, "consistency": 1, "loss": "hinge", "drawn": 0.5}
+    assert own.items() <= settings.items()
+    assert "beta" not in settings
+    made = penult.generate.load("run/generator.safetensors")
+    assert isinstance(made, penult.generate.ActivationGAN)
+    assert (made.loss, made.drawn, made.width, made.latent) == ("hinge", 0.5, 4, 4)
+    page = (place / "run/index.html").read_text()
+    for words in ("another image of the same activation", ">discriminator<", "neither wins", "Mean cosine of"):
+        assert words in page
+    assert "as it comes back" not in page
+    assert "hardly used" not in page
+    drawn = penult_json("generate", "run", "-n", "2", "-o", "all.npz")
+    assert (drawn["images"], drawn["stored_activations"]) == (20, 0)
+
+
+def test_a_bank_is_stored_if_that_is_asked_for(penult_json, place):
+    command = [*DATA, "--out", "run", "--epochs", "1"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    facts = json.loads((place / "run/log.json").read_text())
+    made = penult.generate.load("run/generator.safetensors")
+    floats = made.pair.base.num_parameters
+    assert (facts["stored_activations"], facts["replaced_activations"], facts["floats"]) == (0, BANK, floats)
+    assert max(sizes("run")) < BANK
+    words = f"holds a mixture of {floats} floats in place of {BANK} real activations; --store-activations keeps them"
+    assert words in done.output
+    assert words in (place / "run/index.html").read_text().replace("</code>", "")
+    told = made.generate(torch.arange(10).repeat_interleave(8), generator=torch.Generator().manual_seed(0))
+    with Image.open("run/samples/epoch-0001.png") as sample:  # of what the file holds, too
+        assert sample.getpixel((30, 30)) == int((told[0, 0, 4, 4] * 255).round())
+
+    done = CliRunner().invoke(app, [*command, "--store-activations"])  # told anew, without another training
+    assert done.exit_code == 0, done.output
+    assert "a training that is done" in done.output
+    assert f"generator.safetensors stores {BANK} real activations" in done.output
+    stored = json.loads((place / "run/log.json").read_text())
+    assert (stored["stored_activations"], stored["replaced_activations"], stored["floats"]) == (BANK, 0, BANK * 16)
+    assert stored["history"] == facts["history"]
+    assert stored["metrics"]["real"] == facts["metrics"]["real"]
+    assert stored["metrics"]["generated"] != facts["metrics"]["generated"]
+    assert BANK in sizes("run")
+    assert penult_json("generate", "run", "-n", "1", "-o", "x.npz")["stored_activations"] == BANK
+
+
+def test_defaults_are_those_of_the_classes():
+    assert [kind.value for kind in Kind] == list(KINDS) == list(CLASSES)
+    for kind, options in KINDS.items():
+        held = inspect.signature(CLASSES[kind]).parameters
+        assert {name: held[name].default for name in options if name != "batch_size"} | {
+            "batch_size": options["batch_size"]
+        } == options
 
 
 def test_images_without_labels_and_a_tenth_of_them_held_out(place):
@@ -292,6 +369,11 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ((*DATA, "--confident", "2"), "confident must be a probability"),
         ((*DATA, "--confident", "0.9999999"), "the highest was"),
         ((*DATA, "--beta", "0"), "beta"),
+        ((*DATA, "--loss", "hinge", "--drawn", "1"), "--loss, --drawn go with --kind gan, but the kind is vae: leave "),
+        ((*DATA, *GAN, "--beta", "2"), "--beta goes with --kind vae, but the kind is gan: leave it out"),
+        ((*DATA, *GAN, "--drawn", "1", "--condition", "label"), "--drawn goes with --condition activation, but with"),
+        ((*DATA, *GAN, "--drawn", "2"), "drawn must be a share from 0 to 1"),
+        (("generate", "tiny.penult.safetensors", *DATA[2:]), "holds 30 real activations, too few to fit a mixture"),
         ((*DATA, "--consistency", "-1"), "consistency"),
         ((*DATA, "--mean", "0.5,0.5,0.5"), "the images have 1 channels"),
         ((*DATA, "--mode", "RGB"), "images of shape (16, 3, 8, 8)"),
@@ -307,6 +389,9 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
 def test_bad_input_to_train_on(refused, place, arguments, words):
     penult.GenerativePair(penult.Head(torch.randn(10, 16))).save("other.penult.safetensors")
     numpy.savez("small.npz", images=numpy.zeros((20, 4, 4)))
+    base = penult.load("net.penult.safetensors").base
+    bank = penult.distributions.Bank(base.distribution.activations[:30])
+    penult.GenerativePair(base.head, penult.Marginal(base.head, bank)).save("tiny.penult.safetensors")
     (place / "empty").mkdir()
     assert words in refused(*arguments, "--out", "x")
     assert not (place / "x").exists()
@@ -339,3 +424,4 @@ def test_bad_input_to_draw_from(refused, place):
 def test_help_shows_how():
     page = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "120"}).output
     assert "penult generate run/ --class 7 -n 64 -o grid.png" in page
+    assert "--kind gan --out run/" in page

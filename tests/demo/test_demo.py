@@ -104,23 +104,32 @@ def test_students_under_a_shift(finished):
 def test_images_of_every_class(finished):
     found, test = finished.results["generate"], finished.test
     chosen = finished.chosen
-    assert set(found) == {"bank", chosen, f"{chosen}, confident", "sphere without data", "real images"}
+    laws = ("bank", chosen, f"{chosen}, confident")
+    rows = {f"{name}, {law}" for name in ("VAE", "GAN") for law in laws}
+    assert set(found) == rows | {"VAE, sphere without data", "real images"}
     assert found["real images"]["accuracy"] > 0.95
-    assert found[chosen]["accuracy"] > 0.88
-    assert found[f"{chosen}, confident"]["accuracy"] > 0.93
-    for law in ("bank", chosen):  # by far: few images, one seed
-        assert found[law]["frechet"] < found["sphere without data"]["frechet"] / 2
-        assert found[law]["coverage"] > found["sphere without data"]["coverage"] + 0.15
-        assert found[law]["cas"] > 0.7
+    without = found["VAE, sphere without data"]
+    for name in ("VAE", "GAN"):  # by far: few images, one seed
+        assert found[f"{name}, {chosen}"]["accuracy"] > 0.88
+        assert found[f"{name}, {chosen}, confident"]["accuracy"] > 0.93
+        for law in ("bank", chosen):
+            assert found[f"{name}, {law}"]["frechet"] < without["frechet"] / 2
+            assert found[f"{name}, {law}"]["coverage"] > without["coverage"] + 0.15
+            assert found[f"{name}, {law}"]["cas"] > 0.7
     page = (finished.out / "index.html").read_text()
     assert all(f"{facts['frechet']:.3g}" in page for facts in found.values())
+    varied = finished.results["generate_variety"]
+    assert all(0 < share < 1 and f"{share:.0%} " in page for share in varied.values())
 
-    vae = penult.generate.load(finished.out / "digits-generator.safetensors")  # no classifier, no data
     y = torch.arange(10).repeat_interleave(20)
-    drawn = vae.generate(y, confident=0.9, generator=torch.Generator().manual_seed(0))
-    assert drawn.shape == (200, *test.images.shape[1:])
-    with torch.no_grad():
-        assert float((finished.model(drawn).argmax(-1) == y).double().mean()) > 0.9
+    for name, kind in (("vae", penult.generate.ActivationVAE), ("gan", penult.generate.ActivationGAN)):
+        generator = penult.generate.load(finished.out / f"digits-{name}.safetensors")  # no classifier, no data
+        assert isinstance(generator, kind)
+        assert generator.stored_activations == 0
+        drawn = generator.generate(y, confident=0.9, generator=torch.Generator().manual_seed(0))
+        assert drawn.shape == (200, *test.images.shape[1:])
+        with torch.no_grad():
+            assert float((finished.model(drawn).argmax(-1) == y).double().mean()) > 0.9
 
 
 def test_the_page_is_whole_and_loads_nothing(finished):
@@ -139,7 +148,10 @@ def test_the_page_is_whole_and_loads_nothing(finished):
     assert page.count("<svg") >= 10
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     names = sorted(p.name for p in finished.out.iterdir())
-    assert names == ["activations.png", "digits-generator.safetensors", "digits.penult.safetensors", "index.html"]
+    assert names == [
+        "activations.png", "digits-gan.safetensors", "digits-vae.safetensors", "digits.penult.safetensors",
+        "index.html",
+    ]  # fmt: skip
 
 
 def test_the_pair_is_read_without_the_model(finished):

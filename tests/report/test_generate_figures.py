@@ -46,3 +46,18 @@ def test_losses():
     assert "held-out images" in svg(generate.losses(history), alt="curves")
     with pytest.raises(ValueError, match="no epoch"):
         generate.losses([])
+
+
+def test_losses_of_adversaries_and_cosines():
+    history = [{"epoch": 1, "discriminator_loss": 1.3, "loss": 2.0, "cosine": 0.1, "val_cosine": 0.2}]
+    history.append({"epoch": 2, "discriminator_loss": 1.2, "loss": 1.0, "cosine": 0.5, "val_cosine": 0.6})
+    (axes,) = generate.losses(history).axes
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[2, 1], [1.3, 1.2]]
+    drawn = svg(generate.losses(history), alt="curves")
+    assert drawn.index(">generator<") < drawn.index(">discriminator<")
+    assert ">training<" not in drawn
+    (axes,) = generate.cosines(history).axes
+    assert [line.get_ydata().tolist() for line in axes.get_lines()] == [[0.1, 0.5], [0.2, 0.6]]
+    assert axes.get_ylabel() == "cosine"
+    with pytest.raises(ValueError, match="no epoch with a cosine"):
+        generate.cosines([{"epoch": 1, "loss": 2.0}])

@@ -15,7 +15,7 @@ from penult.distributions._links import NEXT_TO_ZERO
 
 __all__ = ["Law", "Sampler"]
 
-_OPTIONS: dict[type[Any], str] = {Bank: "replacement", PrincipalMixture: "rectified"}
+_OPTIONS: dict[type[Any], tuple[str, ...]] = {Bank: ("replacement", "rectified"), PrincipalMixture: ("rectified",)}
 _MAYBE: dict[type[Any], tuple[str, ...]] = {PrincipalMixture: ("softness",)}  # tensors that may be None
 
 
@@ -44,7 +44,7 @@ class Law(nn.Module):
         kind: Any = type(sampler)
         self._kind = kind if kind in _OPTIONS else None
         if self._kind is not None:
-            self._option = bool(getattr(sampler, _OPTIONS[self._kind]))
+            self._options = {name: bool(getattr(sampler, name)) for name in _OPTIONS[self._kind]}
             for name in (*self._kind.arg_constraints, *_MAYBE.get(self._kind, ())):
                 tensor = getattr(sampler, name)
                 self.register_buffer(name, None if tensor is None else tensor.detach())
@@ -58,7 +58,7 @@ class Law(nn.Module):
         if self._kind is None:
             return self._held
         tensors = dict(self.named_buffers())
-        return self._kind(**tensors, **{_OPTIONS[self._kind]: self._option}, validate_args=False)
+        return self._kind(**tensors, **self._options, validate_args=False)
 
     @property
     def has_density(self) -> bool:
@@ -111,9 +111,9 @@ class Law(nn.Module):
             ValueError: If it is none of penult's own.
         """
         if self._kind is not None:
-            return {"class": self._kind.__name__, "option": self._option}
+            return {"class": self._kind.__name__, "options": self._options}
         if isinstance(self._held, NormalizingFlow):
-            return {"class": NormalizingFlow.__name__, "option": self._held.config()}
+            return {"class": NormalizingFlow.__name__, "options": self._held.config()}
         raise ValueError(
             f"a Marginal of {type(self._held).__name__} cannot be written to a file, which never holds code: fit one "
             'of penult\'s laws to its draws, as Marginal.fit(head, draws, kind="mixture"), or keep the draws as a Bank'
@@ -127,16 +127,18 @@ class Law(nn.Module):
             KeyError: A part is missing.
             ValueError: A class is unknown, or the tensors are no such law's.
         """
-        for kind, option in _OPTIONS.items():
+        for kind, names in _OPTIONS.items():
             if facts["class"] == kind.__name__:
                 parts = {name: tensors[name] for name in kind.arg_constraints}
                 parts |= {name: tensors[name] for name in _MAYBE.get(kind, ()) if name in tensors}
-                if type(facts["option"]) is not bool:
-                    raise ValueError(f"{option} of the law is {facts['option']!r}, no truth value")
-                return cls(kind(**parts, **{option: facts["option"]}, validate_args=True))
+                options = facts["options"]
+                known = isinstance(options, dict) and set(options) == set(names)
+                if not known or any(type(value) is not bool for value in options.values()):
+                    raise ValueError(f"options of the law are {options!r}, no truth values of {', '.join(names)}")
+                return cls(kind(**parts, **options, validate_args=True))
         if facts["class"] == NormalizingFlow.__name__:
-            if not isinstance(facts["option"], dict):
-                raise ValueError(f"the settings of the flow are {facts['option']!r}, no mapping")
+            if not isinstance(facts["options"], dict):
+                raise ValueError(f"the settings of the flow are {facts['options']!r}, no mapping")
             held = {name.removeprefix("_held."): tensor for name, tensor in tensors.items()}
-            return cls(NormalizingFlow.from_config(facts["option"], held))
+            return cls(NormalizingFlow.from_config(facts["options"], held))
         raise ValueError(f"the law {facts['class']!r} is none of penult's")

@@ -86,12 +86,12 @@ class Pool:
         return logits.double().softmax(-1)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """At most ``count`` different rows, (n, d), all of them if there are no more."""
+        """At most ``count`` different rows as they are stored, (n, d), all of them if there are no more."""
         if len(self) <= count:
-            return torch.cat(list(self))
+            return torch.cat(list(self.stored))
         chosen = torch.randint(len(self), (count,), generator=generator).unique()
         parts, begin = [], 0
-        for rows in self:
+        for rows in self.stored:
             here = chosen[(chosen >= begin) & (chosen < begin + len(rows))] - begin
             parts.append(rows[here.to(rows.device)])
             begin += len(rows)

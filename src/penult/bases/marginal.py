@@ -137,8 +137,8 @@ class Marginal(Base):
             kind: ``"mixture"``, a :class:`~penult.distributions.PrincipalMixture` by expectation maximisation: close
                 to the bank in 38 k floats at d = 64, and what to start with. ``"class"``, one Gaussian a class in
                 principal components, with the head's probabilities for labels, in closed form. ``"flow"``, a
-                normalizing flow (extra ``flow``). ``"bank"``, the activations themselves, a random sample of them
-                where they are more than 33 million floats.
+                normalizing flow (extra ``flow``). ``"bank"``, the activations themselves, as they are stored, a
+                random sample of them where they are more than 33 million floats.
             components: Components of ``"mixture"`` (other kinds do not look at it), at most one for 20 activations.
                 None for as many as there are classes, but at least 32 and at most 100.
             dims: Principal components of ``"mixture"`` and ``"class"``; the rest is isotropic noise. None for 64, or
@@ -189,7 +189,8 @@ class Marginal(Base):
             law = NormalizingFlow.fit(pool.stored, rectified=pool.rectified, seed=seed)
         else:
             most = max(1, _BANK // head.in_features)
-            law = Bank(pool.sample(most, torch.Generator().manual_seed(seed)), validate_args=False)
+            rows = pool.sample(most, torch.Generator().manual_seed(seed))
+            law = Bank(rows, rectified=pool.rectified, validate_args=False)
         return cls(head, law, seed=seed)
 
     @property
@@ -271,7 +272,7 @@ class Marginal(Base):
         if not len(y):
             h = weight.new_empty(0, self.in_features)
         elif isinstance(law, Bank):
-            h = pick(self.head, law.activations, classes, counts, law.replacement, generator)
+            h = pick(self.head, law.rows, classes, counts, law.replacement, generator)
         else:
             prior = self.log_prior[classes].exp()
             h = accept(self.head, self._draws(generator), classes, counts, prior, generator)
@@ -350,7 +351,7 @@ class Marginal(Base):
         """The activations that the prior is estimated from, the same at each call: all of a bank."""
         law, size = self.distribution, block_size(self.head)
         if isinstance(law, Bank):
-            yield from (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in law.activations.split(size))
+            yield from (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in law.rows.split(size))
             return
         draw = self._draws(torch.Generator(self.head.weight.device).manual_seed(self._seed))
         for start in range(0, self._samples, size):

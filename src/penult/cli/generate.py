@@ -6,14 +6,22 @@ import json
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter
+from penult.cli.training import plain
 
-__all__ = ["generate"]
+__all__ = ["KINDS", "generate"]
+
+# Of each kind: the options that it alone has, and those whose default is its own; a width of None fits the images.
+KINDS: dict[str, dict[str, Any]] = {
+    "vae": {"batch_size": 100, "rate": 1e-3, "latent": 16, "width": None, "consistency": 0.0, "beta": 1.0},
+    "gan": {"batch_size": 64, "rate": 1e-3, "latent": 32, "width": None, "consistency": 1.0,
+            "loss": "non-saturating", "drawn": 0.0},
+}  # fmt: skip
 
 _DRAWING = "classes", "count"
 _BOTH = "context", "source", "out", "confident", "seed", "device", "as_json"
@@ -23,6 +31,7 @@ class Kind(str, Enum):
     """What makes images of activations."""
 
     vae = "vae"
+    gan = "gan"
 
 
 class Condition(str, Enum):
@@ -30,6 +39,22 @@ class Condition(str, Enum):
 
     activation = "activation"
     label = "label"
+
+
+class Adversarial(str, Enum):
+    """What generator and discriminator minimise."""
+
+    non_saturating = "non-saturating"
+    hinge = "hinge"
+
+
+def _of(name: str) -> str:
+    """The default of each kind that has an option, for its help."""
+    held = {kind: options[name] for kind, options in KINDS.items() if name in options}
+    shown = [(kind, value if isinstance(value, str) else f"{value:g}") for kind, value in held.items()]
+    if len(shown) < len(KINDS):
+        return ", ".join(f"With --kind {kind} only; default {value}." for kind, value in shown)
+    return "Default: " + ", ".join(f"{value} with {kind}" for kind, value in shown) + "."
 
 
 def generate(
@@ -67,21 +92,52 @@ def generate(
         ),
     ] = None,
     val: Annotated[str | None, typer.Option(help="Images to judge by; else a tenth of the others is held out.")] = None,
-    kind: Annotated[Kind, typer.Option(help="A variational autoencoder.")] = Kind.vae,
+    kind: Annotated[
+        Kind, typer.Option(help="A variational autoencoder, or a generative adversarial network.")
+    ] = Kind.vae,
     condition: Annotated[
         Condition, typer.Option(help="Train on what the classifier makes of each image, or on draws for its label.")
     ] = Condition.activation,
     epochs: Annotated[int, typer.Option(help="How often all images are seen.", min=1)] = 30,
-    batch_size: Annotated[int, typer.Option(help="Images at a time, on each device.", min=2)] = 100,
-    rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
-    latent: Annotated[int, typer.Option(help="Numbers of a code z.", min=1)] = 16,
-    width: Annotated[
-        int | None, typer.Option(help="Units of a layer (400), or channels of the first convolution (64).", min=1)
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Images at a time, on each device. {_of('batch_size')}", min=2)
     ] = None,
-    beta: Annotated[float, typer.Option(help="Weight of the divergence of codes.")] = 1.0,
+    rate: Annotated[float | None, typer.Option(help=f"Learning rate of Adam. {_of('rate')}")] = None,
+    latent: Annotated[int | None, typer.Option(help=f"Numbers of a code z. {_of('latent')}", min=1)] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="Units of a layer, or channels of the convolution next to the image. Default: 400 or 64 with vae; 16, "
+            "or 32 in colour, with gan.",
+            min=1,
+        ),
+    ] = None,
     consistency: Annotated[
-        float, typer.Option(help="Weight of what the classifier makes of generated images, in nats an image.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Weight of what the classifier makes of generated images, in nats an image with vae. "
+            + _of("consistency")
+        ),
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help=f"Weight of the divergence of codes. {_of('beta')}")] = None,
+    loss: Annotated[
+        Adversarial | None, typer.Option(help=f"What generator and discriminator minimise. {_of('loss')}")
+    ] = None,
+    drawn: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the images generated in training that are made of draws of the pair's law, the others of "
+            f"activations of images. {_of('drawn')}",
+        ),
+    ] = None,
+    store_activations: Annotated[
+        bool,
+        typer.Option(
+            "--store-activations",
+            help="Write a bank of real activations as it is; else a mixture fitted to it takes its place.",
+        ),
+    ] = False,
     size: sources.Size = None,
     mode: sources.Mode = None,
     mean: Annotated[
@@ -115,6 +171,7 @@ def generate(
     class y. The law that the pair holds decides how good they are: fit one to activations of such images.
 
     OUT gets generator.safetensors, the page index.html, log.json, samples as the training goes, and checkpoints.
+    What is judged and shown is what the file holds: no activation of a real image, unless --store-activations is given.
     Training goes by Lightning (extra train): the same command continues after a kill, and gives the same generator.
 
     With a folder that a training wrote, images are drawn; no classifier is needed.
@@ -123,9 +180,11 @@ def generate(
 
     Example: penult generate net.penult.safetensors --model mynets:net --images photos/ --out run/
 
+    Example: penult generate net.penult.safetensors --model mynets:net --images photos/ --kind gan --out run/
+
     Example: penult generate run/ --class 7 -n 64 -o grid.png
     """
-    values = locals()
+    values: dict[str, Any] = dict(locals())
     from penult.cli import generation, generation_told  # which load torch and Lightning
 
     reporter = RichReporter(stderr=as_json)
@@ -136,12 +195,20 @@ def generate(
     }
     file = generation_told.generator_in(source)
     if file is not None:
-        _refuse([flag for name, flag in given.items() if name not in (*_DRAWING, *_BOTH)], "training", source, "drawn")
+        training = [flag for name, flag in given.items() if name not in (*_DRAWING, *_BOTH)]
+        _refuse(training, "training", f"{source} is drawn from")
         facts = generation_told.draw(file, out, classes, count, confident, seed, device, reporter)
         if as_json:
             typer.echo(json.dumps(facts, indent=2))
         return
-    _refuse([flag for name, flag in given.items() if name in _DRAWING], "drawing", source, "trained")
+    _refuse([flag for name, flag in given.items() if name in _DRAWING], "drawing", f"{source} is trained on")
+    own = KINDS[kind.value]
+    for other, options in KINDS.items():
+        foreign = [flag for name, flag in given.items() if name in options and name not in own]
+        _refuse(foreign, f"--kind {other}", f"the kind is {kind.value}")
+    if condition is Condition.label:
+        drawing = [flag for name, flag in given.items() if name == "drawn"]
+        _refuse(drawing, "--condition activation", "with label all activations are drawn")
     for flag, value in (("--model", model), ("--images", images)):
         if value is None:
             raise ValueError(
@@ -150,16 +217,16 @@ def generate(
             )
     if judge_weights is not None and judge is None:
         raise ValueError("--judge-weights goes with --judge, package.module:factory")
+    chosen = {name: default if values[name] is None else plain(values[name]) for name, default in own.items()}
+    values |= {"kind": kind.value, "condition": condition.value, "batch_size": chosen.pop("batch_size"), "own": chosen}
     asked = {field.name: values[field.name] for field in fields(generation.Order)}
-    asked |= {"kind": kind.value, "condition": condition.value}
     generation.train(generation.Order(**asked), as_json, reporter)
 
 
-def _refuse(flags: list[str], work: str, source: str, done: str) -> None:
-    """Raise if options of the other use of the command are given."""
+def _refuse(flags: list[str], work: str, but: str) -> None:
+    """Raise if options are given that go with something else."""
     if flags:
-        one, what = len(flags) == 1, "from" if done == "drawn" else "on"
+        one = len(flags) == 1
         raise ValueError(
-            f"{', '.join(flags)} {'goes' if one else 'go'} with {work}, but {source} is {done} {what}: leave "
-            f"{'it' if one else 'them'} out"
+            f"{', '.join(flags)} {'goes' if one else 'go'} with {work}, but {but}: leave {'it' if one else 'them'} out"
         )

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from penult import io
 from penult.activations import Tap, extract
 from penult.activations._resume import checksum
-from penult.bases import Gaussian, Sphere
+from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
 from penult.cli.generation_told import (
@@ -27,6 +27,7 @@ from penult.cli.generation_told import (
     PILLOW,
     Pictures,
     class_rows,
+    contents,
     evenly,
     grid,
     page,
@@ -53,17 +54,18 @@ from penult.cli.training import (
 )
 from penult.data import ImageDataset
 from penult.data._extra import extra
-from penult.generate import ActivationGenerator, ActivationVAE, Judge
+from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE, Judge
 from penult.head import find_head
 from penult.pair import GenerativePair
 
-__all__ = ["KINDS", "Order", "train"]
+__all__ = ["CLASSES", "Order", "train"]
 
 SAMPLES = "samples"
 # From --kind to what makes the generator, given pair, tap, shape and options.
-KINDS: dict[str, Callable[..., ActivationGenerator]] = {"vae": ActivationVAE}
+CLASSES: dict[str, type[ActivationGenerator]] = {"vae": ActivationVAE, "gan": ActivationGAN}
 
-_FREE = "confident", "judge", "judge_weights", "judge_content"  # what can be told anew without training
+# What can be told anew without training.
+_FREE = "confident", "judge", "judge_weights", "judge_content", "store_activations"
 _ROWS = 10  # classes of a grid
 _JUDGED, _COMPARED = 2000, 10_000  # images of either side, and training images that they are compared with
 _MEMORY = 1 << 30  # bytes of these
@@ -72,7 +74,7 @@ _EVENLY = 200  # images of all classes together, where no real ones say how many
 
 @dataclass(frozen=True)
 class Order:
-    """What a training is asked for, as options of the command say it."""
+    """What a training is asked for, as options of the command say it; `own` are those that the kind's class takes."""
 
     source: str
     model: str
@@ -83,11 +85,8 @@ class Order:
     condition: str
     epochs: int
     batch_size: int
-    rate: float
-    latent: int
-    width: int | None
-    beta: float
-    consistency: float
+    own: dict[str, Any]
+    store_activations: bool
     confident: float | None
     judge: str | None
     judge_weights: Path | None
@@ -113,7 +112,9 @@ class Order:
     def settings(self) -> dict[str, Any]:
         """Those that the results depend on."""
         apart = "out", "workers", "overwrite", "device", "strategy"
-        return {"command": "generate"} | {name: plain(v) for name, v in asdict(self).items() if name not in apart}
+        facts = asdict(self)
+        facts |= facts.pop("own")
+        return {"command": "generate"} | {name: plain(v) for name, v in facts.items() if name not in apart}
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -204,6 +205,7 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
         else:
             trained, held = (Share(each, torch.arange(len(each))) for each in (dataset, other))
         generator = _made(order, pair, tap, normalize, tuple(first.shape[1:]), trained)
+        law = _law(order, generator, reporter)
         trainer = trainer_of(
             out,
             order.seed,
@@ -213,7 +215,7 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
             num_nodes=order.num_nodes,
             strategy=order.strategy,
             precision=order.precision,
-            callbacks=[_sampling(order)],
+            callbacks=[_sampling(order, law)],
         )
         if trainer.is_global_zero:
             out.mkdir(parents=True, exist_ok=True)
@@ -230,13 +232,14 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
             seed=order.seed,
             loading=order.loading,
             resume=not order.overwrite,
-            figure=_loss,
+            figure=_figure,
             reporter=reporter,
         )
         if not trainer.is_global_zero:
             return
-        generator.to(where).eval()
-        generator.save(out / GENERATOR_FILE)
+        learnt = generator.to(where).eval()
+        generator = learnt.with_pair(law.to(where))
+        generator.save(out / GENERATOR_FILE, order.store_activations)
         with reporter.waiting("judging the images"):
             facts, pictures = _judged(order, generator, evaluator, trained, held)
 
@@ -249,12 +252,16 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
         "shape": list(first.shape[1:]),
         "judge": order.judge,
         "confident": order.confident,
+        "stored_activations": generator.stored_activations,
+        "replaced_activations": learnt.stored_activations - generator.stored_activations,
+        "floats": law.base.num_parameters if isinstance(law.base, Marginal) else None,
         "epochs": len(generator.history),
         "history": generator.history,
     } | facts
     summary(facts, reporter)
     page(out / PAGE_FILE, facts, settings, pair, pictures, names)
     io.write_bytes(out / LOG_FILE, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
+    reporter.line(contents(facts))
     reporter.line(f"{out / GENERATOR_FILE}: penult generate {out} -o grid.png draws from it")
     reporter.line(f"{out / PAGE_FILE}")
     if as_json:
@@ -319,39 +326,45 @@ def _made(
         # Draws would not tell what real activations are like.
         activations = extract(tap, [x if normalize is None else normalize(x) for x in images.split(500)])
     torch.manual_seed(order.seed)  # of the first weights
-    generator = KINDS[order.kind](
-        pair,
-        tap,
-        shape,
-        condition=order.condition,
-        latent=order.latent,
-        width=order.width,
-        beta=order.beta,
-        consistency=order.consistency,
-        rate=order.rate,
-        activations=activations,
-        preprocess=normalize,
-    )
-    if order.confident is not None:  # what cannot be had is better said before the work
-        generator.generate(torch.arange(pair.head.num_classes), order.confident, generator=seeded(generator, 0))
-    return generator
+    options: dict[str, Any] = order.own | {"condition": order.condition}
+    makes: Callable[..., ActivationGenerator] = CLASSES[order.kind]
+    return makes(pair, tap, shape, activations=activations, preprocess=normalize, **options)
 
 
-def _sampling(order: Order) -> Any:
+def _law(order: Order, generator: ActivationGenerator, reporter: RichReporter) -> GenerativePair:
+    """The pair that the file holds, after a look at whether it can give what is asked for, before the work."""
+    law = generator.pair
+    if generator.stored_activations and not order.store_activations:
+        try:
+            with reporter.waiting("fitting a mixture to the bank of activations"):
+                law = generator.without_data().pair
+        except ValueError as error:
+            raise ValueError(
+                f"{order.source}: {str(error).partition(':')[0]}: give --store-activations, which writes them, or a "
+                "pair of another law"
+            ) from error
+    if order.confident is not None:
+        drawn = generator.with_pair(law)
+        drawn.generate(torch.arange(law.head.num_classes), order.confident, generator=seeded(drawn, 0))
+    return law
+
+
+def _sampling(order: Order, law: GenerativePair) -> Any:
     """Writes a grid of samples after epochs 1, 2, 5, 10, 20, 50, ... and the last."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     def sample(trainer: Any, module: Any) -> None:
         epoch = trainer.current_epoch + 1
         if trainer.is_global_zero and (str(epoch).rstrip("0") in ("1", "2", "5") or epoch == order.epochs):
-            rows = class_rows(module, evenly(module.pair.head.num_classes, _ROWS), order.seed)
+            drawn = module.with_pair(law.to(module.device))
+            rows = class_rows(drawn, evenly(law.head.num_classes, _ROWS), order.seed)
             io.write_bytes(order.out / SAMPLES / f"epoch-{epoch:04}.png", grid(rows.flatten(0, 1), COLUMNS))
 
     return LambdaCallback(on_train_epoch_end=sample)
 
 
-def _loss(figures: dict[str, float]) -> str:
-    return "".join(f", {name} {value:.4g}" for name, value in figures.items() if name == "loss")
+def _figure(figures: dict[str, float]) -> str:
+    return "".join(f", {name} {figures[name]:.4g}" for name in ("loss", "cosine") if name in figures)
 
 
 def _judged(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from penult.pair import GenerativePair
 
 __all__ = [
-    "COLUMNS", "GENERATOR_FILE", "PILLOW", "Pictures", "class_rows", "draw", "evenly", "generator_in", "grid", "page",
-    "pictures_of", "seeded", "summary",
+    "COLUMNS", "GENERATOR_FILE", "PILLOW", "Pictures", "class_rows", "contents", "draw", "evenly", "generator_in",
+    "grid", "page", "pictures_of", "seeded", "summary",
 ]  # fmt: skip
 
 GENERATOR_FILE = "generator.safetensors"
@@ -61,10 +61,33 @@ _BIAS = (
 )
 _LIMITS = (
     "Images are of class y as surely as draws of p(h|y) are, which is no surer than the classifier itself; "
-    "`--confident` keeps the clear cases and loses variety. Where activations are rich, the code z is hardly used: "
-    "what varies is the activation. The Fréchet distance alone misleads, since it knows mean and covariance only and "
-    "depends on the number of images: read all columns, against the real row."
+    "`--confident` keeps the clear cases and loses variety. {code} The Fréchet distance alone misleads, since it knows "
+    "mean and covariance only and depends on the number of images: read all columns, against the real row."
 )
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What is true of one kind of generators alone."""
+
+    code: str
+    edited: str
+    curves: str
+
+
+_WORDS = {
+    "vae": _Words(
+        "Where activations are rich, the code z is hardly used: what varies is the activation.",
+        "the image; as it comes back; moved 25%, 50%, 75% and all of the way.",
+        "Mean loss of each epoch.",
+    ),
+    "gan": _Words(
+        "The code z is for what the activation leaves open.",
+        "the image; another image of the same activation, of a random code; with that code moved 25%, 50%, 75% and all "
+        "of the way.",
+        "Mean losses of each epoch: those of adversaries say that neither wins, not how good images are.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -216,6 +239,7 @@ def draw(
         "of_each": each,
         "shape": list(images.shape[1:]),
         "confident": confident,
+        "stored_activations": generator.stored_activations,
         "seed": seed,
     }
 
@@ -232,6 +256,21 @@ def summary(facts: dict[str, Any], reporter: RichReporter) -> None:
     reporter.table((f"by {facts['judged_by']} {held} images", *kinds), rows)  # upright: ten columns are too wide
     if facts["judge"] is None:
         reporter.line(_BIAS)
+
+
+def contents(facts: dict[str, Any]) -> str:
+    """What the file holds of real images."""
+    stored, replaced = facts["stored_activations"], facts["replaced_activations"]
+    if stored:
+        return (
+            f"{GENERATOR_FILE} stores {stored} real activations; without --store-activations a mixture stands for them"
+        )
+    if replaced:
+        return (
+            f"{GENERATOR_FILE} holds a mixture of {facts['floats']} floats in place of {replaced} real activations; "
+            "--store-activations keeps them"
+        )
+    return f"{GENERATOR_FILE} holds no activation of a real image"
 
 
 def _columns(facts: dict[str, Any]) -> list[str]:
@@ -271,7 +310,7 @@ def page(
     from penult.report import Page
     from penult.report import generate as figures
 
-    held = "held-out" if facts["held_out"] else "validation"
+    held, words = "held-out" if facts["held_out"] else "validation", _WORDS[facts["kind"]]
     page = Page(
         f"Images from the activations of {settings['model']}",
         subtitle="penult generate",
@@ -295,7 +334,7 @@ def page(
             caption=f"The same of draws with p(y|h) > {facts['confident']}: clearer, and of less variety.",
             alt=f"Rows of generated images of confident draws for {len(rows)} classes",
         )
-    section.text(_LIMITS)
+    section.text(_LIMITS.format(code=words.code))
 
     section = page.section("How good they are", f"Judged by {facts['judged_by']} {held} images.")
     if facts["labels"] == "judge":
@@ -317,18 +356,25 @@ def page(
     section = page.section("Editing", f"Activations of {held} images, moved towards a draw of another class.")
     section.figure(
         figures.image_rows(pictures.edited, _ways(names, pictures.goals)),
-        caption="From the left: the image; as it comes back; moved 25%, 50%, 75% and all of the way.",
-        alt="Rows of a real image, its reconstruction, and its way to another class",
+        caption=f"From the left: {words.edited}",
+        alt="Rows of a real image, what is made of its activation, and its way to another class",
     )
     section = page.section("Training")
     section.figure(
         figures.losses(facts["history"]),
-        caption="Mean loss of each epoch. The folder samples shows what the generator made as it was trained.",
+        caption=f"{words.curves} The folder samples shows what the generator made as it was trained.",
         alt=f"Curves of the loss over {facts['epochs']} epochs",
     )
+    if any(name.endswith("cosine") for each in facts["history"] for name in each):
+        section.figure(
+            figures.cosines(facts["history"]),
+            caption="Mean cosine of what the classifier makes of images to the activations that they were made of, "
+            "both in deviations from the mean; 1 is perfect.",
+            alt=f"Curves of the cosine over {facts['epochs']} epochs",
+        )
     section = page.section("What it was made of")
     section.code(str(pair.head.certificate or pair.head), label="Head of the classifier")
-    section.text(f"Base of the pair: `{pair.base}`")
+    section.text(f"Base of the pair: `{pair.base}`. {contents(facts)}.".replace(GENERATOR_FILE, f"`{GENERATOR_FILE}`"))
     section.table(
         ("setting", "value"), [(f"`{k}`", "–" if v is None else str(v)) for k, v in settings.items()], align="ll"
     )

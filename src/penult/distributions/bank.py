@@ -22,6 +22,8 @@ class Bank(Distribution):
         activations: Rows (N, d), held by reference.
         replacement: Whether a row may be drawn more than once. Without, one call of :meth:`sample` gives each row at
             most once, so that its draws are not independent: for two-sample tests, which duplicates would mislead.
+        rectified: Whether the rows are pre-activations u, and draws max(u, 0). More can be told from these: a
+            compact law of them has the exact zeros of a ReLU.
         validate_args: Whether to look for values that are not finite.
 
     Raises:
@@ -44,7 +46,13 @@ class Bank(Distribution):
     has_density = False
     _validate_args = __debug__  # torch.compile switches validation off on torch's own base class, for good
 
-    def __init__(self, activations: Tensor, replacement: bool = True, validate_args: bool | None = None) -> None:
+    def __init__(
+        self,
+        activations: Tensor,
+        replacement: bool = True,
+        rectified: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
         if not isinstance(activations, Tensor) or not activations.is_floating_point():
             kind = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
             raise TypeError(f"activations must be a floating tensor (N, d), got {kind}")
@@ -55,11 +63,16 @@ class Bank(Distribution):
             bad = int((~activations.isfinite().all(-1)).sum())
             raise ValueError(f"{bad} of {len(activations)} activations hold NaN or infinity; leave them out first")
         self.activations = activations.detach()
-        self.replacement = bool(replacement)
+        self.replacement, self.rectified = bool(replacement), bool(rectified)
         super().__init__(Size(), activations.shape[-1:], validate_args=False)
 
     def __len__(self) -> int:
         return len(self.activations)
+
+    @property
+    def rows(self) -> Tensor:
+        """What is drawn from, (N, d): the rows, or their positive part."""
+        return self.activations.clamp_min(0) if self.rectified else self.activations
 
     @property
     def num_parameters(self) -> int:
@@ -69,17 +82,17 @@ class Bank(Distribution):
     @property
     def mean(self) -> Tensor:
         """Mean of the rows, shape (*B, d)."""
-        return self._spread(self.activations.double().mean(0))
+        return self._spread(self.rows.double().mean(0))
 
     @property
     def variance(self) -> Tensor:
         """Variance of each coordinate over the rows, shape (*B, d)."""
-        return self._spread(self.activations.double().var(0, correction=0))
+        return self._spread(self.rows.double().var(0, correction=0))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Bank:
         """The same law with a batch shape; the rows are shared."""
         new: Bank = self._get_checked_instance(Bank, _instance)
-        new.activations, new.replacement = self.activations, self.replacement
+        new.activations, new.replacement, new.rectified = self.activations, self.replacement, self.rectified
         super(Bank, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         return new
 
@@ -107,11 +120,13 @@ class Bank(Distribution):
             raise ValueError(f"{count} draws without replacement were asked of a Bank of {rows} rows")
         else:
             index = torch.randperm(rows, generator=generator, device=device)[:count]
-        return self.activations[index].reshape(shape)
+        drawn = self.activations[index].reshape(shape)
+        return drawn.clamp_min(0) if self.rectified else drawn
 
     def _spread(self, moment: Tensor) -> Tensor:
         return moment.to(self.activations.dtype).expand(self.batch_shape + self.event_shape)
 
     def __repr__(self) -> str:
-        (n, d), how = self.activations.shape, "" if self.replacement else ", without replacement"
+        (n, d), how = self.activations.shape, ", rectified" if self.rectified else ""
+        how += "" if self.replacement else ", without replacement"
         return f"Bank({n} row{'s' * (n != 1)} of dimension {d}{how})"

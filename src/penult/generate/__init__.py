@@ -21,10 +21,13 @@ from penult.generate.quality import Judge, Quality, quality
 
 if TYPE_CHECKING:
     from penult.generate._files import load
+    from penult.generate._gan import ActivationGAN
     from penult.generate._generator import ActivationGenerator
     from penult.generate._vae import ActivationVAE
 
-_ROOMS = {"ActivationGenerator": "_generator", "ActivationVAE": "_vae", "load": "_files"}  # they load Lightning
+_ROOMS = {  # they load Lightning
+    "ActivationGAN": "_gan", "ActivationGenerator": "_generator", "ActivationVAE": "_vae", "load": "_files",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -33,4 +36,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'penult.generate' has no attribute {name!r}")
 
 
-__all__ = ["ActivationGenerator", "ActivationVAE", "Judge", "Quality", "frechet_distance", "load", "quality"]
+__all__ = [
+    "ActivationGAN", "ActivationGenerator", "ActivationVAE", "Judge", "Quality", "frechet_distance", "load", "quality",
+]  # fmt: skip

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from penult.activations import Activations
+from penult.bases import Marginal
 from penult.bases._pool import Pool
+from penult.distributions import Bank
 from penult.pair import GenerativePair
 
-__all__ = ["Standardizer", "check_share", "draw"]
+__all__ = ["Standardizer", "bank_of", "check_share", "draw", "without_data"]
 
 _DRAWS = 8192  # of the pair, for mean and scale
 _FLOOR = 0.1  # of the mean deviation: units that hardly move must not be blown up
 _TRIES = 4096  # draws for one activation that is confident enough, on average
 _AT_ONCE = 1 << 16
+_COMPONENTS, _DIMS, _ROWS = 100, 24, 20  # of the mixture that stands for a bank, and rows of it for a component
 
 
 @final
@@ -103,6 +107,11 @@ def draw(
     Raises:
         ValueError: `confident` is no probability, or hardly a draw of a class comes up to it.
     """
+    with torch.autocast(y.device.type, enabled=False):  # training may be in mixed precision, laws are not
+        return _draw(pair, y, confident, generator)
+
+
+def _draw(pair: GenerativePair, y: Tensor, confident: float | None, generator: torch.Generator | None) -> Tensor:
     h = pair.given(y).sample(generator=generator)
     if confident is None:
         return h
@@ -135,6 +144,35 @@ def draw(
                 "head is sure"
             )
     return h
+
+
+def bank_of(pair: GenerativePair) -> Bank | None:
+    """The real activations that a pair holds, if it does."""
+    law = pair.base.distribution if isinstance(pair.base, Marginal) else None
+    return law if isinstance(law, Bank) else None
+
+
+def without_data(pair: GenerativePair) -> GenerativePair:
+    """The pair; in place of a bank of real activations a mixture of 100 components in 24 dimensions, fitted to it.
+
+    Raises:
+        ValueError: The bank is too small for a mixture.
+    """
+    bank = bank_of(pair)
+    if bank is None:
+        return pair
+    if len(bank) < 2 * _ROWS:
+        raise ValueError(
+            f"the pair holds {len(bank)} real activations, too few to fit a mixture that would stand for them: give a "
+            "pair of another law, or save(path, store_activations=True) to write them"
+        )
+    pair = deepcopy(pair)  # of weights that nothing else changes
+    assert isinstance(pair.base, Marginal)
+    head, rows = pair.base.head, bank.activations
+    components, dims = min(_COMPONENTS, len(rows) // _ROWS), min(_DIMS, rows.shape[1])
+    rectified = bank.rectified and bool((rows < 0).any())
+    mixture = Marginal.fit(head, rows, components=components, dims=dims, rectified=rectified)
+    return GenerativePair(pair.head, mixture)
 
 
 def check_share(name: str, value: float) -> None:

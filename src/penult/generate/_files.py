@@ -6,12 +6,13 @@ import os
 from typing import Any
 
 from penult import io
+from penult.generate._gan import ActivationGAN
 from penult.generate._generator import KIND, ActivationGenerator
 from penult.generate._vae import ActivationVAE
 
 __all__ = ["load"]
 
-_KINDS: dict[str, type[ActivationGenerator]] = {each.__name__: each for each in (ActivationVAE,)}
+_KINDS: dict[str, type[ActivationGenerator]] = {each.__name__: each for each in (ActivationVAE, ActivationGAN)}
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> ActivationGenerator:

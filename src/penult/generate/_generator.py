@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from penult import io
 from penult.activations import Activations, Tap
 from penult.bases import Base
-from penult.generate._conditions import Standardizer, draw
+from penult.generate._conditions import Standardizer, bank_of, draw, without_data
 from penult.generate._networks import check_image_shape
 from penult.generate._sight import Sight, moving
 from penult.head._checks import check_positive
@@ -56,6 +56,7 @@ class ActivationGenerator(LightningModule, ABC):
     """
 
     networks: ClassVar[tuple[str, ...]]  # names of the parts that files hold
+    beside: ClassVar[tuple[str, ...]] = ()  # of those that training alone needs, and no file holds
 
     def __init__(
         self,
@@ -194,12 +195,14 @@ class ActivationGenerator(LightningModule, ABC):
     ) -> Tensor:
         """Images moved towards a class: their activations go to the nearest of 256 draws of p(h|y), and are decoded.
 
-        The nearest draw (in deviations, see `Standardizer`) shares with the image what does not make the class.
+        The nearest draw (in deviations, see `Standardizer`) shares with the image what does not make the class. A
+        generator that cannot tell the code of an image takes a random one, and begins with another image of its
+        activation.
 
         Args:
             x: Images (B, C, H, W) in [0, 1].
             y: Labels (B,), or one for all.
-            strength: How far they go, from 0, as they are, to 1, all the way. A tensor (S,) gives S images each.
+            strength: How far they go, from 0, nowhere, to 1, all the way. A tensor (S,) gives S images each.
             confident: As for `generate`, of the draws.
             generator: Source of randomness, or None for torch's default.
 
@@ -266,21 +269,42 @@ class ActivationGenerator(LightningModule, ABC):
 
     # --- files ------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    @property
+    def stored_activations(self) -> int:
+        """How many activations of real images the pair holds, 0 but for a bank."""
+        bank = bank_of(self.pair)
+        return 0 if bank is None else len(bank)
+
+    def without_data(self: Self) -> Self:
+        """The same networks; in place of a bank of real activations a mixture that is fitted to it, in some seconds.
+
+        Raises:
+            ValueError: The bank is too small for a mixture.
+        """
+        return self.with_pair(without_data(self.pair)) if self.stored_activations else self
+
+    def save(self, path: str | os.PathLike[str], store_activations: bool = False) -> Path:
         """Write networks, mean and scale of the condition, and the pair to one safetensors file.
 
-        `penult.generate.load` reads it, without the classifier. The pair goes with it as it is: one of a Bank holds
-        real activations.
+        `penult.generate.load` reads it, without the classifier. It holds no activation of a real image: a mixture goes
+        into it in place of a bank, see `without_data`.
+
+        Args:
+            path: The file.
+            store_activations: Whether a bank goes into it as it is, `stored_activations` rows of real data.
 
         Raises:
             FileNotFoundError: The folder does not exist.
-            ValueError: The pair's law cannot be written.
+            ValueError: The pair's law cannot be written, or its bank is too small for a mixture.
         """
+        if not store_activations and self.stored_activations:
+            return self.without_data().save(path)
         tensors, facts = to_parts(self.pair)
         parts = {f"pair.{name}": tensor for name, tensor in tensors.items()}
         for name in (*self.networks, "standardize"):
             parts |= {f"{name}.{key}": tensor for key, tensor in getattr(self, name).state_dict().items()}
-        return io.write(path, parts, KIND, {"class": type(self).__name__, "config": self.config(), "pair": facts})
+        told = {"class": type(self).__name__, "config": self.config(), "stored_activations": self.stored_activations}
+        return io.write(path, parts, KIND, told | {"pair": facts})
 
     @classmethod
     def load(
@@ -320,9 +344,10 @@ class ActivationGenerator(LightningModule, ABC):
             config, facts = file.metadata["config"], file.metadata["pair"]
         except KeyError as error:
             raise io.FileFormatError(f"{path}: the generator lacks {error}; the file is damaged") from error
-        if strange := set(networks) - set(cls.networks):
-            raise TypeError(f"{sorted(strange)} are no networks of a {cls.__name__}; it has {', '.join(cls.networks)}")
-        if isinstance(config, dict) and config.get("own_networks") and set(networks) != set(cls.networks):
+        names = *cls.networks, *cls.beside
+        if strange := set(networks) - set(names):
+            raise TypeError(f"{sorted(strange)} are no networks of a {cls.__name__}; it has {', '.join(names)}")
+        if isinstance(config, dict) and config.get("own_networks") and not set(cls.networks) <= set(networks):
             raise ValueError(
                 f"{path} was made with networks of your own, of which a file holds the weights alone: give "
                 f"load(path, {', '.join(f'{name}=...' for name in cls.networks)})"
@@ -348,7 +373,7 @@ class ActivationGenerator(LightningModule, ABC):
     def on_train_epoch_end(self) -> None:
         """Keep the figures of the epoch."""
         logged = self.trainer.callback_metrics
-        fresh = (name for name in logged if name != "val_loss" or self._validated)  # Lightning keeps old figures
+        fresh = (name for name in logged if not name.startswith("val_") or self._validated)  # Lightning keeps old ones
         figures: dict[str, float] = {name: float(logged[name]) for name in fresh}
         if strange := {name: value for name, value in figures.items() if not math.isfinite(value)}:
             raise ValueError(
@@ -380,22 +405,30 @@ class ActivationGenerator(LightningModule, ABC):
         named = (*self.named_parameters(), *self.named_buffers())
         return [name for name, _ in named if name.startswith(_OUTSIDE)]
 
-    def read_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Images of a batch and the activations that they are conditioned on."""
+    def read_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images of a batch, the activations that they are conditioned on, and labels with ``condition="label"``.
+
+        Behind images may stand their activations (B, d), as floats; then the classifier does not look at them.
+        """
         held = batch if isinstance(batch, list | tuple) else (batch,)
-        images = held[0] if held else None
+        images, *behind = held or (None,)
         if not isinstance(images, Tensor):
             raise ValueError(f"a batch is a {type(batch).__name__}; expected images, or (images, labels)")
         if batch_idx == 0 or self.current_epoch == 0:  # later epochs show the same images
             self._check_images(images)
         images = images.to(self.standardize.mean)
+        given = behind[0] if behind and isinstance(behind[0], Tensor) else None
         if self.condition == "activation":
-            return images, self.activations(images)
-        if len(held) < 2 or not isinstance(held[1], Tensor):
+            if given is None or not given.is_floating_point():
+                return images, self.activations(images), None
+            if given.shape != (shape := (len(images), self.pair.head.in_features)):
+                raise ValueError(f"activations behind images are of shape {tuple(given.shape)}; expected {shape}")
+            return images, given.to(images), None
+        if given is None:
             raise ValueError("with condition='label' batches are (images, labels); these have no labels")
-        if held[1].shape != (len(images),):
-            raise ValueError(f"labels are of shape {tuple(held[1].shape)}; expected ({len(images)},), one an image")
-        return images, draw(self.pair, held[1]).to(images)
+        if given.shape != (len(images),):
+            raise ValueError(f"labels are of shape {tuple(given.shape)}; expected ({len(images)},), one an image")
+        return images, draw(self.pair, given).to(images), given
 
     def agreement(self, images: Tensor, h: Tensor) -> Tensor:
         """Feature consistency: mean cosine of what the classifier makes of images to h, both in deviations.

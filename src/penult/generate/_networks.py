@@ -1,4 +1,4 @@
-"""Networks that turn images and conditions into codes, and codes and conditions into images."""
+"""Networks that turn images and conditions into codes or scores, and codes and conditions into images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
-__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "autoencoder", "check_image_shape"]
+__all__ = [
+    "ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "ProjectionDiscriminator", "adversaries", "autoencoder",
+    "check_image_shape",
+]  # fmt: skip
 
 _PIXELS = 1024  # of grey images, up to which all pixels are read at once
-_WIDTH = {"mlp": 400, "conv": 64}
+_WIDTH = {"mlp": 400, "conv": 64, "adversarial grey": 16, "adversarial colour": 32}
+_SCORED = 128  # features that a discriminator scores images by
 
 
 def check_image_shape(image_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -54,6 +59,37 @@ def autoencoder(
         return MLPEncoder(image_shape, features, latent, hidden), MLPDecoder(image_shape, features, latent, hidden)
     channels = width or _WIDTH["conv"]
     return ConvEncoder(image_shape, features, latent, channels), ConvDecoder(image_shape, features, latent, channels)
+
+
+def adversaries(
+    image_shape: tuple[int, int, int], features: int, latent: int, width: int | None = None, bounded: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """A generator and a discriminator that fit small images.
+
+    Args:
+        image_shape: (C, H, W).
+        features: Numbers of a condition, d.
+        latent: Numbers of a code.
+        width: Channels next to the image, 16 of grey images and 32 of others.
+        bounded: Whether the discriminator's layers have a spectral norm of one.
+
+    Returns:
+        Modules with the calls (z, condition) → (B, C, H, W) and (images, condition) → (B,).
+
+    Raises:
+        ValueError: Convolutions cannot halve that shape often enough.
+
+    Example:
+        >>> generate, score = adversaries((3, 32, 32), features=64, latent=32)
+        >>> images, h = generate(torch.randn(5, 32), torch.randn(5, 64)), torch.randn(5, 64)
+        >>> images.shape, score(images, h).shape
+        (torch.Size([5, 3, 32, 32]), torch.Size([5]))
+    """
+    channels = width or _WIDTH["adversarial grey" if image_shape[0] == 1 else "adversarial colour"]
+    return (
+        ConvDecoder(image_shape, features, latent, channels),
+        ProjectionDiscriminator(image_shape, features, channels, bounded),
+    )
 
 
 @final
@@ -169,6 +205,42 @@ class ConvDecoder(nn.Module):
         return out
 
 
+@final
+class ProjectionDiscriminator(nn.Module):
+    """Strided convolutions and a layer of 128 units φ(x); the score of a pair is ψ·φ(x) + ⟨φ(x), V condition⟩.
+
+    References:
+        Miyato and Koyama, "cGANs with Projection Discriminator", ICLR 2018; Miyato, Kataoka, Koyama and Yoshida,
+        "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
+
+    Args:
+        image_shape: (C, H, W).
+        features: Numbers of a condition.
+        width: Channels after the first convolution; they double with each.
+        bounded: Whether all layers have a spectral norm of one.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], features: int, width: int, bounded: bool = False) -> None:
+        super().__init__()
+        halvings, height, breadth = _halvings(image_shape)
+        channels = [image_shape[0], *(width << level for level in range(halvings))]
+        norm = spectral_norm if bounded else nn.Identity()
+        layers: list[nn.Module] = []
+        for inside, outside in pairwise(channels):
+            layers += [norm(nn.Conv2d(inside, outside, 4, 2, 1)), nn.LeakyReLU(0.1)]
+        self.layers = nn.Sequential(
+            *layers, nn.Flatten(), norm(nn.Linear(channels[-1] * height * breadth, _SCORED)), nn.LeakyReLU(0.1)
+        )
+        self.score = norm(nn.Linear(_SCORED, 1))
+        self.project = norm(nn.Linear(features, _SCORED, bias=False))
+
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] and conditions (B, d) to scores (B,), high where they belong together."""
+        seen = self.layers(2 * images - 1)
+        out: Tensor = self.score(seen).squeeze(1) + (seen * self.project(condition)).sum(1)
+        return out
+
+
 def _groups(channels: int) -> int:
     return next(groups for groups in (8, 4, 2, 1) if channels % groups == 0)
 
@@ -181,7 +253,7 @@ def _halvings(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         if height % 2 or width % 2:
             raise ValueError(
                 f"images of {image_shape[1]}×{image_shape[2]} pixels cannot be halved until the shorter side is below "
-                "8: resize them, such as to 32×32 or 64×64, or give an encoder and a decoder of your own"
+                "8: resize them, such as to 32×32 or 64×64, or give networks of your own"
             )
         height, width, count = height // 2, width // 2, count + 1
     if not count:

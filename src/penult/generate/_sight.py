@@ -13,7 +13,7 @@ from penult.activations import Tap
 from penult.head import Head
 from penult.head._model import evaluating, untouched
 
-__all__ = ["Sight", "moving"]
+__all__ = ["Sight", "frozen", "moving"]
 
 _AT_ONCE = 500
 
@@ -78,7 +78,7 @@ class Sight(nn.Module):
         """Images (B, C, H, W) to h (B, d), with gradients for the images and none for the classifier."""
         self.needed("for feature consistency")
         models = self._models()
-        with evaluating(models), _frozen(models):
+        with evaluating(models), frozen(models):
             return self._see(x)[0]
 
     def needed(self, why: str) -> Tap:
@@ -124,7 +124,7 @@ def moving(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter gets a gradient from what is computed meanwhile."""
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:

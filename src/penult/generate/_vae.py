@@ -53,11 +53,12 @@ class ActivationVAE(ActivationGenerator):
     Args:
         pair: The law of activations that images are generated from. A :class:`~penult.Marginal` of activations of the
             images to train on, or of others like them, is what works.
-        tap: The classifier, ``penult.Tap(model, head)``. It is not trained, and left as it is; it
-            goes with the generator to another device, but no cast reaches it. None with ``condition="label"`` or for a
-            generator that only generates.
+        tap: The classifier, ``penult.Tap(model, head)``. It is not trained, and left as it is; it goes with the
+            generator to another device, but no cast reaches it. None with activations in the batches, with
+            ``condition="label"``, or for a generator that only generates.
         image_shape: (C, H, W). Images are floats in [0, 1].
-        condition: ``"activation"`` trains on h = tap(x); batches are images, labels behind them are not looked at.
+        condition: ``"activation"`` trains on h = tap(x); batches are images, or images and their activations; labels
+            behind them are not looked at.
             ``"label"`` trains on h ~ p(h|y), as the paper has it; batches are (images, labels).
         latent: Numbers of a code z.
         width: Units of a hidden layer (400), or channels of the first convolution (64), of the default networks.
@@ -185,7 +186,7 @@ class ActivationVAE(ActivationGenerator):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch: images, alone or with labels behind them."""
-        images, h = self.read_batch(batch, batch_idx)
+        images, h, _ = self.read_batch(batch, batch_idx)
         figures = self._figures(images, h)
         for name, value in figures.items():
             self._log(name, value, len(images))
@@ -193,7 +194,7 @@ class ActivationVAE(ActivationGenerator):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The loss on a batch of other images."""
-        images, h = self.read_batch(batch, batch_idx)
+        images, h, _ = self.read_batch(batch, batch_idx)
         self._log("val_loss", self._figures(images, h)["loss"], len(images))
 
     def configure_optimizers(self) -> Any:

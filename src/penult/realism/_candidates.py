@@ -34,8 +34,8 @@ def _marginal(head: Head, rows: Tensor | Activations, kind: Any) -> Base:
 
 def _bank(head: Head, rows: Tensor | Activations) -> Base:
     """A row drawn twice would lie in both halves of a test, and give the draws away."""
-    base = Marginal.fit(head, rows, kind="bank")
-    return Marginal(head, Bank(base.distribution.activations, replacement=False))
+    bank = Marginal.fit(head, rows, kind="bank").distribution
+    return Marginal(head, Bank(bank.activations, replacement=False, rectified=bank.rectified))
 
 
 CANDIDATES: Mapping[str, Candidate] = MappingProxyType(

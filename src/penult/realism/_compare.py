@@ -157,9 +157,7 @@ def _chart(base: Base, three: Sequence[Tensor], weight: Tensor, index: Tensor) -
 def _calibration(pair: GenerativePair, real: Examined, seed: int) -> Calibration:
     base = pair.base
     if isinstance(base, Marginal) and isinstance(base.distribution, Bank) and not base.distribution.replacement:
-        pair = GenerativePair(
-            pair.head, Marginal(pair.head, Bank(base.distribution.activations))
-        )  # enough for each class
+        pair = GenerativePair(pair.head, Marginal(pair.head, Bank(base.distribution.rows)))  # enough for each class
     h, y = pair.sample((_JOINT,), generator=torch.Generator(pair.head.weight.device).manual_seed(seed + 2))
     top = pair.head(h).float().softmax(-1).max(-1)
     right = top.indices == y

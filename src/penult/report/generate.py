@@ -10,10 +10,13 @@ from matplotlib.ticker import MaxNLocator
 
 from penult.report import plots
 
-__all__ = ["image_rows", "losses"]
+__all__ = ["cosines", "image_rows", "losses"]
 
 _LETTERS = 24  # of a name beside a row
-_NAMES = {"loss": "training", "val_loss": "held-out images"}
+_NAMES = {
+    "loss": "training", "val_loss": "held-out images", "discriminator_loss": "discriminator",
+    "cosine": "training", "val_cosine": "held-out images",
+}  # fmt: skip
 
 
 def image_rows(images: Any, names: Sequence[str], cell: float = 56) -> Figure:
@@ -42,7 +45,7 @@ def image_rows(images: Any, names: Sequence[str], cell: float = 56) -> Figure:
 
 
 def losses(history: Sequence[Mapping[str, float]], size: tuple[float, float] | None = None) -> Figure:
-    """Draw all losses of a generator over the epochs.
+    """Draw all losses of a generator over the epochs, those of its discriminator too if it has one.
 
     Args:
         history: of a generator of `penult.generate`.
@@ -54,11 +57,36 @@ def losses(history: Sequence[Mapping[str, float]], size: tuple[float, float] | N
     Example:
         >>> figure = losses([{"epoch": 1, "loss": 30.0, "val_loss": 28.5}, {"epoch": 2, "loss": 25.0}])
     """
-    names = sorted({name for each in history for name in each if name.endswith("loss")})  # "loss" before others
+    adversarial = any("discriminator_loss" in each for each in history)
+    return _over_epochs(history, "loss", _NAMES | ({"loss": "generator"} if adversarial else {}), size)
+
+
+def cosines(history: Sequence[Mapping[str, float]], size: tuple[float, float] | None = None) -> Figure:
+    """Draw over the epochs how like what they were made of images are to the classifier.
+
+    Args:
+        history: of a generator of `penult.generate`.
+        size: width and height in CSS pixels.
+
+    Raises:
+        ValueError: there is no epoch, or no cosine in it.
+
+    Example:
+        >>> figure = cosines([{"epoch": 1, "cosine": 0.3, "val_cosine": 0.2}, {"epoch": 2, "cosine": 0.7}])
+    """
+    return _over_epochs(history, "cosine", _NAMES, size)
+
+
+def _over_epochs(
+    history: Sequence[Mapping[str, float]], what: str, titles: Mapping[str, str], size: tuple[float, float] | None
+) -> Figure:
+    """Draw all figures whose names end so, the one of that very name first."""
+    found = {name for each in history for name in each if name.endswith(what)}
+    names = sorted(found, key=lambda name: (name != what, name))
     if not names:
-        raise ValueError("there is no epoch with a loss to draw")
-    curves = {_NAMES.get(name, name): [each.get(name, float("nan")) for each in history] for name in names}
-    figure = plots.curves([each["epoch"] for each in history], curves, "epoch", "loss", size=size or (640, 320))
+        raise ValueError(f"there is no epoch with a {what} to draw")
+    curves = {titles.get(name, name): [each.get(name, float("nan")) for each in history] for name in names}
+    figure = plots.curves([each["epoch"] for each in history], curves, "epoch", what, size=size or (640, 320))
     (axes,) = figure.axes
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if len(history) <= 12:
