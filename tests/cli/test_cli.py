@@ -20,16 +20,14 @@ def test_version_and_help():
 
 def test_demo_prints_and_returns_json(tmp_path, monkeypatch):
     from penult import demo
-    from penult.demo import classifier, distill, generate
+    from penult.demo import classifier
 
     monkeypatch.setattr(classifier, "_EPOCHS", 8)
-    monkeypatch.setattr(distill, "_STEPS", 10)
-    monkeypatch.setattr(generate, "_EPOCHS", 10)
+    monkeypatch.setattr(demo, "PARTS", demo.PARTS[:4])
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["identity"]["float64"] < 1e-9
     assert "path=fc" in done.stderr
-    monkeypatch.setattr(demo, "PARTS", demo.PARTS[:4])
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert "max |posterior - softmax|" in done.stdout
     assert "cos to w_y" in done.stdout

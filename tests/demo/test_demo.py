@@ -12,19 +12,7 @@ from penult.demo.networks import DigitsNet, DigitsStudent
 from penult.testing import check_base, check_pair
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run of the whole demo; it is what users see first, so it is run as they run it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    state = torch.random.get_rng_state()
-    job = demo.run(tmp_path_factory.mktemp("demo"), seed=1)
-    assert torch.equal(state, torch.random.get_rng_state())
-    torch.set_num_threads(threads)
-    return job
-
-
-def test_the_classifier_learns_and_its_head_is_found(finished):
+def the_classifier_learns_and_its_head_is_found(finished):
     assert finished.results["classifier"]["test_accuracy"] > 0.95
     certificate = finished.head.certificate
     assert certificate.path == "fc"
@@ -32,19 +20,19 @@ def test_the_classifier_learns_and_its_head_is_found(finished):
     assert certificate.residual < 1e-6
 
 
-def test_the_identity_holds(finished):
+def the_identity_holds(finished):
     assert finished.results["identity"]["float32"] <= 1e-5
     assert finished.results["identity"]["float64"] <= 1e-9
 
 
-def test_every_pair_of_a_trained_classifier_keeps_its_laws(finished):
+def every_pair_of_a_trained_classifier_keeps_its_laws(finished):
     assert len(finished.pairs) == 5
     for pair in finished.pairs.values():
         check_pair(pair, samples=20_000)
         check_base(pair.base, pair.head, samples=10_000)
 
 
-def test_draws_without_data_are_classified_as_asked(finished):
+def draws_without_data_are_classified_as_asked(finished):
     facts = finished.results["without_data"]
     assert facts["dimension"] == 9
     assert facts["accuracy"] > 0.85
@@ -52,7 +40,7 @@ def test_draws_without_data_are_classified_as_asked(finished):
     assert 0.4 < facts["radius"] / facts["real_norm_in_span"] < 2.5
 
 
-def test_span_is_closer_to_real_activations_than_the_ambient_sphere(finished):
+def span_is_closer_to_real_activations_than_the_ambient_sphere(finished):
     fit = finished.results["fit"]
     gaps = {name: abs(f["cosine_real"] - f["cosine_law"]) for name, f in fit.items()}
     assert gaps["span(W), round"] < gaps["R^d, round"]
@@ -60,7 +48,7 @@ def test_span_is_closer_to_real_activations_than_the_ambient_sphere(finished):
         assert facts["accuracy"] == pytest.approx(facts["confidence"], abs=0.05)  # exact pairs are calibrated
 
 
-def test_bases_are_ranked_and_the_best_model_of_them_goes_on(finished):
+def bases_are_ranked_and_the_best_model_of_them_goes_on(finished):
     bases = finished.results["bases"]
     worst = {name: abs(bases[name]["worst_auc"] - 0.5) for name in ("sphere", "gaussian", "mixture", "bank")}
     assert max(worst["bank"], worst["mixture"]) < worst["sphere"]
@@ -75,14 +63,14 @@ def test_bases_are_ranked_and_the_best_model_of_them_goes_on(finished):
             assert f"{row['floats']:,}" in page
 
 
-def test_draws_of_the_chosen_pair_are_classified_as_real_ones(finished):
+def draws_of_the_chosen_pair_are_classified_as_real_ones(finished):
     real, pair = finished.test_activations, finished.pairs[finished.chosen]
     drawn = pair.given(real.labels).sample(generator=torch.Generator().manual_seed(0))
     right = [float((pair.head(h).argmax(-1) == real.labels).double().mean()) for h in (drawn, real.activations)]
     assert right[0] == pytest.approx(right[1], abs=0.05)
 
 
-def test_students_under_a_shift(finished):
+def students_under_a_shift(finished):
     found = finished.results["distill"]
     assert list(found) == ["no shift", "texture", "inversion"]
     mean = {name: {m: sum(each) / len(each) for m, each in facts["students"].items()} for name, facts in found.items()}
@@ -101,7 +89,7 @@ def test_students_under_a_shift(finished):
         assert found[name]["gate"]["belief"] < 0.5 < found["no shift"]["gate"]["belief"]
 
 
-def test_images_of_every_class(finished):
+def images_of_every_class(finished):
     found, test = finished.results["generate"], finished.test
     chosen = finished.chosen
     laws = ("bank", chosen, f"{chosen}, confident")
@@ -132,7 +120,7 @@ def test_images_of_every_class(finished):
             assert float((finished.model(drawn).argmax(-1) == y).double().mean()) > 0.9
 
 
-def test_the_page_is_whole_and_loads_nothing(finished):
+def the_page_is_whole_and_loads_nothing(finished):
     page = (finished.out / "index.html").read_text()
     for title in (
         "A classifier",
@@ -154,12 +142,36 @@ def test_the_page_is_whole_and_loads_nothing(finished):
     ]  # fmt: skip
 
 
-def test_the_pair_is_read_without_the_model(finished):
+def the_pair_is_read_without_the_model(finished):
     pair = penult.load(finished.out / "digits.penult.safetensors")
     h = finished.test_activations.activations
     assert torch.allclose(pair.posterior(h).probs, finished.test_activations.logits.softmax(-1), atol=1e-5)
     assert finished.results["file"]["log_prob_error"] < 1e-3  # of values around a hundred, in float32
     json.dumps(finished.results)
+
+
+def test_the_whole_demo(tmp_path):
+    """One run, and all that holds of it: it is what users see first, so it is run as they run it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    state = torch.random.get_rng_state()
+    finished = demo.run(tmp_path, seed=1)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.set_num_threads(threads)
+    for check in (
+        the_classifier_learns_and_its_head_is_found,
+        the_identity_holds,
+        every_pair_of_a_trained_classifier_keeps_its_laws,
+        draws_without_data_are_classified_as_asked,
+        span_is_closer_to_real_activations_than_the_ambient_sphere,
+        bases_are_ranked_and_the_best_model_of_them_goes_on,
+        draws_of_the_chosen_pair_are_classified_as_real_ones,
+        students_under_a_shift,
+        images_of_every_class,
+        the_page_is_whole_and_loads_nothing,
+        the_pair_is_read_without_the_model,
+    ):
+        check(finished)
 
 
 def test_digits_and_their_parts():
