@@ -44,19 +44,20 @@ LAYOUT = 1
 BOTH = ("vae", "one-hot, pseudo-labels")  # of both settings of digits, and of each classifier
 MNIST = ("vae, linear classifier", "vae on von Mises-Fisher, ambient", "vae on von Mises-Fisher, span(W)")
 ALONE = ("one-hot, labels", "one-hot, 100 labels", "one-hot, labels of a 100-label classifier")  # no classifier matters
-PAIRED = ("gan", "gan, hinge", "gan, one-hot, pseudo-labels")
+DRAWN = ("gan, half of the conditions drawn", "gan, all conditions drawn")
+PAIRED = ("gan",)
 ADVERSARIAL = {  # by setting: models of each classifier and seed, and of each seed alone
     "mnist": (PAIRED, tuple(name for name in (*MODELS, *ISOLATED, SMALL) if name not in PAIRED)),
     "mnist-usps": (
         ("gan", "gan, one-hot, pseudo-labels"),
         (
-            "gan, hinge", "gan, one-hot, pseudo-labels, hinge", "gan, one-hot, labels", "gan, one-hot, 100 labels",
-            "gan, one-hot, labels of a 100-label classifier",
+            "gan, one-hot, labels", "gan, one-hot, 100 labels", "gan, one-hot, labels of a 100-label classifier",
+            "gan, non-saturating", "gan, one-hot, labels, hinge",
         ),
     ),
     "cifar10": (
-        ("gan",),
-        ("gan, one-hot, labels", "gan, one-hot, pseudo-labels", "gan, hinge", "gan, one-hot, labels, hinge"),
+        PAIRED,
+        ("gan, one-hot, labels", "gan, one-hot, pseudo-labels", "gan, non-saturating", "gan, one-hot, labels, hinge"),
     ),
 }  # fmt: skip
 
@@ -66,7 +67,7 @@ def runs(share: Share) -> Iterator[Run]:
     if share == "selection":
         models = "vae", *TRIES, "one-hot, labels", *GAINS
         yield from (Run("mnist", model, seed, seed) for model in models for seed in SEEDS)
-        models = "gan", "gan, hinge", "gan, one-hot, labels", *ADVERSARIAL_TRIES
+        models = "gan", "gan, non-saturating", "gan, one-hot, labels", *ADVERSARIAL_TRIES, *DRAWN
         yield from (Run("mnist", model, seed, seed) for model in models for seed in SEEDS)
         return
     for setting in ("mnist", "mnist-usps"):

@@ -101,7 +101,7 @@ class Run:
             return ()
         if self.model in generate_gan.ALL:
             law = generate_gan.ALL[self.model].law
-            if law is not None:
+            if "class embeddings" in self.model:
                 return (law,)
             return ADVERSARIAL[::2] if share == "selection" else ADVERSARIAL
         if "von Mises-Fisher" in self.model:
@@ -205,7 +205,7 @@ def _gan(run: Run, share: Share, data: Path, cache: Path) -> dict[str, Any]:
     model = generate_gan.ALL[run.model]
     k = known(run.setting, run.classifier, run.kind, data, cache)
     made = pairs(run.setting, run.classifier, run.kind, data, cache, run.wanted(share))
-    first = next(iter(made.values()))
+    first = made[model.law]
     train = _labelled(run, model.labels, setting, k.model, data, cache)
     build, told = generate_gan.build(model, k, first, setting.shape, train.labels, colour=setting.shape[0] > 1)
     gan, seconds = fit(build, train.images, told, steps=STEPS[run.setting], seed=run.seed, batch=generate_gan.BATCH)

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 import penult
 from penult.generate import ActivationGAN, ActivationVAE, load
 from penult.generate._conditions import draw
-from penult.generate._networks import ProjectionDiscriminator, adversaries
+from penult.generate._networks import Bounded, ProjectionDiscriminator, adversaries
 
 SHAPE = (1, 8, 8)
 pytestmark = [
@@ -136,17 +137,37 @@ def test_it_learns_digits_of_every_class_without_labels(setting, trained):
     assert trained.history[-1]["cosine"] > 0.8 > trained.history[0]["cosine"]
 
 
-def test_hinge_loss_learns_digits_and_its_layers_stay_bounded(setting, seen):
-    gan = fit(make(setting, loss="hinge"), setting.images, seen, epochs=20)
-    y = labels(40)
-    assert right(setting, gan.generate(y, generator=seeded()), y) > 0.8
-    gan.discriminator.eval()
-    bounded = [m for m in gan.discriminator.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+def test_hinge_loss_bounds_its_layers(trained):
+    discriminator = copy.deepcopy(trained.discriminator).eval()
+    bounded = [m for m in discriminator.modules() if isinstance(m, Bounded)]
     assert len(bounded) == 4
     for layer in bounded:
         assert 0.9 < torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.1  # power iterations are near
-    free = [m for m in make(setting).discriminator.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert not any(hasattr(layer, "parametrizations") for layer in free)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 3), nn.Conv2d(2, 4, 3, 2, 1)])
+def test_bounded_layers_are_those_of_torch(layer):
+    layer = copy.deepcopy(layer).double()
+    ours, theirs = Bounded(copy.deepcopy(layer)), spectral_norm(copy.deepcopy(layer))
+    x = torch.randn((6, 5) if isinstance(layer, nn.Linear) else (6, 2, 8, 8), dtype=torch.float64)
+    for module in (ours, theirs):  # until all iterations have come to the same
+        for _ in range(500):
+            module(x)
+        module(x).square().sum().backward()
+    torch.testing.assert_close(torch.linalg.matrix_norm(ours.weight.flatten(1), 2), torch.tensor(1.0).double())
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.layer.weight.grad, theirs.parametrizations.weight.original.grad)
+    torch.testing.assert_close(ours.layer.bias.grad, theirs.bias.grad)
+    held = [each.clone() for each in ours.buffers()]
+    assert torch.equal(ours.eval()(x), ours(x))
+    assert all(torch.equal(a, b) for a, b in zip(held, ours.buffers(), strict=True))
+
+
+def test_the_other_loss_learns_digits_too(setting, seen):
+    gan = fit(make(setting, loss="non-saturating"), setting.images, seen, epochs=20)
+    y = labels(40)
+    assert right(setting, gan.generate(y, generator=seeded()), y) > 0.8
+    assert not any(isinstance(layer, Bounded) for layer in gan.discriminator.modules())
 
 
 def test_labels_are_not_looked_at_when_conditions_are_activations(setting):
@@ -183,7 +204,7 @@ def test_activations_in_the_batches_stand_for_the_classifier(setting, seen):
 
 def test_equal_seeds_give_equal_steps(setting, seen):
     batch = setting.images[:64], seen[:64]
-    for options in ({}, {"loss": "hinge"}, {"drawn": 0.5}):
+    for options in ({}, {"loss": "non-saturating"}, {"drawn": 0.5}):
         one, again, other = (fit(make(setting, **options), *batch, seed=seed) for seed in (3, 3, 4))
         for name, value in one.state_dict().items():
             assert torch.equal(value, again.state_dict()[name]), name
@@ -257,9 +278,11 @@ def test_the_penalty_is_the_squared_gradient_of_every_fourth_batch(setting, seen
 
 
 def test_penalties_when_left_out(setting):
-    assert (make(setting).penalty, make(setting, loss="hinge").penalty) == (0.25, 0.0)
+    defaults = [make(setting, **options) for options in ({}, {"loss": "non-saturating"}, {"condition": "label"})]
+    assert [gan.loss for gan in defaults] == ["hinge", "non-saturating", "non-saturating"]
+    assert [gan.penalty for gan in defaults] == [0.0, 0.25, 0.25]
     assert make(setting, penalty=0.0).penalty == 0
-    gan = make(setting, penalty=0.0)
+    gan = make(setting, loss="non-saturating", penalty=0.0)
     batch = setting.images[:8], setting.labels[:8]
     assert torch.equal(step(gan, *batch, index=0)[0], step(gan, *batch, index=1)[0])
 
@@ -466,7 +489,7 @@ def test_default_widths():
     assert adversaries((3, 32, 32), 7, 4, width=8)[0].grid == (32, 4, 4)
 
 
-@pytest.mark.parametrize("options", [{}, {"loss": "hinge"}, {"condition": "label"}])
+@pytest.mark.parametrize("options", [{}, {"loss": "non-saturating"}, {"condition": "label"}])
 def test_training_in_mixed_precision_leaves_the_classifier_as_it_was(setting, options):
     before = {name: value.clone() for name, value in setting.model.state_dict().items()}
     gan = fit(make(setting, **options), setting.images[:256], setting.labels[:256], precision="bf16-mixed")
@@ -630,7 +653,7 @@ def test_rejection_interpolation_and_editing(trained, setting):
     images, goal = setting.test.images[:60], torch.full((60,), 8)
     edited = trained.edit(images, goal, torch.tensor([0.0, 0.5, 1.0]), confident=0.9, generator=seeded())
     assert edited.shape == (60, 3, *SHAPE)
-    assert right(setting, edited[:, 2], goal) > 0.85
+    assert right(setting, edited[:, 2], goal) > 0.75
     assert right(setting, edited[:, 0], setting.test.labels[:60]) > 0.8  # of the same activation, with another code
 
 

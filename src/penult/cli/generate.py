@@ -16,11 +16,11 @@ from penult.cli.training import plain
 
 __all__ = ["KINDS", "generate"]
 
-# Of each kind: the options that it alone has, and those whose default is its own; a width of None fits the images.
+# Of each kind: the options that it alone has, and those whose default is its own; None is what fits the others.
 KINDS: dict[str, dict[str, Any]] = {
     "vae": {"batch_size": 100, "rate": 1e-3, "latent": 16, "width": None, "consistency": 0.0, "beta": 1.0},
-    "gan": {"batch_size": 64, "rate": 1e-3, "latent": 32, "width": None, "consistency": 1.0,
-            "loss": "non-saturating", "drawn": 0.0},
+    "gan": {"batch_size": 64, "rate": 2e-3, "latent": 32, "width": None, "consistency": 1.0,
+            "loss": None, "drawn": 0.0},
 }  # fmt: skip
 
 _DRAWING = "classes", "count"
@@ -51,7 +51,7 @@ class Adversarial(str, Enum):
 def _of(name: str) -> str:
     """The default of each kind that has an option, for its help."""
     held = {kind: options[name] for kind, options in KINDS.items() if name in options}
-    shown = [(kind, value if isinstance(value, str) else f"{value:g}") for kind, value in held.items()]
+    shown = [(kind, f"{value:g}") for kind, value in held.items()]
     if len(shown) < len(KINDS):
         return ", ".join(f"With --kind {kind} only; default {value}." for kind, value in shown)
     return "Default: " + ", ".join(f"{value} with {kind}" for kind, value in shown) + "."
@@ -121,7 +121,11 @@ def generate(
     ] = None,
     beta: Annotated[float | None, typer.Option(help=f"Weight of the divergence of codes. {_of('beta')}")] = None,
     loss: Annotated[
-        Adversarial | None, typer.Option(help=f"What generator and discriminator minimise. {_of('loss')}")
+        Adversarial | None,
+        typer.Option(
+            help="What generator and discriminator minimise. With --kind gan only; default hinge, and non-saturating "
+            "with --condition label."
+        ),
     ] = None,
     drawn: Annotated[
         float | None,

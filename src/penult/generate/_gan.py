@@ -35,18 +35,22 @@ class ActivationGAN(ActivationGenerator):
     A projection discriminator D tells real pairs (x, tap(x)) from generated ones (G(z, h), h), for which no labels are
     needed: the classifier has them. Images of class y come of h ~ p(h|y), the pair's law, and z ~ N(0, I).
 
-    With ``loss="non-saturating"`` discriminator and generator minimise
+    With ``loss="hinge"`` discriminator and generator minimise, under spectral normalisation,
 
-    .. math:: E[\mathrm{softplus}(-D(x, h))] + E[\mathrm{softplus}(D(G(z, h), h))]
-        + \gamma\, E[\|\nabla_x D(x, h)\|^2], \qquad E[\mathrm{softplus}(-D(G(z, h), h))],
+    .. math:: E[(1 - D(x, h))_+] + E[(1 + D(G(z, h), h))_+], \qquad -E[D(G(z, h), h)],
 
-    and with ``loss="hinge"`` :math:`E[(1 - D(x, h))_+] + E[(1 + D(G(z, h), h))_+]` under spectral normalisation and
-    :math:`-E[D(G(z, h), h)]`. To the generator's is added λ (1 − cos(tap(G(z, h)), h)), feature consistency. One
-    optimiser moves both at once. What generates is a running mean of the generator's weights.
+    and with ``loss="non-saturating"``
+
+    .. math:: E[\mathrm{softplus}(-D(x, h)) + \mathrm{softplus}(D(G(z, h), h))]
+        + \gamma\, E[\|\nabla_x D(x, h)\|^2], \qquad E[\mathrm{softplus}(-D(G(z, h), h))].
+
+    To the generator's is added λ (1 − cos(tap(G(z, h)), h)), feature consistency. One optimiser moves both at once.
+    What generates is a running mean of the generator's weights.
 
     References:
         Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014. Miyato and Koyama, "cGANs with Projection
-        Discriminator", ICLR 2018. Mescheder, Geiger and Nowozin, "Which Training Methods for GANs do actually
+        Discriminator", ICLR 2018. Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative
+        Adversarial Networks", ICLR 2018. Mescheder, Geiger and Nowozin, "Which Training Methods for GANs do actually
         Converge?", ICML 2018 (the penalty R1). Yazıcı et al., "The Unusual Effectiveness of Averaging in GAN
         Training", ICLR 2019.
 
@@ -64,8 +68,9 @@ class ActivationGAN(ActivationGenerator):
         width: Channels next to the image of the default networks: 16 of grey images, 32 of others.
         generator: A network of your own, (z, condition (B, d)) → (B, C, H, W), logits of pixels.
         discriminator: A network of your own, (images, condition (B, d)) → (B,).
-        loss: ``"non-saturating"`` with the penalty, or ``"hinge"`` with spectral normalisation, which a discriminator
-            of your own has to bring.
+        loss: ``"hinge"`` with spectral normalisation, which a discriminator of your own has to bring; it is best where
+            activations are told, and collapses where classes alone are. ``"non-saturating"`` with the penalty R1. When
+            left out, the first with ``condition="activation"`` and the other with ``"label"``.
         penalty: Weight γ of the squared gradient, applied to every fourth batch; 0.25 with ``"non-saturating"`` and 0
             with ``"hinge"`` when left out.
         consistency: Weight λ of 1 − cosine between tap(G(z, h)) and h.
@@ -119,7 +124,7 @@ class ActivationGAN(ActivationGenerator):
         width: int | None = None,
         generator: nn.Module | None = None,
         discriminator: nn.Module | None = None,
-        loss: Adversarial = "non-saturating",
+        loss: Adversarial | None = None,
         penalty: float | None = None,
         consistency: float = 1.0,
         drawn: float = 0.0,
@@ -128,11 +133,12 @@ class ActivationGAN(ActivationGenerator):
         preprocess: Callable[[Tensor], Tensor] | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        rate: float = 1e-3,
+        rate: float = 2e-3,
     ) -> None:
         super().__init__(pair, tap, image_shape, latent, condition, activations, preprocess)
-        if loss not in get_args(Adversarial):
+        if loss not in (None, *get_args(Adversarial)):
             raise ValueError(f"loss must be 'non-saturating' or 'hinge', got {loss!r}")
+        loss = loss or ("hinge" if condition == "activation" else "non-saturating")
         check_positive("rate", rate)
         penalty = (_PENALTY if loss == "non-saturating" else 0.0) if penalty is None else penalty
         for name, value in (("penalty", penalty), ("consistency", consistency)):
@@ -146,7 +152,8 @@ class ActivationGAN(ActivationGenerator):
             raise ValueError(f"decay must be from 0 to below 1, got {decay!r}")
         if width is not None:
             check_positive("width", width)
-        self.width, self.loss, self.penalty = width, loss, float(penalty)
+        self.width, self.penalty = width, float(penalty)
+        self.loss: Adversarial = loss
         self.consistency, self.drawn, self.decay = float(consistency), float(drawn), float(decay)
         self.optimizer, self.scheduler, self.rate = optimizer, scheduler, float(rate)
         self.own, self.own_discriminator = generator is not None, discriminator is not None

@@ -8,15 +8,16 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.func import functional_call
 
 __all__ = [
-    "ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "ProjectionDiscriminator", "adversaries", "autoencoder",
-    "check_image_shape",
+    "Bounded", "ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "ProjectionDiscriminator", "adversaries",
+    "autoencoder", "check_image_shape",
 ]  # fmt: skip
 
 _PIXELS = 1024  # of grey images, up to which all pixels are read at once
 _WIDTH = {"mlp": 400, "conv": 64, "adversarial grey": 16, "adversarial colour": 32}
+_ITERATIONS, _TINY = 15, 1e-12  # of power iterations, at first
 _SCORED = 128  # features that a discriminator scores images by
 
 
@@ -206,12 +207,58 @@ class ConvDecoder(nn.Module):
 
 
 @final
+class Bounded(nn.Module):
+    """A linear or convolutional layer, its weight over its spectral norm, which power iterations follow in training.
+
+    It does what ``torch.nn.utils.parametrizations.spectral_norm`` does, and can be pickled.
+
+    References:
+        Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
+
+    Args:
+        layer: The layer.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        matrix = layer.weight.detach().flatten(1)
+        self.register_buffer("left", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
+        self.register_buffer("right", torch.zeros_like(matrix[0]))
+        for _ in range(_ITERATIONS):
+            self._iterate()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is used, of spectral norm 1."""
+        whole = self.layer.weight
+        with torch.autocast(whole.device.type, enabled=False):
+            return whole / torch.dot(self.left.clone(), whole.flatten(1) @ self.right.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        if self.training:
+            self._iterate()
+        out: Tensor = functional_call(self.layer, {"weight": self.weight}, x)
+        return out
+
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        matrix = self.layer.weight.flatten(1)
+        with torch.autocast(matrix.device.type, enabled=False):
+            self.right.copy_(F.normalize(matrix.T @ self.left, dim=0, eps=_TINY))
+            self.left.copy_(F.normalize(matrix @ self.right, dim=0, eps=_TINY))
+
+
+@final
 class ProjectionDiscriminator(nn.Module):
     """Strided convolutions and a layer of 128 units φ(x); the score of a pair is ψ·φ(x) + ⟨φ(x), V condition⟩.
 
     References:
-        Miyato and Koyama, "cGANs with Projection Discriminator", ICLR 2018; Miyato, Kataoka, Koyama and Yoshida,
-        "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
+        Miyato and Koyama, "cGANs with Projection Discriminator", ICLR 2018.
 
     Args:
         image_shape: (C, H, W).
@@ -224,7 +271,7 @@ class ProjectionDiscriminator(nn.Module):
         super().__init__()
         halvings, height, breadth = _halvings(image_shape)
         channels = [image_shape[0], *(width << level for level in range(halvings))]
-        norm = spectral_norm if bounded else nn.Identity()
+        norm = Bounded if bounded else nn.Identity()
         layers: list[nn.Module] = []
         for inside, outside in pairwise(channels):
             layers += [norm(nn.Conv2d(inside, outside, 4, 2, 1)), nn.LeakyReLU(0.1)]
