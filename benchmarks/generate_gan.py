@@ -115,12 +115,7 @@ ALL = MODELS | TRIES | ISOLATED
 
 
 def build(
-    model: Model,
-    k: Known,
-    pair: penult.GenerativePair,
-    shape: tuple[int, int, int],
-    labels: Tensor,
-    colour: bool = False,
+    model: Model, k: Known, pair: penult.GenerativePair, shape: tuple[int, int, int], labels: Tensor
 ) -> tuple[Callable[[], ActivationGAN], Tensor]:
     """What makes the generator, and what is told of each picture, (N, d) or labels (N,).
 
@@ -130,9 +125,9 @@ def build(
         pair: The law to draw from, where activations are told.
         shape: Of pictures.
         labels: Those that it needs, or any.
-        colour: Whether feature consistency is left out, which would show a ResNet every picture that is generated.
     """
-    d, options = k.head.in_features, {"latent": LATENT} | model.options | (PLAIN if colour else {})
+    slow = PLAIN if shape[0] > 1 else {}  # a ResNet would have to see every picture that is generated
+    d, options = k.head.in_features, {"latent": LATENT} | model.options | slow
     bounded = options.get("loss", "hinge") == "hinge" if model.bounded is None else model.bounded
     tap = k.tap if options.get("consistency", 1.0) else None
 

@@ -207,7 +207,7 @@ def _gan(run: Run, share: Share, data: Path, cache: Path) -> dict[str, Any]:
     made = pairs(run.setting, run.classifier, run.kind, data, cache, run.wanted(share))
     first = made[model.law]
     train = _labelled(run, model.labels, setting, k.model, data, cache)
-    build, told = generate_gan.build(model, k, first, setting.shape, train.labels, colour=setting.shape[0] > 1)
+    build, told = generate_gan.build(model, k, first, setting.shape, train.labels)
     gan, seconds = fit(build, train.images, told, steps=STEPS[run.setting], seed=run.seed, batch=generate_gan.BATCH)
     found: dict[str, Any] = {"seconds": short(seconds, 3), "parameters": generate_gan.parameters(gan)}
     if model.told == "activation":

@@ -48,12 +48,12 @@ LAWS: dict[str, Law] = (
     | {f"mixture, 100 in {m}": Law(dims=m) for m in (8, 16, 32, 64)}
     | {f"class Gaussians in {m}": Law("class", dims=m) for m in (16, 24, 64)}
     | {
-        f"{name} of {n} pictures": Law(kind, pictures=n)  # type: ignore[arg-type]
+        f"{name} of {n} pictures": Law(kind, pictures=n)
         for n in (100, 300, 1000, 3000)
         for name, kind in (("bank", "bank"), ("class Gaussians in 24", "class"), ("mixture in 24", "mixture"))
     }
     | {
-        f"{name}, p(y|h) > {p}": Law(kind, confident=p)  # type: ignore[arg-type]
+        f"{name}, p(y|h) > {p}": Law(kind, confident=p)
         for name, kind in (("bank", "bank"), ("mixture, 100 in 24", "mixture"))
         for p in (0.5, 0.8, 0.95, 0.99)
     }

@@ -2,63 +2,31 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 
 import lightning
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+import generators
 import penult
+from generators import QUIET, SHAPE, labels, right, seeded
 from penult.generate import ActivationVAE, load
 from penult.generate._conditions import Standardizer, draw
 from penult.generate._networks import autoencoder
 
-SHAPE = (1, 8, 8)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),  # remarks about Lightning's own options
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:DeprecationWarning"),
-]
+pytestmark = QUIET
 
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def make(setting, pair=None, seed=0, **options):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ActivationVAE(pair or setting.bank, options.pop("tap", setting.tap), SHAPE, **options)
-
-
-def fit(vae, *tensors, epochs=40, seed=0, **options):
-    data = tensors[0] if len(tensors) == 1 else TensorDataset(*tensors)
-    loader = DataLoader(data, 64, shuffle=True, generator=seeded(seed))
-    plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False} | options
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        trainer = lightning.Trainer(max_epochs=epochs, enable_model_summary=False, accelerator="cpu", **plain)
-        trainer.fit(vae, loader, ckpt_path=options.pop("ckpt_path", None))
-    return vae
+make = partial(generators.make, ActivationVAE)
+fit = partial(generators.fit, epochs=40)
 
 
 @pytest.fixture(scope="module")
 def trained(setting):
     return fit(make(setting), setting.images)
-
-
-def labels(each=20):
-    return torch.arange(10).repeat_interleave(each)
-
-
-def right(setting, images, y):
-    with torch.no_grad():
-        return float((setting.model(images).argmax(-1) == y).double().mean())
 
 
 # --- conditions -----------------------------------------------------------------------------------------------

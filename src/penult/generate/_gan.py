@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from penult.activations import Activations, Tap
-from penult.generate._generator import ActivationGenerator, Condition
+from penult.generate._generator import ActivationGenerator, Condition, scheduled
 from penult.generate._networks import adversaries
 from penult.generate._sight import frozen
 from penult.head._checks import check_positive
@@ -247,10 +247,7 @@ class ActivationGAN(ActivationGenerator):
             optimizer = self.optimizer(parameters)
         else:
             optimizer = torch.optim.Adam(parameters, lr=self.rate, betas=(0.5, 0.999))
-        if self.scheduler is None:
-            return optimizer
-        schedule = {"scheduler": self.scheduler(optimizer), "interval": "epoch", "monitor": "loss"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return scheduled(optimizer, self.scheduler)
 
     def config(self) -> dict[str, Any]:
         """JSON facts that rebuild the generator."""

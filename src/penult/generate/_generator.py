@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from penult import io
 from penult.activations import Activations, Tap
@@ -29,7 +31,7 @@ except ImportError as error:
         'generators of penult.generate need lightning: pip install "penult[train]"', name=error.name
     ) from error
 
-__all__ = ["AT_ONCE", "KIND", "ActivationGenerator", "Condition"]
+__all__ = ["AT_ONCE", "KIND", "ActivationGenerator", "Condition", "scheduled"]
 
 Condition = Literal["activation", "label"]
 Self = TypeVar("Self", bound="ActivationGenerator")
@@ -483,3 +485,11 @@ class ActivationGenerator(LightningModule, ABC):
                 f"images go from {low:.4g} to {high:.4g}; a generator makes images in [0, 1]. Give them so, and what "
                 "the classifier needs, such as a normalisation, as preprocess"
             )
+
+
+def scheduled(optimizer: Optimizer, scheduler: Callable[[Optimizer], LRScheduler] | None) -> Any:
+    """An optimiser as Lightning takes it, with a scheduler of the user's, if there is one, stepped once an epoch."""
+    if scheduler is None:
+        return optimizer
+    schedule = {"scheduler": scheduler(optimizer), "interval": "epoch", "monitor": "loss"}
+    return {"optimizer": optimizer, "lr_scheduler": schedule}

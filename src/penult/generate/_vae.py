@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from penult.activations import Activations, Tap
-from penult.generate._generator import AT_ONCE, ActivationGenerator, Condition
+from penult.generate._generator import AT_ONCE, ActivationGenerator, Condition, scheduled
 from penult.generate._networks import autoencoder
 from penult.head._checks import check_positive
 from penult.head._model import untouched
@@ -213,10 +213,7 @@ class ActivationVAE(ActivationGenerator):
                     )
                 fall = LambdaLR(optimizer, lambda step: min(1.0, max(0.0, 2 - 2 * step / steps)))
                 return {"optimizer": optimizer, "lr_scheduler": {"scheduler": fall, "interval": "step"}}
-        if self.scheduler is None:
-            return optimizer
-        schedule = {"scheduler": self.scheduler(optimizer), "interval": "epoch", "monitor": "loss"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return scheduled(optimizer, self.scheduler)
 
     def config(self) -> dict[str, Any]:
         """JSON facts that rebuild encoder and decoder."""
