@@ -47,7 +47,18 @@ import penult
 from families import efficientnet_lite0
 from penult.data import parquet
 
-__all__ = ["NETWORKS", "Enlarged", "Network", "ResNet", "activations", "head", "loader", "mnist_net", "model"]
+__all__ = [
+    "NETWORKS",
+    "Enlarged",
+    "Network",
+    "ResNet",
+    "activations",
+    "head",
+    "loader",
+    "mnist_net",
+    "model",
+    "train_mnist",
+]
 
 KIND = "benchmark-network"  # of the files of weights
 BATCH = 250
@@ -134,16 +145,34 @@ class Enlarged(nn.Module):
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def _train_mnist(model: nn.Module, data: Path, epochs: int = 3, batch: int = 64, rate: float = 2e-3) -> None:
-    """Adam from seed 0, its rate rising and falling once."""
-    pictures = parquet(data / "mnist-train.parquet").load()
-    steps = epochs * -(-len(pictures.labels) // batch)
+def train_mnist(
+    model: nn.Module,
+    data: Path,
+    seed: int = SEED,
+    pictures: tuple[Tensor, Tensor] | None = None,
+    epochs: int = 3,
+    batch: int = 64,
+    rate: float = 2e-3,
+) -> None:
+    """Adam, its rate rising and falling once.
+
+    Args:
+        model: In train mode; dropout draws from torch's default generator.
+        data: The folder of parquet files.
+        seed: Of the order of the pictures.
+        pictures: Images and labels; None means the training file.
+        epochs: How often each is seen.
+        batch: Pictures of a step.
+        rate: The highest.
+    """
+    images, labels = pictures or parquet(data / "mnist-train.parquet").load()[:2]
+    steps = epochs * -(-len(labels) // batch)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    generator, report = torch.Generator().manual_seed(SEED), _Report("training")
+    generator, report = torch.Generator().manual_seed(seed), _Report("training")
     for _ in range(epochs):
-        for rows in torch.randperm(len(pictures.labels), generator=generator).split(batch):
-            _step(model, optimizer, pictures.images[rows], pictures.labels[rows])
+        for rows in torch.randperm(len(labels), generator=generator).split(batch):
+            _step(model, optimizer, images[rows], labels[rows])
             schedule.step()
             report(schedule.last_epoch, steps)
 
@@ -234,8 +263,8 @@ class Network:
 
 def _networks() -> list[Network]:
     found = [
-        Network("mnist-relu", "mnist", partial(mnist_net, relu=True), _train_mnist, trained=True, rectified=True),
-        Network("mnist-linear", "mnist", partial(mnist_net, relu=False), _train_mnist, trained=True),
+        Network("mnist-relu", "mnist", partial(mnist_net, relu=True), train_mnist, trained=True, rectified=True),
+        Network("mnist-linear", "mnist", partial(mnist_net, relu=False), train_mnist, trained=True),
     ]
     depths = {32: 5, 44: 7}
     for depth, blocks in depths.items():

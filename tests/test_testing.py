@@ -61,8 +61,8 @@ def test_a_pair_with_a_wrong_prior_fails():
 
     pair = GenerativePair(random_head(3, 4), Sphere(torch.tensor(1.0, dtype=torch.float64)))
     pair._log_evidence()
-    key, evidence = pair._evidence
-    pair._evidence = key, evidence + torch.tensor([0.05, 0.0, 0.0])
+    key, evidence = pair._derived["log evidence"]
+    pair._derived["log evidence"] = key, evidence + torch.tensor([0.05, 0.0, 0.0])
     with pytest.raises(AssertionError, match="FAIL"):
         check_pair(pair)
 

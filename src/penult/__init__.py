@@ -12,7 +12,7 @@ A classifier's last linear layer already defines the density of the activations 
 import importlib
 from typing import Any
 
-from penult import bases, distributions, io, special
+from penult import bases, distributions, io, scores, special
 from penult.activations import Activations, Tap, extract
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.distributions import VonMisesFisher
@@ -47,5 +47,6 @@ __all__ = [
     "find_head",
     "io",
     "load",
+    "scores",
     "special",
 ]

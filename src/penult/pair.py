@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -105,7 +105,7 @@ class GenerativePair(nn.Module):
 
     def posterior(self, h: Tensor) -> Categorical:
         """p(y|h) by Bayes' rule, equal to softmax(head(h)): Categorical of batch shape (*S,) for h (*S, d)."""
-        return Categorical(logits=self.head.centered_logits(self._read(h)), validate_args=False)
+        return Categorical(logits=self.head.centered_logits(self.read(h)), validate_args=False)
 
     def log_joint(self, h: Tensor) -> Tensor:
         """Log p(y) + log p(h|y) for every class, (*S, d) → (*S, K)."""
@@ -250,12 +250,12 @@ class GenerativePair(nn.Module):
 
     def _remember(self) -> None:
         self._head_version: tuple[int, ...] | None = self.head.version
-        self._evidence: tuple[object, Tensor] | None = None
+        self._derived: dict[str, tuple[object, Tensor]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._head_version = None  # a copy counts the changes of its tensors anew
-        self._evidence = None
+        self._derived = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> GenerativePair:
         self._check_current()
@@ -270,7 +270,7 @@ class GenerativePair(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._head_version = None  # children load after this; the first use remembers what they hold
-        self._evidence = None
+        self._derived = {}
 
     def _check_current(self) -> None:
         if torch.compiler.is_compiling():
@@ -295,39 +295,57 @@ class GenerativePair(nn.Module):
         return y
 
     @torch.no_grad()
-    def _log_evidence(self) -> Tensor:
-        """b_y + log M(w_y), (K,) in working precision."""
+    def derived(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that follows from head and base: made once, and again only after a tensor of them changed.
+
+        Args:
+            name: What it is called among those of this pair.
+            make: Makes it.
+
+        Raises:
+            RuntimeError: The head's weights changed after the pair was made.
+        """
         self._check_current()
         compiling = torch.compiler.is_compiling()  # when no tensor tells its version
-        if compiling and self._evidence is not None:
-            return self._evidence[1]
-        base = () if compiling else tuple((id(b), version_of(b)) for b in self.base.buffers())
-        if self._evidence is None or self._evidence[0] != base:
-            work = working_dtype(self.head.weight.device)
-            parts = [self.base.log_mgf(rows.to(work)) for _, rows in self.head.centered_blocks()]
-            evidence = self.head.full_bias.to(work) + torch.cat(parts)
-            if compiling:
-                return evidence
-            if not bool(evidence.isfinite().all()):
-                y = int((~evidence.isfinite()).nonzero()[0])
-                raise ValueError(
-                    f"log M of class {y} is {float(evidence[y])}: the base gives this head's rows no finite mass; "
-                    "check the radius or scale of the base against the norm of W"
-                )
-            self._evidence = base, evidence
-        return self._evidence[1]
+        kept = self._derived.get(name)
+        if compiling:
+            return make() if kept is None else kept[1]
+        base = tuple((id(b), version_of(b)) for b in self.base.buffers())
+        if kept is None or kept[0] != base:
+            kept = self._derived[name] = base, make()
+        return kept[1]
+
+    def _log_evidence(self) -> Tensor:
+        """b_y + log M(w_y), (K,) in working precision."""
+        return self.derived("log evidence", self._make_log_evidence)
+
+    def _make_log_evidence(self) -> Tensor:
+        work = working_dtype(self.head.weight.device)
+        parts = [self.base.log_mgf(rows.to(work)) for _, rows in self.head.centered_blocks()]
+        evidence = self.head.full_bias.to(work) + torch.cat(parts)
+        if not torch.compiler.is_compiling() and not bool(evidence.isfinite().all()):
+            y = int((~evidence.isfinite()).nonzero()[0])
+            raise ValueError(
+                f"log M of class {y} is {float(evidence[y])}: the base gives this head's rows no finite mass; "
+                "check the radius or scale of the base against the norm of W"
+            )
+        return evidence
 
     def _terms(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """w_y·h + b_y (*S, K) and log m(h) − log Z (*S,), whose sum is the log joint density.
 
         Kept apart, since log m(h) can be in the thousands and would cost the logits their digits.
         """
-        h = self._read(h)
+        h = self.read(h)
         log_z = self._log_evidence().logsumexp(-1)
         return self.head.centered_logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
 
-    def _read(self, h: Tensor) -> Tensor:
-        """H (*S, d) as the base reads it, in at least float32."""
+    def read(self, h: Tensor) -> Tensor:
+        """H (*S, d) as the base reads it, in at least float32.
+
+        Raises:
+            ValueError: `h` is not floating, or of another dimension than the head's.
+        """
         self._check_current()
         if h.dim() < 1 or h.shape[-1] != self.head.in_features or not h.is_floating_point():
             raise ValueError(

@@ -6,7 +6,7 @@ from torch import nn
 
 import penult
 from heads import random_head
-from penult import GenerativePair, Head, Sphere, special
+from penult import Activations, Gaussian, GenerativePair, Head, Sphere, special
 from penult.testing import check_base
 
 
@@ -428,3 +428,44 @@ def test_marginal_of_radii_with_special_weights():
     want = torch.tensor([0.3, 0.7], dtype=torch.float64).log() - f
     assert torch.allclose(base.radius, torch.tensor([1.0, 2.0], dtype=torch.float64))
     assert torch.allclose(base.log_weights, want.log_softmax(-1))
+
+
+# --- trimmed fits -------------------------------------------------------------------------------------------
+
+
+def test_trimmed_fit_survives_outliers():
+    head = random_head(4, 6, norm=2.0)
+    g = torch.Generator().manual_seed(0)
+    shape = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)
+    pair = GenerativePair(head, Gaussian(torch.ones(6, dtype=torch.float64), torch.diag(shape.square())))
+    familiar, _ = pair.sample((1800,), generator=g)
+    outliers = 1 + 8 * torch.randn(200, 6, generator=g, dtype=torch.float64) * (shape < 0.8)
+    dirty = torch.cat([familiar, outliers])
+    clean, plain, trimmed = (
+        Sphere.fit(head, rows, shape="elliptic", trim=trim)
+        for rows, trim in ((familiar, 0.0), (dirty, 0.0), (dirty, 0.2))
+    )
+
+    def apart(base):
+        gram = base.scale_tril @ base.scale_tril.T
+        true = clean.scale_tril @ clean.scale_tril.T
+        return float((gram / gram.trace() - true / true.trace()).norm())
+
+    assert apart(trimmed) < 0.3 * apart(plain)
+    again = Sphere.fit(head, dirty, shape="elliptic", trim=0.2)
+    assert torch.equal(again.scale_tril, trimmed.scale_tril)
+
+
+def test_trimmed_fit_of_stored_activations_is_that_of_a_tensor():
+    head = random_head(3, 4)
+    h = torch.randn(300, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    acts = Activations(h, head(h))
+    one, other = (Sphere.fit(head, rows, shape="elliptic", trim=0.3) for rows in (h, acts))
+    assert torch.equal(one.loc, other.loc)
+    assert torch.equal(one.radius, other.radius)
+
+
+@pytest.mark.parametrize(("trim", "shape"), [(0.5, "elliptic"), (-0.1, "elliptic"), (0.1, "round"), (0.1, "centered")])
+def test_trim_out_of_range(trim, shape):
+    with pytest.raises(ValueError, match=r"trim must lie in \[0, 0.5\)"):
+        Sphere.fit(random_head(3, 4), torch.randn(50, 4).double(), shape=shape, trim=trim)

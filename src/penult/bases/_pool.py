@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from typing import final
 
 import torch
@@ -54,7 +55,8 @@ class Pool:
             raise TypeError(f"activations must be a floating tensor (N, d) or Activations, got {what}")
         if len(shape) != 2 or shape[1] != head.in_features or shape[0] < 2:
             raise ValueError(f"activations has shape {shape}; expected (N, {head.in_features}) with N >= 2")
-        self._count = shape[0]
+        self._count = self._total = shape[0]
+        self._kept: Tensor | None = None
         bad, zeros, self.minimum = 0, 0, float("inf")
         for rows in self.stored:
             zeros += int((rows == 0).sum())
@@ -77,13 +79,21 @@ class Pool:
     @property
     def stored(self) -> Iterable[Tensor]:
         """The same as they are stored, each time it is iterated."""
-        return _Stored(self._source, self._head)
+        return _Stored(self._source, self._head, self._kept)
 
     def posterior(self, stored: Tensor) -> Tensor:
         """The head's class probabilities (n, K) of rows (n, d) as they are stored, float64."""
         rows = stored.clamp_min(0) if self.rectified else stored
         logits: Tensor = self._head(rows.to(self._head.weight))
         return logits.double().softmax(-1)
+
+    def only(self, rows: Tensor) -> Pool:
+        """A pool of some rows (n,), by their numbers; it stores none of them anew."""
+        part: Pool = copy(self)
+        part._kept = torch.zeros(self._total, dtype=torch.bool)
+        part._kept[rows.cpu() if self._kept is None else self._kept.nonzero()[rows.cpu(), 0]] = True
+        part._count = int(part._kept.sum())
+        return part
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """At most ``count`` different rows as they are stored, (n, d), all of them if there are no more."""
@@ -113,13 +123,18 @@ class Pool:
 
 
 class _Stored:
-    def __init__(self, source: Tensor | Activations, head: Head) -> None:
-        self._source = source
+    def __init__(self, source: Tensor | Activations, head: Head, kept: Tensor | None) -> None:
+        self._source, self._kept = source, kept
         self._size = max(1, min(_ROWS, _LOGITS // head.num_classes))
         self._device = head.weight.device
 
     def __iter__(self) -> Iterator[Tensor]:
         if isinstance(self._source, Tensor):
-            yield from (rows.to(self._device) for rows in self._source.split(self._size))
+            parts = iter(self._source.split(self._size))
         else:
-            yield from (part.activations.to(self._device) for part in self._source.batches(self._size))
+            parts = (part.activations for part in self._source.batches(self._size))
+        start = 0
+        for rows in parts:
+            kept = None if self._kept is None else self._kept[start : start + len(rows)].to(rows.device)
+            start += len(rows)
+            yield (rows if kept is None else rows[kept]).to(self._device)

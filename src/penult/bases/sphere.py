@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,7 +14,10 @@ from penult.activations import Activations
 from penult.bases._confidence import implied_radius, unit
 from penult.bases._moments import tilted_gaussian
 from penult.bases._pool import Pool
+from penult.bases._radial_mass import log_mass
+from penult.bases._radial_table import log_mass_at, radial_table
 from penult.bases._radii import RadialHistogram
+from penult.bases._trimming import trimmed
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import _sampling
 from penult.head import Head
@@ -167,6 +171,7 @@ class Sphere(Base):
         ambient: bool = True,
         shrinkage: float = 0.02,
         radii: int = 256,
+        trim: float = 0.0,
     ) -> Sphere:
         r"""The sphere closest to unlabelled activations.
 
@@ -181,6 +186,10 @@ class Sphere(Base):
             ambient: In all of R^d, or in span(W) with the class-independent mean outside it.
             shrinkage: Share of the covariance replaced by a multiple of the identity (elliptic only).
             radii: How many radii to keep at most.
+            trim: Share of the activations that the fit leaves out (elliptic only): those of the strangest direction
+                by the fit itself, which begins with the less strange half and grows. 0.2 makes outlier scores
+                survive a pool in which every tenth activation is an outlier; see the guide on outliers for what it
+                costs where there are none.
 
         Raises:
             TypeError: If ``activations`` is not a floating tensor.
@@ -197,7 +206,29 @@ class Sphere(Base):
             raise ValueError(f"shape must be 'round', 'centered' or 'elliptic'; got {shape!r}")
         if not 0 <= shrinkage <= 1 or radii < 1:
             raise ValueError(f"shrinkage must lie in [0, 1] and radii be at least 1; got {shrinkage} and {radii}")
+        if not 0 <= trim < 0.5 or (trim and shape != "elliptic"):
+            raise ValueError(f"trim must lie in [0, 0.5), and needs shape='elliptic'; got {trim} with {shape!r}")
         pool = Pool(head, activations)
+        if trim:
+
+            def fitted(part: Pool) -> Callable[[Tensor], Tensor]:
+                base = cls._fit(head, part, shape, ambient, shrinkage, radii=1)
+                table = radial_table(*base.seen(head), halvings=0)  # ranks need no more
+                return lambda rows: -base.direction_log_prob(head, base.project(rows.to(base.radius.dtype)), table)
+
+            pool = trimmed(pool, trim, fitted)
+        return cls._fit(head, pool, shape, ambient, shrinkage, radii)
+
+    @classmethod
+    def _fit(
+        cls,
+        head: Head,
+        pool: Pool,
+        shape: Literal["round", "centered", "elliptic"],
+        ambient: bool,
+        shrinkage: float,
+        radii: int,
+    ) -> Sphere:
         device = head.weight.device
         outside: Tensor | None = None
         subspace = None
@@ -227,14 +258,7 @@ class Sphere(Base):
         radius, share = (a.to(device) for a in histogram.atoms(radii))
         if float(radius.max()) <= 1e-15:
             raise ValueError(f"all {len(pool)} activations lie at the centre, so there is no radius to fit")
-        log_total = torch.full_like(radius, -torch.inf)
-        bias = head.full_bias.double()
-        for part, block in head.centered_blocks():
-            pulled, offset = base._pull(block.double())
-            norms = torch.linalg.vector_norm(pulled, dim=-1)
-            growth = special.log_sphere_mgf(base._dim(block), radius * norms.unsqueeze(-1))
-            log_total = torch.logaddexp(log_total, ((bias[part] + offset).unsqueeze(-1) + growth).logsumexp(0))
-        log_weights = share.log() - log_total
+        log_weights = share.log() - log_mass(*base.seen(head), radius)
         return cls(radius, log_weights=log_weights.log_softmax(-1), **chart).to(dtype)
 
     # --- the base's contract --------------------------------------------------------------------------------
@@ -328,6 +352,37 @@ class Sphere(Base):
         """The share of each radius under the tilts by rows (B, d): ω_r e^{F(r ρ)}, normalised, (B, R)."""
         self._check_features(weight, "weight")
         return self._log_radial(self._norms(weight), weight.shape[-1])[1].softmax(-1).to(weight.dtype)
+
+    def seen(self, head: Head) -> tuple[int, Tensor, Tensor]:
+        """A head in the chart: its dimension m, norms ‖L'U w_y‖ (K,) of the centered rows, and b_y + w_y·loc (K,)."""
+        work = special.working_dtype(head.weight.device)
+        norms, offsets = [], []
+        for _, rows in head.centered_blocks():
+            pulled, offset = self._pull(rows.to(work))
+            norms.append(torch.linalg.vector_norm(pulled, dim=-1))
+            offsets.append(offset)
+        return self._chart_dim() or head.in_features, torch.cat(norms), head.full_bias.to(work) + torch.cat(offsets)
+
+    def radial_table(self, head: Head) -> Tensor:
+        """The mass that a head's classes put at each radius, for :meth:`direction_log_prob`."""
+        return radial_table(*self.seen(head))
+
+    def direction_log_prob(self, head: Head, h: Tensor, table: Tensor) -> Tensor:
+        r"""Log density of the direction of u at its own radius, log p(u / r | r), (*S, d) → (*S,).
+
+        .. math:: \log p(u / r | r) = \log \sum_y e^{w_y \cdot h + b_y} - \log \sum_y e^{b'_y + F_m(r \|w'_y\|)}
+                  - \log \mathrm{area}(S^{m-1})
+
+        It is relative to the surface measure of the unit sphere in the chart, and no radial law enters.
+
+        Args:
+            head: The head of the pair.
+            h: Activations (*S, d), as :meth:`project` gives them.
+            table: From :meth:`radial_table`.
+        """
+        u = self.read(h)
+        mass = log_mass_at(table, torch.linalg.vector_norm(u, dim=-1)) + special.log_sphere_area(u.shape[-1])
+        return (head.centered_logits(h).to(mass.dtype).logsumexp(-1) - mass).to(u.dtype)
 
     def kappa(self, weight: Tensor) -> Tensor:
         """The concentration κ = r ‖L'U w‖ of the tilts by rows (B, d) at each radius, (B, R)."""

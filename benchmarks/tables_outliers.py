@@ -1,0 +1,190 @@
+"""Tables of what `outliers.py` and `scores.py` measured."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from blocks import Block, Table, table
+from tables_generate import bar, gain, ratio
+
+OURS = "directional, elliptic"
+TRIMMED = f"{OURS}, trimmed"
+GROUPS = {
+    "CIFAR-10, published": ("cifar-resnet32", "cifar-resnet44"),
+    "CIFAR-10, fine-tuned": ("cifar-resnet32-ft", "cifar-resnet44-ft"),
+    "MNIST, ReLU": ("mnist-relu-0", "mnist-relu-1", "mnist-relu-2"),
+    "MNIST, linear": ("mnist-linear-0", "mnist-linear-1", "mnist-linear-2"),
+}
+NEAR = ("cifar-small-8", "mnist-relu-8")
+OTHERS = ("KNN", "ViM")
+Cells = dict[str, dict[str, Any]]
+
+
+@table("outliers", source="outliers")
+def outliers(results: dict[str, Any]) -> Block:
+    """How well scores tell outliers from familiar activations."""
+    section = results["sections"]["networks"]
+    cells, made = section["cells"], section["machine"]
+    found = [_bars(cells), _far(cells)]
+    found += [_sets(cells, names, title) for title, names in GROUPS.items() if set(names) <= set(cells)]
+    notes = [
+        "Far sets: AUROC / FPR95, means over sets and networks; mean is over networks. FPR95: the share of outliers "
+        "that pass where 95 % of familiar pictures do. All scores are fitted to half of the test pictures of each "
+        "network, without labels where none are named, and told apart from the other half. "
+        f"{made['cpu']}; torch {section['versions']['torch']}."
+    ]
+    return Block(found, notes, "python benchmarks/outliers.py --data DATA --cache CACHE")
+
+
+@table("outliers-more", source="outliers")
+def more(results: dict[str, Any]) -> Block:
+    """Wrong answers, near and shifted sets, dirty and small pools."""
+    section = results["sections"]["networks"]
+    cells = section["cells"]
+    found = [_misclassified(cells), _near(cells), _dirty(cells), _few(cells)]
+    found += [_shifted(own, title) for title, own in _by_data(cells).items()]
+    notes = ["Networks and halves as above."]
+    return Block(found, notes, "python benchmarks/outliers.py --data DATA --cache CACHE")
+
+
+def auroc(cell: dict[str, Any], method: str, sets: str = "far", key: str = "auroc") -> float:
+    """The mean of a figure over the sets of one network."""
+    return statistics.mean(each[key] for each in cell["methods"][method][sets].values())
+
+
+def _known(cells: Cells) -> dict[str, list[dict[str, Any]]]:
+    """Cells of networks that know all classes, by group."""
+    groups = {title: [cells[name] for name in names if name in cells] for title, names in GROUPS.items()}
+    return {title: found for title, found in groups.items() if found}
+
+
+def _bars(cells: Cells) -> Table:
+    rows: list[tuple[str, ...]] = []
+    data = _by_data(cells)
+    cifar, mnist = data.get("CIFAR-10", []), data.get("MNIST", [])
+
+    def add(label: str, asked: str, values: list[float]) -> None:
+        rows.extend(bar(label, asked, values))
+
+    def over(found: list[dict[str, Any]], other: str, sets: str = "far") -> list[float]:
+        return [gain(auroc(cell, OURS, sets), auroc(cell, other, sets)) for cell in found]
+
+    add("CIFAR-10, far: AUROC, over energy", "≥ +0.05", over(cifar, "energy"))
+    fpr = [ratio(auroc(cell, OURS, key="fpr95"), auroc(cell, "energy", key="fpr95")) for cell in cifar]
+    add("CIFAR-10, far: FPR95, to energy", "≤ 1×", fpr)
+    wrong = [cell["methods"][OURS]["misclassified"] - cell["methods"]["energy"]["misclassified"] for cell in cifar]
+    add("CIFAR-10, wrong answers: AUROC, over energy", "≥ −0.02", wrong)
+    dirty = [cell["dirtied"]["far"][TRIMMED]["auroc"] - auroc(cell, OURS) for cell in cifar]
+    add("CIFAR-10, a tenth outliers in the pool, trimmed: AUROC, over clean", "≥ −0.02", dirty)
+    everything = [*cifar, *mnist]
+    for other in OTHERS:
+        add(f"all networks, far: AUROC, over {other}", "≥ +0", over(everything, other))
+    near = [cells[name] for name in NEAR if name in cells]
+    for other in ("energy", *OTHERS):
+        add(f"held-out classes: AUROC, over {other}", "≥ +0", over(near, other, "near"))
+    add("MNIST, far: AUROC, over energy", "≥ +0.02", over(mnist, "energy"))
+    return Table("Asked and measured", ("", "mean", "worst network", "asked", "mean is"), rows)
+
+
+def _far(cells: Cells) -> Table:
+    groups = _known(cells)
+    rows = []
+    for method in next(iter(cells.values()))["methods"]:
+        figures = {
+            title: [statistics.mean(auroc(cell, method, key=key) for cell in found) for key in ("auroc", "fpr95")]
+            for title, found in groups.items()
+        }
+        every = [cell for found in groups.values() for cell in found]
+        mean = [statistics.mean(auroc(cell, method, key=key) for cell in every) for key in ("auroc", "fpr95")]
+        shown = (f"{a:.3f} / {f:.3f}" for a, f in (*figures.values(), mean))
+        rows.append((_bold(method), *shown))
+    return Table("Far sets, AUROC / FPR95", ("", *groups, "mean"), rows)
+
+
+def _sets(cells: Cells, names: tuple[str, ...], title: str) -> Table:
+    own = [cells[name] for name in names]
+    sets = list(own[0]["methods"][OURS]["far"])
+    rows = []
+    for method in ("msp", "energy", "Mahalanobis, labels", "KNN", "ViM", OURS):
+        figures = (statistics.mean(cell["methods"][method]["far"][each]["auroc"] for cell in own) for each in sets)
+        rows.append((_bold(method), *(f"{value:.3f}" for value in figures)))
+    return Table(f"{title}: AUROC by far set", ("", *sets), rows)
+
+
+def _misclassified(cells: Cells) -> Table:
+    groups = _known(cells)
+    rows = []
+    for method in next(iter(cells.values()))["methods"]:
+        means = (statistics.mean(cell["methods"][method]["misclassified"] for cell in own) for own in groups.values())
+        rows.append((_bold(method), *(f"{value:.3f}" for value in means)))
+    accuracy = (f"{100 * statistics.mean(cell['accuracy'] for cell in own):.1f} %" for own in groups.values())
+    rows.append(("accuracy", *accuracy))
+    return Table("Wrong answers from right ones, familiar pictures: AUROC", ("", *groups), rows)
+
+
+def _near(cells: Cells) -> Table:
+    own = {name: cells[name] for name in NEAR if name in cells}
+    rows = []
+    for method in next(iter(cells.values()))["methods"]:
+        figures = []
+        for cell in own.values():
+            near = next(iter(cell["methods"][method]["near"].values()))
+            figures += [f"{near['auroc']:.3f} / {near['fpr95']:.3f}"]
+        rows.append((_bold(method), *figures))
+    rows.append(("accuracy on the others", *(f"{100 * cell['accuracy']:.1f} %" for cell in own.values())))
+    return Table("Two classes held out of training, AUROC / FPR95", ("", *own), rows)
+
+
+def _dirty(cells: Cells) -> Table:
+    groups = _known(cells)
+    rows = []
+    for method in next(iter(cells.values()))["dirtied"]["far"]:
+        if method in ("outliers", "share"):
+            continue
+        figures = []
+        for own in groups.values():
+            clean = statistics.mean(auroc(cell, method) for cell in own)
+            dirty = statistics.mean(cell["dirtied"]["far"][method]["auroc"] for cell in own)
+            figures.append(f"{clean:.3f} → {dirty:.3f}")
+        rows.append((_bold(method), *figures))
+    return Table("A pool of which a tenth are outliers: AUROC on far sets, clean → dirty", ("", *groups), rows)
+
+
+def _few(cells: Cells) -> Table:
+    groups = _known(cells)
+    counts = list(next(iter(cells.values()))["few"])
+    rows = [
+        (
+            f"{count} activations",
+            *(f"{statistics.mean(cell['few'][count]['auroc'] for cell in own):.3f}" for own in groups.values()),
+        )
+        for count in counts
+    ]
+    whole = (f"{statistics.mean(auroc(cell, OURS) for cell in own):.3f}" for own in groups.values())
+    rows.append(("5000 activations", *whole))
+    return Table(f"A fit to few unlabelled activations: AUROC of {OURS} on far sets", ("", *groups), rows)
+
+
+def _by_data(cells: Cells) -> dict[str, list[dict[str, Any]]]:
+    starts = {"CIFAR-10": "cifar-resnet", "MNIST": "mnist"}
+    known = {name: cell for name, cell in cells.items() if name not in NEAR}
+    found = {title: [c for name, c in known.items() if name.startswith(start)] for title, start in starts.items()}
+    return {title: own for title, own in found.items() if own}
+
+
+def _shifted(own: list[dict[str, Any]], title: str) -> Table:
+    methods = ("msp", "energy", "KNN", "ViM", OURS)
+    rows = []
+    for each in own[0]["shifted accuracy"]:
+        accuracy = statistics.mean(cell["shifted accuracy"][each] for cell in own)
+        figures = (
+            f"{statistics.mean(cell['methods'][method]['shifted'][each]['auroc'] for cell in own):.3f}"
+            for method in methods
+        )
+        rows.append((each, f"{100 * accuracy:.1f} %", *figures))
+    return Table(f"{title}, shifted pictures from familiar ones: AUROC", ("", "accuracy", *methods), rows)
+
+
+def _bold(method: str) -> str:
+    return f"**{method}**" if method == OURS else method

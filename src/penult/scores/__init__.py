@@ -1,0 +1,37 @@
+"""How familiar an activation is: outlier scores, and thresholds that keep their word.
+
+Higher is stranger, in all of them. Functions take a pair and activations:
+
+- `directional`: how unlikely the direction of h is at its norm; needs a sphere. The one to begin with.
+- `energy`, `max_logit`, `msp`: the usual ones, of the model's own logits.
+- `density`: the negative log density of the pair.
+
+Modules are fitted to familiar activations: `Mahalanobis`, `RelativeMahalanobis`, `KNN`, `ViM`. A `Threshold` turns any
+of them into a test with a false alarm rate that it keeps:
+
+    >>> import torch, penult
+    >>> head = penult.Head(4 * torch.eye(3))
+    >>> familiar, _ = penult.GenerativePair(head).sample((600,), generator=torch.Generator().manual_seed(0))
+    >>> pair = penult.GenerativePair(head, penult.Sphere.fit(head, familiar[:300], shape="elliptic"))
+    >>> threshold = Threshold.fit(directional, familiar[300:], pair=pair, false_alarm=0.05)
+    >>> threshold(torch.tensor([[-1.0, -1.0, 2.0], [-1.0, -1.0, -1.0]])).tolist()
+    [False, True]
+"""
+
+from penult.scores._fitted import KNN, Mahalanobis, RelativeMahalanobis, Score, ViM
+from penult.scores._of_pairs import density, directional, energy, max_logit, msp
+from penult.scores._threshold import Threshold
+
+__all__ = [
+    "KNN",
+    "Mahalanobis",
+    "RelativeMahalanobis",
+    "Score",
+    "Threshold",
+    "ViM",
+    "density",
+    "directional",
+    "energy",
+    "max_logit",
+    "msp",
+]

@@ -1,0 +1,165 @@
+"""Outlier scores that a pair or its head gives: functions (pair, h) → (B,), higher for stranger activations.
+
+Half precision is computed, and returned, in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penult.bases import Sphere
+from penult.head import Head
+from penult.pair import GenerativePair
+
+__all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits"]
+
+
+def directional(pair: GenerativePair, h: Tensor) -> Tensor:
+    r"""How unlikely the direction of h is among activations of its norm: −log p(u / r | r).
+
+    The norm r = ‖u‖ and the direction are those of the chart u = L⁻¹U(h − loc) of the pair's sphere, in m dimensions:
+
+    .. math:: -\log p(u / r \,|\, r) = T(r) - \log \sum_y e^{w_y \cdot h + b_y} + \log \mathrm{area}(S^{m-1}),
+              \qquad T(r) = \log \sum_y e^{b'_y + F_m(r \|w'_y\|)},
+
+    with centered rows w, rows w' = L'U w and biases b' = b + w·loc in the chart. It is the energy, set against the
+    energy to be expected at this norm: a large norm makes no direction familiar. T is tabulated once for each pair.
+
+    An elliptic sphere, fitted to a few hundred unlabelled activations or more, is what works: see
+    :meth:`penult.Sphere.fit` and the guide on outliers.
+
+    Args:
+        pair: A pair whose base is a :class:`~penult.Sphere`.
+        h: Activations (*S, d).
+
+    Returns:
+        (*S,), in nats, relative to the surface measure of the unit sphere.
+
+    Raises:
+        TypeError: The base is no sphere.
+        ValueError: `h` has another dimension, or is not floating.
+
+    Example:
+        >>> pair = GenerativePair(Head(torch.eye(3)), Sphere(4.0))
+        >>> directional(pair, torch.tensor([[4.0, 0.0, 0.0], [3.0, 3.0, 3.0]]))
+        tensor([2.3148, 4.6351])
+    """
+    base = pair.base
+    if not isinstance(base, Sphere):
+        raise TypeError(
+            f"a {type(base).__name__} base has no law of directions at a norm; give a pair on a sphere: "
+            "penult.GenerativePair(head, penult.Sphere.fit(head, activations, shape='elliptic'))"
+        )
+    table = pair.derived("radial table", lambda: base.radial_table(pair.head))
+    return -base.direction_log_prob(pair.head, pair.read(h), table)
+
+
+def energy(pair: GenerativePair, h: Tensor) -> Tensor:
+    r"""The negative log-sum of the model's exponentiated logits, −log Σ_y e^{z_y}.
+
+    Up to a constant it is log m(h) − log p(h) for a head with centered rows: it trusts a large norm.
+
+    References:
+        Liu, Wang, Owens and Li, "Energy-based Out-of-distribution Detection", NeurIPS 2020.
+
+    Args:
+        pair: The pair; only its head counts.
+        h: Activations (*S, d).
+
+    Returns:
+        (*S,).
+
+    Raises:
+        ValueError: `h` has another dimension, or is not floating.
+
+    Example:
+        >>> energy(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
+        tensor([-9.0002])
+    """
+    return -raw_logits(pair.head, h).logsumexp(-1)
+
+
+def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
+    """The negative largest logit of the model, −max_y z_y.
+
+    References:
+        Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
+
+    Args:
+        pair: The pair; only its head counts.
+        h: Activations (*S, d).
+
+    Returns:
+        (*S,).
+
+    Raises:
+        ValueError: `h` has another dimension, or is not floating.
+
+    Example:
+        >>> max_logit(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
+        tensor([-9.])
+    """
+    return -raw_logits(pair.head, h).amax(-1)
+
+
+def msp(pair: GenerativePair, h: Tensor) -> Tensor:
+    """The probability that is not the largest class's, 1 − max_y softmax_y(z), without loss of digits near 0.
+
+    References:
+        Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
+        Networks", ICLR 2017.
+
+    Args:
+        pair: The pair; only its head counts.
+        h: Activations (*S, d).
+
+    Returns:
+        (*S,), in [0, 1 − 1/K].
+
+    Raises:
+        ValueError: `h` has another dimension, or is not floating.
+
+    Example:
+        >>> msp(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[30.0, 0.0, 0.0]]))
+        tensor([1.8715e-13])
+    """
+    logits = raw_logits(pair.head, h)
+    largest, index = logits.max(-1, keepdim=True)
+    others = (logits - largest).exp().scatter(-1, index, 0.0).sum(-1)
+    return others / (1 + others)
+
+
+def density(pair: GenerativePair, h: Tensor) -> Tensor:
+    """The negative log density −log p(h) of the pair, relative to ``pair.base.info.reference``.
+
+    Strange activations often lie where norms are small, which most densities take for familiar: see `directional`.
+
+    Args:
+        pair: The pair.
+        h: Activations (*S, d).
+
+    Returns:
+        (*S,), in nats.
+
+    Raises:
+        ValueError: `h` has another dimension, or is not floating.
+
+    Example:
+        >>> import penult
+        >>> pair = GenerativePair(Head(torch.eye(2)), penult.Gaussian(torch.zeros(2), torch.eye(2)))
+        >>> density(pair, torch.zeros(1, 2))
+        tensor([2.0879])
+    """
+    return -pair.log_prob(pair.read(h))
+
+
+def raw_logits(head: Head, h: Tensor) -> Tensor:
+    """The model's own logits (*S, K) of activations (*S, d), in at least float32."""
+    if not h.is_floating_point():
+        raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations")
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    if wide.dtype == head.weight.dtype:
+        logits: Tensor = head(wide)
+        return logits
+    return head.centered_logits(wide) + (wide @ head.mean_row.to(wide.dtype)).unsqueeze(-1)
