@@ -188,3 +188,28 @@ def _shifted(own: list[dict[str, Any]], title: str) -> Table:
 
 def _bold(method: str) -> str:
     return f"**{method}**" if method == OURS else method
+
+
+@table("scores", source="scores")
+def cost(results: dict[str, Any]) -> Block:
+    """What a batch costs, to the head."""
+    section = results["sections"]["cost"]
+    cells, made = section["cells"], section["machine"]
+    names = list(next(iter(cells.values()))["scores"])
+    rows = [
+        (
+            f"**{name}**" if name == "directional" else name,
+            *(f"{cell['scores'][name]['ratio']:.2f}" for cell in cells.values()),
+        )
+        for name in names
+    ]
+    rows.append(("table of directional, s", *(f"{cell['table_seconds']:.2g}" for cell in cells.values())))
+    notes = [
+        f"CPU time of a batch of {section['settings']['batch']} to one evaluation of the head, median of "
+        f"{section['settings']['rounds']} rounds; asked of directional at d = 512, K = 1000: ≤ "
+        f"{section['bars']['directional']:g}. Without labels' fits. {made['cpu']}, {made['threads_used']} thread; "
+        f"torch {section['versions']['torch']}."
+    ]
+    return Block(
+        [Table("Cost of scores, in evaluations of the head", ("", *cells), rows)], notes, "python benchmarks/scores.py"
+    )

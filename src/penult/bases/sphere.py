@@ -382,7 +382,7 @@ class Sphere(Base):
         """
         u = self.read(h)
         mass = log_mass_at(table, torch.linalg.vector_norm(u, dim=-1)) + special.log_sphere_area(u.shape[-1])
-        return (head.centered_logits(h).to(mass.dtype).logsumexp(-1) - mass).to(u.dtype)
+        return (_log_partition(head, h).to(mass.dtype) - mass).to(u.dtype)
 
     def kappa(self, weight: Tensor) -> Tensor:
         """The concentration κ = r ‖L'U w‖ of the tilts by rows (B, d) at each radius, (B, R)."""
@@ -472,6 +472,14 @@ class Sphere(Base):
         growth = special.log_sphere_mgf(m, norms.to(work).unsqueeze(-1) * self.radius.to(work))
         terms = self.log_weights.to(work) + growth
         return terms.logsumexp(-1), terms
+
+
+def _log_partition(head: Head, h: Tensor) -> Tensor:
+    """The log-sum of exponentiated centered logits of activations (*S, d), (*S,)."""
+    if h.dtype != head.weight.dtype:
+        return head.centered_logits(h).logsumexp(-1)
+    log_sum: Tensor = head(h).logsumexp(-1)  # centering it takes a number a row, centering the logits K
+    return log_sum - (h @ head.mean_row.to(h.dtype))
 
 
 def _zero_sum_basis(d: int) -> Tensor:

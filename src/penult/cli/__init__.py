@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import penult
-from penult.cli import demo, distill, extract, fit, generate, head, sample
+from penult.cli import demo, distill, extract, fit, generate, head, report, sample, score
 from penult.cli.console import fail
 
 __all__ = ["app", "main"]
@@ -20,7 +20,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (*(head.head, extract.extract, fit.fit, sample.sample, distill.distill, generate.generate, demo.demo),):
+for command in (
+    head.head,
+    extract.extract,
+    fit.fit,
+    sample.sample,
+    score.score,
+    report.report,
+    distill.distill,
+    generate.generate,
+    demo.demo,
+):
     app.command(command.__name__)(command)
 
 

@@ -14,7 +14,7 @@ except ImportError as error:
         'pages and figures need matplotlib and jinja2: pip install "penult[report]"', name=error.name
     ) from error
 
-from penult.report import figures, plots, realism
+from penult.report import figures, pair, plots, realism
 from penult.report.page import Page, Section
 
-__all__ = ["Page", "Section", "figures", "plots", "realism"]
+__all__ = ["Page", "Section", "figures", "pair", "plots", "realism"]

@@ -102,6 +102,15 @@ class Section:
         svgs = [figures.svg(drawing, alt, prefix=f"figure{next(self._pictures)}") for drawing in drawings]
         return self._add("figure", svgs=svgs, caption=caption, alt=alt, wide=wide)
 
+    def pictures(self, items: Sequence[Mapping[str, Any]]) -> Section:
+        """Add pictures in rows, as many in each as there is room for; see `penult.report.thumbnails.gallery`.
+
+        Args:
+            items: of each its PNG in base64 (`data`), `alt`, `width` and `height` in CSS pixels, whether its pixels
+                are shown as squares (`pixelated`), and `lines` that stand below it.
+        """
+        return self._add("pictures", items=items)
+
     def code(self, code: str, label: str = "Code") -> Section:
         """Add text as a terminal shows it; `label` names it to screen readers."""
         return self._add("code", code=code.strip("\n"), label=label)

@@ -257,15 +257,17 @@ def scatter(
     second: tuple[Any, Any] | None = None,
     titles: tuple[str, str] = ("real", "synthetic"),
     size: tuple[float, float] | None = None,
+    rest: str = "",
 ) -> Figure:
     """Draw labelled points in the plane, and a second cloud beside them on the same axes.
 
     Args:
         points: (N, 2) positions.
-        labels: (N,) classes 0 ... K-1.
+        labels: (N,) classes 0 ... K-1; with `rest`, -1 as well.
         names: K names.
         second: points and labels of the cloud to compare with.
         titles: what the two clouds are.
+        rest: what the points labelled -1 are, which are drawn small and pale, beneath the others.
         size: width and height in CSS pixels.
 
     Example:
@@ -280,6 +282,10 @@ def scatter(
     with style():
         handles: dict[str, Artist] = {}
         for axes, title, (cloud, classes) in zip(panels, titles, pairs, strict=False):
+            if rest:
+                x, y = cloud[classes == -1].T
+                axes.plot(x, y, color=LIGHT["muted"], marker="o", linestyle="none", markersize=3, markeredgewidth=0)
+                axes.get_lines()[-1].set_alpha(0.35)
             for position, name in enumerate(names):
                 x, y = cloud[classes == position].T
                 marker, scale = list(_MARKERS.items())[position % len(_MARKERS)]
@@ -291,6 +297,9 @@ def scatter(
             axes.spines[:].set(visible=True, color=LIGHT["line"])
             if second is not None:
                 axes.set_title(title)
+        if rest:
+            handles[rest] = Line2D([], [], color=LIGHT["muted"], marker="o", linestyle="none", markeredgewidth=0)
+            handles[rest].set(markersize=5, alpha=0.5)
         legend(figure, handles)
     return figure
 

@@ -1,0 +1,181 @@
+"""``penult score``: a number for each input, and what a calibration promises."""
+
+import csv
+import shutil
+
+import numpy
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import penult
+from penult import scores
+from penult.cli import app
+from penult.cli.extract import HEAD_FILE
+from penult.data import digits
+from penult.demo.networks import DigitsNet
+
+MODEL = ("--model", "usernets:trained")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Pairs of three bases, activations of two sets and their images, of a network of digits."""
+    folder = tmp_path_factory.mktemp("made")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # as the network of usernets
+        network = DigitsNet()
+    images = digits()
+    tap = penult.Tap(network, penult.find_head(network, images.images[:16]))
+    acts = {
+        name: penult.extract(tap, [images.images[rows]])
+        for name, rows in {"pool": slice(600), "familiar": slice(600, 800), "new": slice(800, 860)}.items()
+    }
+    for name, part in acts.items():
+        part.save(folder / name)
+        penult.GenerativePair(tap.head).save(folder / name / HEAD_FILE)
+    numpy.savez(folder / "new.npz", images=images.images[800:860].numpy(), labels=numpy.arange(60))
+    numpy.savez(folder / "half.npz", images=(images.images[800:860] / 2 + 0.5).numpy())
+    fits = {
+        "elliptic": penult.Sphere.fit(tap.head, acts["pool"], shape="elliptic"),
+        "round": penult.Sphere.fit(tap.head, acts["pool"]),
+        "mixture": penult.Marginal.fit(tap.head, acts["pool"], kind="class"),
+    }
+    for name, base in fits.items():
+        penult.GenerativePair(tap.head, base).save(folder / f"{name}.penult.safetensors")
+    return folder
+
+
+@pytest.fixture
+def place(here, made):
+    """A user's folder with all of that."""
+    shutil.copytree(made, here, dirs_exist_ok=True)
+    return here
+
+
+def pair_of(name):
+    return penult.load(f"{name}.penult.safetensors")
+
+
+@pytest.mark.parametrize("asked", [None, "directional", "energy", "max-logit", "msp", "density"])
+def test_a_table_holds_what_the_library_gives(place, penult_json, asked):
+    options = () if asked is None else ("--score", asked)
+    facts = penult_json("score", "elliptic.penult.safetensors", "new", *options, "--out", "scores.csv")
+    pair, acts = pair_of("elliptic"), penult.Activations.open("new")
+    expected = getattr(scores, (asked or "directional").replace("-", "_"))(pair, acts.activations)
+    assert facts["score"] == (asked or "directional")
+    assert facts["count"] == 60
+    with open("scores.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "score", "p_value", "strange", "predicted", "confidence"]
+    assert [int(row["index"]) for row in rows] == list(range(60))
+    assert torch.equal(torch.tensor([float(row["score"]) for row in rows]), expected)  # to the last bit
+    assert [int(row["predicted"]) for row in rows] == acts.predicted.tolist()
+    confidence = torch.tensor([float(row["confidence"]) for row in rows])
+    assert torch.allclose(confidence, acts.logits.softmax(-1).amax(-1), atol=1e-6)
+    assert {row["p_value"] + row["strange"] for row in rows} == {""}
+    assert facts["strangest"][0]["index"] == int(expected.argmax())
+    assert facts["most_familiar"][0]["score"] == float(expected.min())
+    assert facts["quantiles"]["most"] == float(expected.max())
+
+
+def test_with_familiar_inputs_there_are_p_values_and_a_verdict(place, penult_json):
+    arguments = ("score", "elliptic.penult.safetensors", "new", "--calibrate", "familiar", "--false-alarm", "0.1")
+    facts = penult_json(*arguments, "--out", "scores.npz")
+    pair = pair_of("elliptic")
+    new, familiar = (penult.Activations.open(name).activations for name in ("new", "familiar"))
+    threshold = scores.Threshold.fit(scores.directional, familiar, pair=pair, false_alarm=0.1)
+    with numpy.load("scores.npz") as file:
+        arrays = dict(file)
+    assert list(arrays) == ["index", "score", "p_value", "strange", "predicted", "confidence"]
+    assert torch.equal(torch.from_numpy(arrays["p_value"]), threshold.p_value(new))
+    assert torch.equal(torch.from_numpy(arrays["strange"]), threshold(new))
+    assert facts["threshold"] == threshold.value
+    assert facts["false_alarm_bound"] == threshold.rate_bound()
+    assert facts["strange"] == int(threshold(new).sum())
+    penult_json(*arguments, "--out", "scores.csv")
+    with open("scores.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["strange"] for row in rows] == ["true" if each else "false" for each in arrays["strange"]]
+    assert "strange" not in penult_json("score", "elliptic.penult.safetensors", "new")
+    assert {file.name for file in place.glob("*scores*")} == {"scores.csv", "scores.npz"}  # nothing beside them
+
+
+def test_images_are_read_by_the_network(place, penult_json):
+    stored = penult_json("score", "elliptic.penult.safetensors", "new", "--calibrate", "familiar")
+    run = ("score", "elliptic.penult.safetensors", "new.npz", *MODEL, "--batch-size", "25")
+    # labels of sixty classes mean other things than those of ten, and no score asks for them
+    found = penult_json(*run, "--calibrate", "familiar")
+    assert found["strange"] == stored["strange"]
+    for one, other in zip(found["strangest"], stored["strangest"], strict=True):
+        assert one["index"] == other["index"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+    normal = penult_json("score", "elliptic.penult.safetensors", "half.npz", *MODEL, "--mean", "0.5", "--std", "0.5")
+    assert normal["quantiles"]["median"] == pytest.approx(found["quantiles"]["median"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("pair", "options", "said"),
+    [
+        ("elliptic", (), "score: directional, since the base is an elliptic sphere; higher is stranger"),
+        ("round", (), "score: directional, since the base is a sphere; penult fit --base elliptic"),
+        ("mixture", (), "score: energy, since the base is a "),
+        ("elliptic", ("--score", "max-logit"), "score: max-logit, as asked"),
+        ("elliptic", ("--calibrate", "familiar"), "at most 5% are called strange on average over such sets of 200"),
+        ("elliptic", ("--calibrate", "familiar"), "p-value"),
+    ],
+)
+def test_what_it_says(place, pair, options, said):
+    done = CliRunner().invoke(app, ["score", f"{pair}.penult.safetensors", "new", *options])
+    assert done.exit_code == 0, done.output
+    assert said in done.stdout
+    assert "most familiar" in done.stdout
+    assert "median" in done.stdout
+
+
+def test_another_prior_or_temperature_is_still_the_same_network(place, penult_json):
+    pair = pair_of("elliptic")
+    pair.with_prior(torch.arange(1.0, 11.0)).save("shifted.penult.safetensors")
+    penult.GenerativePair(pair.head.with_temperature(2.0), pair.base).save("warm.penult.safetensors")
+    for name in ("shifted", "warm"):
+        assert penult_json("score", f"{name}.penult.safetensors", "new")["count"] == 60
+
+
+def test_bad_input_is_refused_in_one_line(place, refused):
+    run = ("score", "elliptic.penult.safetensors")
+    assert "does not exist" in refused("score", "none.penult.safetensors", "new")
+    assert "there is no 'nowhere'" in refused(*run, "nowhere")
+    assert "give --model package.module:factory" in refused(*run, "new.npz")
+    assert "name.csv" in refused(*run, "new", "--out", "scores.txt")
+    assert "goes with --calibrate" in refused(*run, "new", "--false-alarm", "0.1")
+    assert "are both new" in refused(*run, "new", "--calibrate", "new")
+    assert "200 familiar activations cannot keep" in refused(
+        *run, "new", "--calibrate", "familiar", "--false-alarm", "0.001"
+    )
+    assert "must lie between 0 and 1" in refused(*run, "new", "--calibrate", "familiar", "--false-alarm", "2")
+    assert "needs a pair on a sphere" in refused("score", "mixture.penult.safetensors", "new", "--score", "directional")
+    assert "cannot be used here" in refused(*run, "new", "--device", "cuda:99")
+    small = ("--model", "usernets:Nets.small")
+    assert "dimension 16 and 10 classes" in refused(*run, "new.npz", *small)
+    other = ("--model", "usernets:trained", "--weights", "digits.safetensors")
+    assert "give the pair of this very network" in refused(*run, "new.npz", *other)
+    assert not (place / "scores.txt").exists()
+
+
+def test_a_pair_without_density_is_refused(place, refused, monkeypatch):
+    from penult.cli.score import ScoreName, score_of
+
+    head = pair_of("elliptic").head
+
+    class Sampler:
+        def sample(self, shape=()):
+            return torch.randn(*shape, 64)
+
+    pair = penult.GenerativePair(head, penult.Marginal(head, Sampler(), samples=100))
+    with pytest.raises(ValueError, match="density"):
+        score_of(pair, ScoreName.density)
+
+
+def test_help_has_examples():
+    shown = CliRunner().invoke(app, ["score", "--help"], env={"TERMINAL_WIDTH": "100"}).stdout
+    assert shown.count("Example: penult score") == 2
