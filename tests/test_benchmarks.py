@@ -98,6 +98,23 @@ def test_committed_generation():
                 assert row["frechet"] > sections["test"]["references"]["mnist"]["row"]["frechet"]
 
 
+def test_committed_outliers():
+    cells = committed("outliers")["sections"]["networks"]["cells"]
+    assert len(cells) == 12
+    for name, cell in cells.items():
+        assert (0.95 if name.startswith("mnist") else 0.8) < cell["accuracy"] < 1
+        assert bool(next(iter(cell["methods"].values()))["near"]) == name.endswith("-8")
+        assert cell["dirtied"]["far"]["share"] == pytest.approx(0.1, abs=0.01)
+        for method in cell["methods"].values():
+            assert all(0 <= rate <= 1 for each in method["far"].values() for rate in each.values())
+
+
+def test_committed_cost_of_scores():
+    section = committed("scores")["sections"]["cost"]
+    assert not section["settings"]["quick"]
+    assert set(section["cells"]) == {"d=512 K=1000", "d=64 K=10", "d=2048 K=1000"}
+
+
 # --- a run of one's own -------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from penult.demo import bases, classifier, distill, fit, generate, head, samples, storage
+from penult.demo import bases, classifier, distill, fit, generate, head, samples, scores, storage
 from penult.demo.job import Job, Quiet, Reporter
 
 __all__ = ["PARTS", "Job", "Quiet", "Reporter", "run"]
@@ -23,6 +23,7 @@ PARTS: tuple[Callable[[Job], None], ...] = (
     bases.compare,
     distill.teach,
     generate.draw_images,
+    scores.tell_strangers,
     storage.save_and_reload,
 )
 

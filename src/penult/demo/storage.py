@@ -1,4 +1,4 @@
-"""Part eight: the pair as a file that needs no model."""
+"""Part nine: the pair as a file that needs no model."""
 
 from __future__ import annotations
 
