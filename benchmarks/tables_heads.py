@@ -62,3 +62,19 @@ def extract_memory(results: dict[str, Any]) -> Block:
     header = ("", f"{cells['rows']} rows", f"{10 * cells['rows']} rows", "ratio", "bar")
     title = f"Peak memory of a process, PyTorch included; the larger set takes {cells['data_mib']:.0f} MiB on disk"
     return Block([Table(title, header, rows)], [origin(section, ("penult", "torch"))], "python benchmarks/extract.py")
+
+
+@table("large-head", source="large_head")
+def large_head(results: dict[str, Any]) -> Block:
+    """Memory and time of a pair on a head of many classes."""
+    section = results["sections"]["cost"]
+    settings, (cell,) = section["settings"], section["cells"].values()
+    rows = [(name, f"{step['seconds']:g}", f"{step['peak']:.2f}") for name, step in cell["steps"].items()]
+    title = f"A head of {settings['classes']:,} × {settings['features']}, W of {cell['mib'] / 1024:.1f} GiB"
+    worst = max(step["peak"] for step in cell["steps"].values())
+    notes = [
+        f"Peak: the most memory of the process so far, over that before W, to W and a batch of {settings['batch']} "
+        f"({cell['batch_mib']:.0f} MiB); asked: ≤ {section['bars']['peak']:g}, measured: {worst:.2f}. "
+        f"{section['machine']['cpu']}, one thread; torch {section['versions']['torch']}."
+    ]
+    return Block([Table(title, ("", "seconds", "peak"), rows)], notes, "python benchmarks/large_head.py")

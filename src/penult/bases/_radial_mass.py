@@ -9,7 +9,7 @@ from penult import special
 
 __all__ = ["log_mass", "log_mass_and_slopes"]
 
-_PAIRS = 1 << 20  # (class, radius) pairs looked at at a time
+_PAIRS = 1 << 16  # (class, radius) pairs looked at at a time; each takes a kilobyte or two
 
 
 def log_mass(dim: int, norms: Tensor, offsets: Tensor, radius: Tensor) -> Tensor:

@@ -356,12 +356,12 @@ class Sphere(Base):
     def seen(self, head: Head) -> tuple[int, Tensor, Tensor]:
         """A head in the chart: its dimension m, norms ‖L'U w_y‖ (K,) of the centered rows, and b_y + w_y·loc (K,)."""
         work = special.working_dtype(head.weight.device)
-        norms, offsets = [], []
-        for _, rows in head.centered_blocks():
+        norms, offsets = head.full_bias.to(work, copy=True), head.full_bias.to(work, copy=True)
+        for part, rows in head.centered_blocks():  # in place: what is kept between blocks would keep their memory, too
             pulled, offset = self._pull(rows.to(work))
-            norms.append(torch.linalg.vector_norm(pulled, dim=-1))
-            offsets.append(offset)
-        return self._chart_dim() or head.in_features, torch.cat(norms), head.full_bias.to(work) + torch.cat(offsets)
+            norms[part] = torch.linalg.vector_norm(pulled, dim=-1)
+            offsets[part] += offset
+        return self._chart_dim() or head.in_features, norms, offsets
 
     def radial_table(self, head: Head) -> Tensor:
         """The mass that a head's classes put at each radius, for :meth:`direction_log_prob`."""

@@ -123,8 +123,8 @@ def generate(
     loss: Annotated[
         Adversarial | None,
         typer.Option(
-            help="What generator and discriminator minimise. With --kind gan only; default hinge, and non-saturating "
-            "with --condition label."
+            help="What generator and discriminator minimise. With --kind gan only; default hinge for activations "
+            "of grey images, else non-saturating."
         ),
     ] = None,
     drawn: Annotated[

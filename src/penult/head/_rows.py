@@ -30,8 +30,11 @@ def rows_in_double(weight: Tensor, rows: int | None = None) -> Iterator[Tensor]:
 
 def mean_row_of(weight: Tensor) -> Tensor:
     """The mean of the rows, (d,), in float64."""
-    total = torch.stack([rows.sum(0) for rows in rows_in_double(weight)]).sum(0)
-    return total.div(weight.shape[0])
+    total: Tensor | None = None
+    for rows in rows_in_double(weight):
+        total = rows.sum(0) if total is None else total.add_(rows.sum(0))
+    assert total is not None
+    return total.div_(weight.shape[0])
 
 
 def rounding(weight: Tensor) -> float:
