@@ -45,7 +45,7 @@ class Model:
         told: ``"activation"``, ``"label"``, ``"nothing"``, or a pair of what generator and discriminator are told of an
             activation, each ``"activation"`` or ``"mean"``, that of its class.
         loud: Deviation of a label's embedding.
-        options: Of `ActivationGAN`, whose loss is hinge where none is given.
+        options: Of `ActivationGAN`, whose loss is hinge for grey pictures where none is given.
         bounded: Whether the discriminator has spectral normalisation; with hinge loss when left out.
         law: What it is trained on; the bank where that does not matter.
     """
@@ -66,6 +66,7 @@ ONE_HOT = PLAIN | OTHER
 MODELS: dict[str, Model] = {
     "gan": Model(),
     "gan, non-saturating": Model(options=OTHER),
+    "gan, hinge": Model(options=HINGE),
     "gan, one-hot, labels": Model("true", "label", options=ONE_HOT),
     "gan, one-hot, labels, hinge": Model("true", "label", options=PLAIN | HINGE),
     "gan, one-hot, pseudo-labels": Model("classifier", "label", options=ONE_HOT),
@@ -128,7 +129,8 @@ def build(
     """
     slow = PLAIN if shape[0] > 1 else {}  # a ResNet would have to see every picture that is generated
     d, options = k.head.in_features, {"latent": LATENT} | model.options | slow
-    bounded = options.get("loss", "hinge") == "hinge" if model.bounded is None else model.bounded
+    usual = "hinge" if shape[0] == 1 else "non-saturating"
+    bounded = options.get("loss", usual) == "hinge" if model.bounded is None else model.bounded
     tap = k.tap if options.get("consistency", 1.0) else None
 
     def parts() -> dict[str, nn.Module]:

@@ -7,7 +7,7 @@ There are two data sets, ``"mnist"`` with pictures (1, 28, 28) and ``"cifar10"``
 * `FAR`: outliers that have nothing to do with the classes. Other data sets; 1/f noise ("textures"); overlapping discs
   ("dead leaves"); crops of the two photographs that scikit-learn brings; noise; familiar pictures of the testing half
   whose 16 blocks are permuted ("scrambled").
-* `SELECTION`: outliers of other kinds, to make choices by, so that no choice is made by what is reported. "half and
+* `SELECTION`: outliers of other kinds, to make choices by. "half and
   half" has the left half of one training picture and the right half of another, of another class.
 * `SHIFTED`: familiar pictures of the testing half under `penult.data.shift`, with labels: kind and severity.
 * ``"held-out classes"``, where a network does not know some classes: the test pictures of these. All others that are

@@ -86,9 +86,11 @@ def test_committed_generation():
     cells = sections["test"]["cells"]
     assert set(cells["mnist/vae"]) == set(cells["mnist-usps/vae"]) == {"0-0", "0-1", "1-0", "1-1"}
     assert set(cells["mnist/gan"]) == set(cells["mnist-usps/gan"]) == {"0-0", "0-1", "1-0", "1-1"}
-    sizes = {"vae": [], "gan": []}
+    sizes = {"vae": [], "gan": [], "gan, colour": []}
     for name, cell in cells.items():
-        kind = "gan" if name.split("/")[1].startswith(("gan", "hinge", "non-saturating")) else "vae"
+        setting, model = name.split("/")
+        kind = "gan" if model.startswith(("gan", "hinge", "non-saturating")) else "vae"
+        kind += ", colour" * (setting == "cifar10")
         sizes[kind] += [run["parameters"] for run in cell.values() if "parameters" in run]
     assert all(max(found) < 1.01 * min(found) for found in sizes.values())  # as many for baselines
     for cell in cells.values():

@@ -250,7 +250,7 @@ class GenerativePair(nn.Module):
 
     def _remember(self) -> None:
         self._head_version: tuple[int, ...] | None = self.head.version
-        self._derived: dict[str, tuple[object, Tensor]] = {}
+        self._derived: dict[str, tuple[list[tuple[Tensor, int]], Tensor]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -306,13 +306,14 @@ class GenerativePair(nn.Module):
             RuntimeError: The head's weights changed after the pair was made.
         """
         self._check_current()
-        compiling = torch.compiler.is_compiling()  # when no tensor tells its version
         kept = self._derived.get(name)
-        if compiling:
+        if torch.compiler.is_compiling():  # when no tensor tells its version
             return make() if kept is None else kept[1]
-        base = tuple((id(b), version_of(b)) for b in self.base.buffers())
-        if kept is None or kept[0] != base:
-            kept = self._derived[name] = base, make()
+        buffers = list(self.base.buffers())
+        versions = [version_of(b) for b in buffers]
+        if kept is None or not _same(kept[0], buffers, versions):
+            # The tensors themselves are kept: another one may have the id of one that is gone.
+            kept = self._derived[name] = list(zip(buffers, versions, strict=True)), make()
         return kept[1]
 
     def _log_evidence(self) -> Tensor:
@@ -353,6 +354,14 @@ class GenerativePair(nn.Module):
                 f"expected floating activations (..., {self.head.in_features})"
             )
         return self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
+
+
+def _same(kept: list[tuple[Tensor, int]], buffers: list[Tensor], versions: list[int]) -> bool:
+    """Whether these are the very tensors that were kept, and have not changed since; nobody knows in inference mode."""
+    if len(kept) != len(buffers):
+        return False
+    pairs = zip(kept, buffers, versions, strict=True)
+    return all(b is old and version == seen >= 0 for (old, seen), b, version in pairs)
 
 
 def load(
@@ -410,8 +419,9 @@ def from_parts(
     except (KeyError, TypeError) as error:
         raise io.FileFormatError(f"{path}: the metadata of the pair lacks {error}; the file is damaged") from error
     if not isinstance(name, str) or name not in known:
+        shown = name if isinstance(name, str) and name.isidentifier() else "..."
         raise io.FileFormatError(
-            f"{path} holds the base {name!r}, which penult does not know; pass its class: load(path, bases=[{name}])"
+            f"{path} holds the base {name!r}, which penult does not know; pass its class: load(path, bases=[{shown}])"
         )
     parts: dict[str, dict[str, Tensor]] = {"head": {}, "base": {}}
     for key, tensor in tensors.items():
@@ -421,5 +431,5 @@ def from_parts(
         head = Head.from_config(head_config, parts["head"])
         base = known[name].from_config(config, parts["base"], head)
         return GenerativePair(head, base)
-    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise io.FileFormatError(f"{path}: head and base cannot be rebuilt from the file: {error}") from error

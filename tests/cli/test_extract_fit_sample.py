@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -53,6 +54,7 @@ def test_from_model_to_draws(penult_json, here, activations):
         (["--base", "sphere"], "Sphere(radii="),
         (["--base", "centered"], "loc=(64,)"),
         (["--base", "elliptic"], "scale_tril=(64, 64)"),
+        (["--base", "elliptic", "--trim", "0.2"], "scale_tril=(64, 64)"),
         (["--base", "sphere", "--no-ambient"], "subspace=(9, 64)"),
         (["--base", "gaussian"], "Gaussian(loc=(64,), covariance_matrix=(64, 64))"),
         (["--components", "7", "--dims", "5"], "PrincipalMixture(7 components in 5 of 64 dimensions"),
@@ -300,3 +302,11 @@ def test_a_folder_that_another_process_writes_to(refused, here):
 )
 def test_bad_input(refused, activations, arguments, words):
     assert words in refused(*arguments)
+
+
+def test_labels_of_other_classes_are_left_out(penult_json, here):
+    rng = np.random.default_rng(0)
+    np.savez("other.npz", images=rng.random((20, 1, 8, 8), dtype=np.float32), labels=np.arange(20))
+    facts = penult_json("extract", "usernets:trained", "other.npz", "--out", "other")
+    assert not facts["labels"]
+    assert penult.Activations.open(here / "other").labels is None

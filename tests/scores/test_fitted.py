@@ -1,5 +1,7 @@
 """Fitted scores against scikit-learn and NumPy."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,25 @@ def test_knn_is_that_of_scikit_learn(rows, strange, k):
     assert np.allclose(KNN.fit(x, k=k).score(strange), expected, atol=1e-9)
 
 
-def test_knn_keeps_a_bounded_number(rows, strange):
+@pytest.mark.parametrize("separation", [10.0, 1e4])
+def test_distances_between_far_classes_in_single_precision(separation):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    x = separation * torch.randn(4, 16, generator=g)[labels] + torch.randn(400, 16, generator=g)
+    exact, single = Mahalanobis.fit(x.double(), labels), Mahalanobis.fit(x, labels)
+    assert torch.allclose(single.score(x).double(), exact.score(x.double()), rtol=0.02)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4])
+def test_neighbours_in_tight_clusters_in_single_precision(spread):
+    g = torch.Generator().manual_seed(0)
+    x = 1 + spread * torch.randn(500, 16, generator=g)
+    unit = x.double() / x.double().norm(dim=1, keepdim=True)
+    expected = NearestNeighbors(n_neighbors=20).fit(unit[:400].numpy()).kneighbors(unit[400:].numpy())[0][:, -1]
+    assert np.allclose(KNN.fit(x[:400]).score(x[400:]), expected, rtol=0.02)
+
+
+def test_knn_keeps_a_bounded_number(rows):
     x, _ = rows
     first, again, other = (
         KNN.fit(x, k=5, size=100, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
@@ -75,7 +95,6 @@ def test_vim_is_that_of_its_paper(rows, strange, head):
     x, _ = rows
     weight, bias = head.weight.numpy(), head.bias.numpy()
     origin = -np.linalg.pinv(weight) @ bias
-    _, vectors = np.linalg.eig(EmpiricalCovariance(assume_centered=True).fit(x.numpy() - origin).covariance_)
     values, vectors = np.linalg.eigh(EmpiricalCovariance(assume_centered=True).fit(x.numpy() - origin).covariance_)
     space = vectors[:, np.argsort(values * -1)[6:]]
     alpha = (x.numpy() @ weight.T + bias).max(1).mean() / np.linalg.norm((x.numpy() - origin) @ space, axis=1).mean()
@@ -97,9 +116,12 @@ def test_single_precision_state_and_activations(rows, strange, head):
         assert torch.equal(score(strange.float()), score.score(strange.float()))
         assert score.score(strange.half()).dtype == torch.float32
         assert score.score(strange[:0].float()).shape == (0,)
-        before = score.score(strange.float())
-        score.load_state_dict(score.state_dict())
-        assert torch.equal(score.score(strange.float()), before)
+        other = copy.deepcopy(score)
+        for buffer in other.buffers():
+            buffer.add_(1)
+        assert not torch.equal(other.score(strange.float()), score.score(strange.float()))
+        other.load_state_dict(score.state_dict())
+        assert torch.equal(other.score(strange.float()), score.score(strange.float()))
 
 
 def test_pre_activations_are_rectified(rows):
@@ -129,6 +151,8 @@ def test_bad_input(rows, head):
         KNN.fit(x, k=700)
     with pytest.raises(ValueError, match="size is 5"):
         KNN.fit(x, size=5)
+    with pytest.raises(ValueError, match=r"largest logits is -.*head.centered"):
+        ViM.fit(penult.Head(head.weight, head.bias - 1000), x)
     with pytest.raises(ValueError, match="1 to 11"):
         ViM.fit(head, x, dims=12)
     with pytest.raises(ValueError, match=r"\(600, 6\)|6 features"):

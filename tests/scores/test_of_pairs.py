@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch.func import vmap
 
 import penult
+from penult import scores
 from penult.bases._radial_mass import log_mass
 from penult.bases._radial_table import log_mass_at, radial_table
 from penult.scores import density, directional, energy, max_logit, msp
@@ -154,6 +155,43 @@ def test_table_is_made_once_and_again_when_the_base_changes():
     assert pair._derived["radial table"][1] is not made
     assert torch.allclose(after.double(), torch.tensor(recomputed(pair, h)), atol=1e-6)
     assert not torch.allclose(before, after)
+
+
+def test_tables_of_buffers_that_were_replaced():
+    head = head_of(4, 5)
+    pair = elliptic(head)
+    h = torch.randn(6, 5, generator=generator(), dtype=torch.float64)
+    for _ in range(30):  # a new tensor may have the place in memory of one that is gone
+        directional(pair, h), pair.prior
+        pair.base.scale_tril = pair.base.scale_tril * 1.1
+        pair.base.scale_tril = pair.base.scale_tril * 1.1
+        fresh = penult.GenerativePair(head, pair.base)
+        assert torch.equal(directional(pair, h), directional(fresh, h))
+        assert torch.equal(pair.prior.probs, fresh.prior.probs)
+
+
+def test_equal_rows():
+    pair = penult.GenerativePair(penult.Head(torch.ones(3, 4)), penult.Sphere(2.0))
+    found = directional(pair, torch.randn(5, 4, generator=generator()))
+    assert torch.allclose(found, torch.full((5,), math.log(2 * math.pi**2)))  # uniform on the sphere in R^4
+
+
+def test_two_classes_without_data_have_no_directions_to_tell_apart():
+    two, three = (penult.GenerativePair(penult.Head(head_of(k, 6).weight)) for k in (2, 3))
+    assert scores.usual(two) is energy
+    assert scores.usual(three) is directional
+    assert scores.usual(elliptic(head_of(2, 6))) is directional
+
+
+@pytest.mark.parametrize("dim", [3, 2048])
+def test_table_of_very_unequal_rows(dim):
+    norms = torch.empty(50, dtype=torch.float64).uniform_(0.5, 1.5, generator=generator())
+    offsets = torch.zeros(50, dtype=torch.float64)
+    norms[0], offsets[0] = 1e3, -1000
+    radius = torch.empty(3000, dtype=torch.float64).uniform_(-12, 8, generator=generator()).exp()
+    exact = log_mass(dim, norms, offsets, radius)
+    error = (log_mass_at(radial_table(dim, norms, offsets), radius) - exact).abs() / exact.abs().clamp_min(1)
+    assert float(error.max()) < 1e-9
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -80,7 +80,7 @@ def test_with_a_pair_a_module_and_activations():
     ):
         assert len(threshold.calibration) == 200
         assert float(threshold(h[:200]).double().mean()) < 0.15
-        assert bool(threshold(torch.tensor([[-9.0, -9.0, -8.9]]))[0]) or "KNN" not in repr(threshold)
+        assert float(threshold.p_value(h[200:]).double().mean()) == pytest.approx(0.5, abs=0.05)
         same = copy.deepcopy(threshold)
         assert torch.equal(same.p_value(h), threshold.p_value(h))
     assert repr(Threshold.fit(directional, acts, pair=pair)).startswith("Threshold(directional > ")
@@ -93,14 +93,23 @@ def test_nan_is_as_strange_as_can_be():
     assert threshold(torch.tensor([[math.nan]])).tolist() == [True]
 
 
+def test_infinite_scores_have_ranks_like_others():
+    threshold = Threshold(identity, torch.cat([torch.arange(98.0), torch.tensor([-math.inf, math.inf])]))
+    assert threshold.p_value(torch.tensor([[math.inf], [-math.inf]])).tolist() == pytest.approx([2 / 101, 1.0])
+
+
 def test_bad_input():
     for alpha in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="false_alarm"):
             Threshold(identity, torch.arange(100.0), alpha)
     with pytest.raises(ValueError, match=r"18 familiar.*at least 19"):
         Threshold(identity, torch.arange(18.0), 0.05)
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="50 of them NaN"):
         Threshold(identity, torch.tensor([math.nan] * 50))
+    with pytest.raises(ValueError, match="int64"):
+        Threshold(identity, torch.arange(50))
+    with pytest.raises(TypeError, match=r"energy is a score of a pair: give it, pair=pair"):
+        Threshold.fit(energy, torch.eye(3))
     with pytest.raises(ValueError, match=r"\(5, 2\)"):
         Threshold(identity, torch.zeros(5, 2))
     with pytest.raises(TypeError, match="KNN is fitted already"):

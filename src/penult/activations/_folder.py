@@ -163,10 +163,14 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
     if not isinstance(record.get("pre_activation", False), bool):
         raise TypeError("pre_activation must be true or false")
     names = record["class_names"]
-    if names is not None and (len(names) != facts.num_classes or not all(isinstance(name, str) for name in names)):
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if names is not None and not (texts and len(names) == facts.num_classes):
         raise ValueError(f"there are not {facts.num_classes} class_names")
     if not counts:
         raise ValueError("there is no shard")
+    for name, count in counts.items():  # so that nothing is allocated for rows that no file holds
+        if count * max(facts.row_bytes, 1) > (size := (folder / name).stat().st_size):
+            raise ValueError(f"{name} has {size} bytes, too few for {count} rows of {facts.row_bytes}")
     return Stored([Shard(folder / name, facts, n, range(n)) for name, n in counts.items()], record, batches)
 
 

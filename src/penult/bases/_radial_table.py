@@ -13,7 +13,7 @@ __all__ = ["log_mass_at", "radial_table"]
 
 _STEP = 0.12  # between knots at first, in log r
 _ERROR = {torch.float64: 1e-9, torch.float32: 1e-5}  # at most, over max(1, |T|)
-_HALVINGS = 7  # of an interval at most, until the error in its middle is a fifth of that
+_HALVINGS = 12  # of an interval at most, until the error in its middle is a fifth of that
 _LEAST, _MOST = 3e-3, 1e6  # of κ, over the root of the dimension and over the dimension
 
 
@@ -32,8 +32,8 @@ def radial_table(dim: int, norms: Tensor, offsets: Tensor, halvings: int = _HALV
     Returns:
         (1 + intervals, 8), for `log_mass_at`.
     """
-    low = math.log(_LEAST * math.sqrt(dim) / float(norms.max()))
-    high = math.log(_MOST * dim / float(norms.max()))
+    largest = float(norms.max()) or 1.0  # of equal rows, for which T is a constant
+    low, high = math.log(_LEAST * math.sqrt(dim) / largest), math.log(_MOST * dim / largest)
     knots = torch.linspace(low, high, math.ceil((high - low) / _STEP) + 1, dtype=norms.dtype, device=norms.device)
     known = torch.stack([knots, *log_mass_and_slopes(dim, norms, offsets, knots.exp())], dim=-1)
     pieces = _matched(known[:-1], known[1:])

@@ -361,7 +361,11 @@ class Sphere(Base):
             pulled, offset = self._pull(rows.to(work))
             norms[part] = torch.linalg.vector_norm(pulled, dim=-1)
             offsets[part] += offset
-        return self._chart_dim() or head.in_features, norms, offsets
+        return self.seen_dim(head), norms, offsets
+
+    def seen_dim(self, head: Head) -> int:
+        """The dimension m of the chart, d of a head where there is none."""
+        return self._chart_dim() or head.in_features
 
     def radial_table(self, head: Head) -> Tensor:
         """The mass that a head's classes put at each radius, for :meth:`direction_log_prob`."""

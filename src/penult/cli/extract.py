@@ -11,6 +11,7 @@ import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter
+from penult.cli.inputs import Batches, labels_fit
 
 __all__ = ["HEAD_FILE", "extract"]
 
@@ -74,6 +75,7 @@ def extract(
     with sources.running(tuple(batch.shape)):
         head = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
     reporter.line(str(head.certificate))
+    known = labels_fit(dataset, data, head.num_classes, reporter)
     before = [] if overwrite else sorted(path.name for path in out.glob("activations-*.safetensors"))
     complete = (out / io.INDEX_NAME).exists() and not overwrite
     if complete:
@@ -84,11 +86,11 @@ def extract(
         reporter.line(f"{out} holds {len(before)} whole shards of a run that was stopped: resuming after them")
     acts = run(
         Tap(network, head),
-        loader,
+        Batches(data, loader, known),
         out,
         dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
         pre_activation=pre_activation,
-        class_names=dataset.class_names,
+        class_names=dataset.class_names if known else None,
         shard_size=round(shard_size * 2**20),
         overwrite=overwrite,
         progress=True,

@@ -54,6 +54,7 @@ _OPTIONS = {  # those that only some bases have
     "components": (BaseName.mixture,),
     "dims": (BaseName.mixture, BaseName.by_class),
     "ambient": tuple(_SHAPES),
+    "trim": (BaseName.elliptic,),
 }
 
 
@@ -69,6 +70,12 @@ def fit(
         bool | None,
         typer.Option(
             "--ambient/--no-ambient", help="Spheres in all of R^d (default), or in span(W).", show_default=False
+        ),
+    ] = None,
+    trim: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the strangest activations that an elliptic sphere leaves out; 0.2 for a dirty pool."
         ),
     ] = None,
     prior_from: Annotated[
@@ -109,7 +116,7 @@ def fit(
 
     reporter = RichReporter(stderr=as_json)
     sources.pair_path(out)
-    options = {"components": components, "dims": dims, "ambient": ambient}
+    options = {"components": components, "dims": dims, "ambient": ambient, "trim": trim}
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(base, options)
     file = activations / HEAD_FILE if head is None else head
@@ -157,10 +164,14 @@ def fit(
     reporter.line(
         f"the head is right on {facts['draws_accuracy']:.1%} of {_CHECKED} draws, with mean confidence "
         f"{facts['draws_confidence']:.3f}; on stored activations its confidence is {facts['stored_confidence']:.3f}"
-        + (". They are far apart, and the base a poor stand-in: try --base auto" if apart > _APART else "")
+        + (f". They are far apart, and draws a poor stand-in{_remedy(base)}" if apart > _APART else "")
     )
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
+
+
+def _remedy(base: BaseName) -> str:
+    return "; for penult score it is the one to keep" if base is BaseName.elliptic else ": try --base auto"
 
 
 def _check_options(base: BaseName, options: dict[str, Any]) -> None:

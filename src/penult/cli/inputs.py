@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from penult.data import ImageDataset
     from penult.pair import GenerativePair
 
-__all__ = ["BatchSize", "Inputs", "InputsReader", "Network", "NetworkWeights", "Pair", "Workers"]
+__all__ = [
+    "BatchSize",
+    "Batches",
+    "Inputs",
+    "InputsReader",
+    "Network",
+    "NetworkWeights",
+    "Pair",
+    "Workers",
+    "labels_fit",
+]
 
 _FEW = 16  # images that the head is found with
 _CHECKED = 1000  # activations whose logits the pair's head has to make
@@ -102,7 +112,7 @@ class InputsReader:
                 f"{source} holds images, so that the network has to run: give --model package.module:factory (and "
                 "--weights), or the folder of activations that penult extract wrote"
             )
-        known = labels and self._labels_fit(source, dataset)
+        known = labels and labels_fit(dataset, source, self.pair.head.num_classes, self.reporter)
         try:
             first = sources.first_images(dataset, _FEW)
         except RuntimeError as error:
@@ -110,7 +120,7 @@ class InputsReader:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), sources.running(tuple(first.shape)):
             torch.manual_seed(self.seed)
             tap = self._tapped(first)
-            loader = _Batches(
+            loader = Batches(
                 source, sources.batches_of(dataset, self.options["batch_size"], self.options["workers"]), known
             )
             acts = extract(tap, loader, class_names=dataset.class_names if known else None, progress=True)
@@ -136,19 +146,6 @@ class InputsReader:
                 )
             self._tap = tap
         return self._tap
-
-    def _labels_fit(self, source: str, dataset: ImageDataset) -> bool:
-        """Whether a data set has labels, and of as many classes as the head has."""
-        if dataset.labels is None:
-            return False
-        classes = self.pair.head.num_classes
-        count = int(dataset.labels.max()) + 1 if dataset.class_names is None else len(dataset.class_names)
-        if count == classes or (dataset.class_names is None and count < classes):
-            return True
-        self.reporter.line(
-            f"{source} has {count} classes, but the head has {classes}: its labels mean other things and are left out"
-        )
-        return False
 
     def _check_shape(self, classes: int, features: int, source: str) -> None:
         head = self.pair.head
@@ -184,7 +181,20 @@ class InputsReader:
             )
 
 
-class _Batches:
+def labels_fit(dataset: ImageDataset, source: str, classes: int, reporter: RichReporter) -> bool:
+    """Whether a data set has labels, and of as many classes as a head has; otherwise a line says that they go."""
+    if dataset.labels is None:
+        return False
+    count = int(dataset.labels.max()) + 1 if dataset.class_names is None else len(dataset.class_names)
+    if count == classes or (dataset.class_names is None and count < classes):
+        return True
+    reporter.line(
+        f"{source} has {count} classes, but the head has {classes}: its labels mean other things and are left out"
+    )
+    return False
+
+
+class Batches:
     """Batches of a loader, without their labels where these are not asked for."""
 
     def __init__(self, source: str, loader: Any, labels: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
 from penult.cli.inputs import BatchSize, InputsReader, Network, NetworkWeights, Pair, Workers
-from penult.cli.score import ScoreName, score_of
+from penult.cli.score import ScoreName, same_source, score_of
 
 __all__ = ["report"]
 
@@ -74,6 +74,9 @@ def report(
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"--out {out} is a page, so name it such as {out.with_suffix('.html')}")
     named = _named(ood or [], FAMILIAR)
+    for each, source in named.items():
+        if same_source(source, data):
+            raise ValueError(f"--ood {each} and --data are the same inputs; give others, or leave --ood out")
     with warnings_as_lines():
         law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
         function, why = score_of(law, name)
@@ -106,8 +109,9 @@ def report(
             progress=True,
         )
     reporter.line(
-        f"of {facts['judged']} familiar inputs {facts['false_alarm_measured']:.1%} are called strange, where at most "
-        f"{facts['false_alarm']:.3g} was asked for, on average over such sets of {facts['calibrated_on']}"
+        f"of {facts['judged']} familiar inputs {facts['false_alarm_measured']:.1%} are called strange; at most "
+        f"{facts['false_alarm']:.1%} were to be, on average over such sets of {facts['calibrated_on']}, and at "
+        f"most {facts['false_alarm_bound']:.1%} for this one with 95% confidence"
     )
     if facts["others"]:
         reporter.table(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from penult.pair import GenerativePair
     from penult.scores import Threshold
 
-__all__ = ["ScoreName", "score", "score_of"]
+__all__ = ["ScoreName", "same_source", "score", "score_of"]
 
 _QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "most": 1.0}
 _SHOWN = 5  # inputs at either end
@@ -114,7 +114,7 @@ def score(
         raise ValueError(f"--out {out}: scores are written to a table, name.csv, or to arrays, name.npz")
     if false_alarm is not None and calibrate is None:
         raise ValueError("--false-alarm goes with --calibrate: familiar inputs say which scores are usual")
-    if calibrate is not None and _same(calibrate, data):
+    if calibrate is not None and same_source(calibrate, data):
         raise ValueError(
             f"--calibrate and DATA are both {data}: what is judged must not set the threshold; give other familiar "
             "inputs"
@@ -174,11 +174,12 @@ def score_of(pair: GenerativePair, name: ScoreName | None) -> tuple[Callable[[Ge
         raise ValueError(f"--score density needs a density, which this base, {what}, does not have; leave --score out")
     if name is not None:
         why = f"{name.value}, as asked"
-    elif sphere is None:
-        name, why = ScoreName.energy, f"energy, since the base is {what} and gives no law of directions"
+    elif scores.usual(pair) is scores.energy:
+        reason = "and gives no law of directions" if sphere is None else "in one dimension, which has two directions"
+        name, why = ScoreName.energy, f"energy, since the base is {what} {reason}"
     else:
         name, why = ScoreName.directional, f"directional, since the base is {what}"
-        if sphere.scale_tril is None:
+        if sphere is not None and sphere.scale_tril is None:
             why += "; penult fit --base elliptic makes a sphere that tells more"
     found: Callable[[GenerativePair, Tensor], Tensor] = getattr(scores, name.value.replace("-", "_"))
     return found, why
@@ -248,7 +249,8 @@ def _itself(scores: Tensor) -> Tensor:
     return scores
 
 
-def _same(one: str, other: str) -> bool:
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources of inputs are one."""
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 

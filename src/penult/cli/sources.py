@@ -180,7 +180,11 @@ def load_head(path: str | Path, weight_key: str | None = None, bias_key: str | N
 
     if weight_key is None and bias_key is None and _is_penults(path):
         return load(path).head
-    return Head(*_head_tensors(Path(path), weight_key, bias_key))
+    tensors = _head_tensors(Path(path), weight_key, bias_key)
+    try:
+        return Head(*tensors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no head there: {error}") from error
 
 
 def _is_penults(path: str | Path) -> bool:
@@ -193,6 +197,8 @@ def _is_penults(path: str | Path) -> bool:
         raise ValueError(f"{path} does not exist")
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; a pair is a file, which penult fit makes of a folder of activations")
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is a device or pipe; write it to a file first")
     try:
         with safe_open(path, framework="pt") as file:
             return "penult" in (file.metadata() or {})
@@ -221,7 +227,10 @@ def _head_tensors(path: Path, weight_key: str | None, bias_key: str | None) -> t
         for key in (weight_key, bias_key):
             if key is not None and key not in shapes:
                 raise ValueError(f"{path} holds no tensor {key!r}; it holds {', '.join(list(shapes)[-8:])}")
-        return file.get_tensor(weight_key), None if bias_key is None else file.get_tensor(bias_key)
+        try:
+            return file.get_tensor(weight_key), None if bias_key is None else file.get_tensor(bias_key)
+        except (OverflowError, TypeError, ValueError) as error:  # of a shape that torch cannot have
+            raise ValueError(f"{path} is damaged: {weight_key!r} or {bias_key!r} cannot be read: {error}") from error
 
 
 def _bias_of(weight_key: str) -> str:

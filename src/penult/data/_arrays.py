@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from penult.data._extra import extra
 
 __all__ = ["Arrays", "npz"]
 
+_MOST = 1032  # times its size, to which deflate can unpack at the very most
 _PARTNERS = {"images": "labels", "image": "label", "x": "y", "data": "target"}
 
 
@@ -93,32 +96,58 @@ def npz(
 
 def _arrays(path: Path, images: str | None, labels: str | None) -> tuple[Any, Any]:
     """The arrays of images and labels."""
-    numpy = extra("numpy", f"{path} is read by NumPy")
+    extra("numpy", f"{path} is read by NumPy")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with path.open("rb") as opened, numpy.load(opened, allow_pickle=False) as file:
-            images = _key(file.files, images, path)
-            labels = _partner(images, file.files) if labels is None else _key(file.files, labels, path)
-            return file[images], None if labels is None else file[labels]
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
-    except Exception as error:  # BadZipFile, EOFError, "Object arrays cannot be loaded", no context manager for .npy
+        with zipfile.ZipFile(path) as archive:
+            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            images = _key([*members], images, path)
+            labels = _partner(images, [*members]) if labels is None else _key([*members], labels, path)
+            return _array(archive, members[images]), None if labels is None else _array(archive, members[labels])
+    except _NoKeyError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # BadZipFile, EOFError, "Object arrays cannot be loaded", zlib.error, ...
         raise ValueError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> Any:
+    """An array of an archive, for which memory is taken only once what it claims to hold can be there."""
+    from numpy.lib import format as layout
+
+    member = archive.getinfo(name)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is packed in a way that NumPy never writes; write it with numpy.savez_compressed")
+    with archive.open(member) as opened:
+        version = layout.read_magic(opened)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} is of version {version} of the format, which only structured arrays need")
+        header = layout.read_array_header_1_0 if version == (1, 0) else layout.read_array_header_2_0
+        shape, _, dtype = header(opened)
+        claimed = opened.tell() + math.prod(shape) * dtype.itemsize
+    most = _MOST * os.stat(str(archive.filename)).st_size
+    if not dtype.hasobject and (claimed != member.file_size or claimed > most):
+        raise ValueError(f"{name} claims to hold {dtype} of shape {shape}, which its size cannot be; write it again")
+    with archive.open(member) as opened:
+        return layout.read_array(opened, allow_pickle=False)
+
+
+class _NoKeyError(Exception):
+    """The file is sound, but an array is missing, or which one is meant cannot be told."""
 
 
 def _key(keys: list[str], wanted: str | None, path: Path) -> str:
     """The key that is wanted, or that of the images."""
     if wanted is not None:
         if wanted not in keys:
-            raise KeyError(f"{path} has no array {wanted!r}; it has {', '.join(keys) or 'none'}")
+            raise _NoKeyError(f"{path} has no array {wanted!r}; it has {', '.join(keys) or 'none'}")
         return wanted
     found = [key for key in keys if not _PARTNERS.keys().isdisjoint(key.lower().split("_"))]
     found = found or [key for key in keys if key == "arr_0"]
     if len(found) == 1:
         return found[0]
     what = f"several arrays may be the images: {', '.join(found)}" if found else "no array is called images or x"
-    raise KeyError(f"in {path} {what}; name one with images= (and labels=) out of {', '.join(keys) or 'none'}")
+    raise _NoKeyError(f"in {path} {what}; name one with images= (and labels=) out of {', '.join(keys) or 'none'}")
 
 
 def _partner(images: str, keys: list[str]) -> str | None:
@@ -131,18 +160,20 @@ def _partner(images: str, keys: list[str]) -> str | None:
 def _images(array: Any, channels: str | None) -> Tensor:
     """The array as (N, C, H, W), uint8 or float32."""
     if array.dtype == bool or array.dtype.kind == "f":
-        tensor = torch.tensor(array.astype("float32"))
-        if not bool(((tensor >= 0) & (tensor <= 1)).all()):
+        if not ((array >= 0) & (array <= 1)).all():
             raise ValueError(f"hold values outside [0, 1] ({array.min():.3g} to {array.max():.3g}); scale them")
+        tensor = torch.tensor(array.astype("float32"))
     elif array.dtype == "uint8":
         tensor = torch.tensor(array)
     else:
         raise ValueError(f"are {array.dtype}; expected uint8, or floating in [0, 1]")
     if channels not in (None, "first", "last"):
         raise ValueError(f'cannot be read with channels={channels!r}; it must be "first", "last" or None')
+    shape = tuple(tensor.shape)
+    if 0 in shape[1:]:
+        raise ValueError(f"have shape {shape}, so that they have no pixel")
     if tensor.ndim == 3 and channels is None:
         return tensor.unsqueeze(1)
-    shape = tuple(tensor.shape)
     if tensor.ndim != 4:
         raise ValueError(f"have shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
     if channels is None:

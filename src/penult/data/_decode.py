@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapt", "decode"]
 
+# What Pillow opens by itself. EPS, say, it hands to Ghostscript, another program; what is left out is rare.
+_FORMATS = tuple("AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split())
 _GREY = ("1", "L", "LA", "La")
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
 
@@ -30,12 +32,14 @@ def decode(data: bytes, mode: str | None, size: tuple[int, int] | None) -> Tenso
     except ImportError as error:
         raise ImportError('images are read by Pillow: pip install "penult[data]"', name=error.name) from error
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        Image.init()
+        formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is younger than our oldest Pillow
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image, mode, size)
     except UnidentifiedImageError:
-        raise ValueError("it is of no format that Pillow knows") from None
+        raise ValueError(f"it is of no format that Pillow knows by itself ({', '.join(formats)})") from None
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they stumble on: SyntaxError, struct.error, IndexError, ...

@@ -98,7 +98,12 @@ def _is_image(path: Path) -> bool:
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """All images below a folder, through symbolic links too."""
+    """All images below a folder, through symbolic links too; a folder that several lead to is entered once."""
+    entered: set[str] = set()
     for here, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (place := os.path.realpath(here)) in entered:  # links may go round in circles
+            folders.clear()
+            continue
+        entered.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from filter(_is_image, (Path(here, name) for name in files))

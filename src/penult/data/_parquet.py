@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from penult.data._dataset import ImageDataset, Size, Transform
-from penult.data._rows import Rows, open_parquet
+from penult.data._rows import Rows, open_parquet, reading
 
 __all__ = ["parquet"]
 
@@ -34,8 +34,9 @@ def parquet(
     """Read images from parquet files in the layout of Hugging Face data sets.
 
     Images are a column of structs of ``bytes`` and ``path``, or of bytes alone. Where the bytes are null, the file at
-    the path is read, seen from the folder of the parquet file. Labels are a column of integers; -1 and null are no
-    label, and where no row has one, the set has none. Names of classes come from the schema's metadata.
+    the path is read, seen from the folder of the parquet file and never outside of it. Labels are a column of integers;
+    -1 and null are no label, and where no row has one, the set has none. Names of classes come from the schema's
+    metadata.
 
     Files are read by row group. Those used last are kept, up to 64 MiB a process: a small set is read once, a large
     one is best read in order.
@@ -121,7 +122,8 @@ class _Shard(NamedTuple):
 
 def _look(path: Path, image: str | None, label: str | None) -> _Shard:
     with open_parquet(path) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+        with reading(f"the schema of {path} cannot be read"):
+            schema, metadata = file.schema_arrow, file.metadata
         types = {field.name: field.type for field in schema}
         columns = {name: str(kind) for name, kind in types.items()}
         features = _features(schema.metadata or {})
@@ -143,9 +145,12 @@ def _look(path: Path, image: str | None, label: str | None) -> _Shard:
 
             if not pa.types.is_integer(types[target]):
                 raise ValueError(f"the column {target!r} of {path} is {columns[target]}; labels are integers")
-            column = file.read(columns=[target], use_threads=False).column(0).cast(pa.int64()).fill_null(-1)
+            with reading(f"the column {target!r} of {path} cannot be read"):
+                column = file.read(columns=[target], use_threads=False).column(0).cast(pa.int64()).fill_null(-1)
             labels = torch.tensor(column.to_numpy())
         names = features.get(target, {}).get("names") if target is not None else None
+        if not isinstance(names, list | None):
+            raise ValueError(f"the metadata of {path} call the classes {names!r}; expected a list of names")
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     return _Shard(path, columns, images, tuple(map(str, names)) if names else None, counts, labels)
 
@@ -188,7 +193,7 @@ def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {name: each for name, each in features.items() if isinstance(each, dict)}
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return {}  # written by someone else
 
 

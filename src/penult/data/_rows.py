@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from penult.data._extra import extra
 
-__all__ = ["Rows", "open_parquet"]
+__all__ = ["Rows", "open_parquet", "reading"]
 
 _KEPT = 64 * 2**20  # bytes of encoded images that one process keeps
 
@@ -25,10 +27,18 @@ def open_parquet(path: Path) -> Any:
     parquet = extra("pyarrow.parquet", "parquet files are read by pyarrow")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    try:
+    with reading(f"{path} is no parquet file"):
         return parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no parquet file: {error}") from error
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Say what it means where pyarrow stumbles; some of its errors are of no usual class, and none names a file."""
+    arrow = extra("pyarrow", "parquet files are read by pyarrow")
+    try:
+        yield
+    except (arrow.ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 class _Group(NamedTuple):
@@ -80,14 +90,21 @@ class Rows:
 
     def image(self, index: int) -> bytes:
         group = self._group(index)
-        value = self._read(group)[index - group.start].as_py()
+        with reading(f"{self.where(index)} cannot be read"):
+            value = self._read(group)[index - group.start].as_py()
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
             return data
         if path is None:
             raise ValueError(f"{self.where(index)} has no image: it is null")
-        file = group.path.parent / str(path)
-        if not file.is_file():
+        folder = os.path.abspath(group.path.parent)
+        file = Path(os.path.abspath(os.path.join(folder, str(path))))
+        if not file.is_relative_to(folder):
+            raise ValueError(
+                f"{self.where(index)} has no bytes but the path {path!r}, which leads out of {folder}, where nothing "
+                "is read; write the images into the parquet file"
+            )
+        if not os.path.isfile(file):  # also where the name is too long for the system to look
             raise FileNotFoundError(f"{self.where(index)} has no bytes but the path {path!r}; there is no file {file}")
         return file.read_bytes()
 
@@ -110,7 +127,6 @@ class Rows:
 
 def _fetch(group: _Group, column: str) -> Any:
     with open_parquet(group.path) as file:
-        try:  # without threads: none of pyarrow's may be at work when a process is forked
+        with reading(f"row group {group.number} of {group.path} cannot be read"):
+            # without threads: none of pyarrow's may be at work when a process is forked
             return file.read_row_group(group.number, columns=[column], use_threads=False).column(0)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"row group {group.number} of {group.path} cannot be read: {error}") from error

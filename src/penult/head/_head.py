@@ -342,9 +342,11 @@ class Head(nn.Module):
         Raises:
             KeyError: A part is missing.
             TypeError: A part is of the wrong kind.
-            ValueError: The tensors are no head's.
+            ValueError: The tensors, or the numbers in `config`, are no head's.
         """
         weight, bias = tensors["weight"], tensors.get("bias")
+        if weight.ndim != 2 or len(weight) < 2 or weight.shape[1] < 1 or not weight.is_floating_point():
+            raise ValueError(f"weight is {weight.dtype} of shape {tuple(weight.shape)}; expected floats (K, d), K >= 2")
         check_finite("weight", weight)
         check_bias(bias, weight)
         head = cls.__new__(cls)
@@ -355,8 +357,14 @@ class Head(nn.Module):
         if facts is not None:
             parts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
             head.certificate = HeadCertificate(**parts)
+            str(head.certificate)  # so that a fact of the wrong kind is found here, not where a page is made
         head.norm, head.radius = config["norm"], config["radius"]
         head.temperature = config["temperature"]
+        if head.norm not in ("layer", "rms", None):
+            raise ValueError(f"norm is {head.norm!r}; it must be 'layer', 'rms' or None")
+        if head.radius is not None:
+            check_positive("radius", head.radius)
+        check_positive("temperature", head.temperature)
         return head
 
     @torch.no_grad()

@@ -114,17 +114,29 @@ def read(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir():
-        raise FileFormatError(f"{path} is a folder, not a penult file")
+    if not path.is_file():  # a pipe would be waited for, a device never end
+        raise FileFormatError(f"{path} is {'a folder' if path.is_dir() else 'a device or pipe'}, not a penult file")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = file.metadata() or {}
             if _METADATA_KEY not in header:
                 raise FileFormatError(_foreign(path, list(file.keys())))
             record = decode(path, header[_METADATA_KEY], kind)
-            return File({name: file.get_tensor(name) for name in file.keys()}, *record)
+            return File({name: _tensor(path, file, name) for name in file.keys()}, *record)
     except SafetensorError as error:
         raise FileFormatError(_damaged(path, error)) from error
+
+
+def _tensor(path: Path, file: Any, name: str) -> Tensor:
+    """A tensor of an open file. A size beyond 64 bits passes safetensors where another one is 0, but not torch."""
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except (OverflowError, TypeError, ValueError) as error:
+        shape = file.get_slice(name).get_shape()
+        raise FileFormatError(
+            f"{path} is damaged: no tensor is of the shape {shape} that {name!r} claims; copy or write it again"
+        ) from error
+    return tensor
 
 
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,5 +172,10 @@ def _damaged(path: Path, error: SafetensorError) -> str:
         return (
             f"{path} is not a safetensors file but a pickle or zip (torch.save writes such files). penult "
             "never unpickles, because that can run any code: load it yourself, then penult.Head(weight, bias)"
+        )
+    if start[:1] == b"{":
+        return (
+            f"{path} is JSON, not a safetensors file; where it is the index of a model in shards, give the shard that "
+            "holds the head, which it names"
         )
     return f"{path} is not a safetensors file, or only the first bytes of one ({error})"

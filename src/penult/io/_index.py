@@ -122,8 +122,12 @@ def read_index(folder: str | os.PathLike[str], kind: str | Collection[str] | Non
             raise FileFormatError(f"{path}: shard {number} has no name of its own or no size; write the folder again")
         if not _plain(name):
             raise FileFormatError(f"{path} names {name!r}, which is no plain file name: a shard must lie in the folder")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # also where the name is too long for the system to look
             raise FileFormatError(f"{folder} is incomplete: {name} is missing; copy or write the folder again")
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise FileFormatError(
+                f"{folder / name} is a link that leads out of the folder, where nothing is opened; copy the file itself"
+            )
         if (found := (folder / name).stat().st_size) != size:
             raise FileFormatError(
                 f"{folder / name} has {found} bytes, but {size} in the index: it is truncated or another file; "
@@ -134,5 +138,5 @@ def read_index(folder: str | os.PathLike[str], kind: str | Collection[str] | Non
 
 
 def _plain(name: str) -> bool:
-    """Whether it names a file in the folder it is looked for in, on every system."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    """Whether it names a file in the folder it is looked for in, on every system, and can be printed."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()

@@ -57,7 +57,7 @@ def decode(path: Path, text: str | bytes, kind: str | Collection[str] | None) ->
             f"{path}: the penult metadata is not valid JSON ({error}); write the file again"
         ) from error
     schema = record.get("schema") if isinstance(record, dict) else None
-    if not isinstance(schema, int):
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise FileFormatError(f"{path}: the penult metadata has no schema number; write the file again")
     if schema > SCHEMA_VERSION:
         raise FileFormatError(

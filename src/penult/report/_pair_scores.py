@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penult.activations import Activations
 from penult.report import scores as figures
-from penult.report._pair_sections import label, share
+from penult.report._pair_sections import labels_of, share
 from penult.report.page import Page
 from penult.report.thumbnails import Thumbnail, gallery
 from penult.scores import Threshold
@@ -50,7 +50,7 @@ def familiarity(
     fitted: bool,
 ) -> dict[str, Any]:
     """The section on scores, the threshold and how it fared; and its figures."""
-    shown = {name: label(name, 28) for name in sets}
+    shown = labels_of(sets)
     values = {name: each.scores[chosen][keep[name]] for name, each in sets.items()}
     strange = {name: threshold(each.to(threshold.calibration)) for name, each in values.items()}
     rates = {name: float(each.double().mean()) for name, each in strange.items()}
@@ -201,4 +201,4 @@ def _thumbnail(
         f"Input {place} of {name}, taken for {guess} at {float(one.confidence[place]):.2f}, "
         f"{chosen} {value:.4g}, p-value {p_value:.3f}" + ("" if true is None else f", label {true}")
     )
-    return Thumbnail(item if isinstance(item, Tensor) else item[0], lines, alt)
+    return Thumbnail(item[0] if isinstance(item, tuple | list) else item, lines, alt)

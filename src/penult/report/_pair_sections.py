@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -35,6 +36,23 @@ def label(name: str, letters: int = 24) -> str:
     """A name that fits into a figure, its dollars not taken for mathematics there."""
     short = name if len(name) <= letters else name[: letters - 1] + "…"
     return short.replace("$", r"\$")
+
+
+def labels_of(names: Iterable[str], letters: int = 28) -> dict[str, str]:
+    """Labels of names that a figure tells apart, from one another and from its own "threshold" and "chance".
+
+    Example:
+        >>> labels_of(["familiar", "chance", "noise"], letters=6)
+        {'familiar': 'famil…', 'chance': 'chance (2)', 'noise': 'noise'}
+    """
+    found: dict[str, str] = {}
+    taken = {"threshold", "chance"}
+    for name in names:
+        plain = label(name, letters)
+        numbered = (f"{plain} ({number})" for number in count(2))
+        found[name] = next(each for each in chain([plain], numbered) if each not in taken)
+        taken.add(found[name])
+    return found
 
 
 def share(value: float) -> str:

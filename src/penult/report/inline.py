@@ -6,6 +6,7 @@ import re
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from penult.report import markup
 from penult.report.palette import Theme, recolour
 
 FONT = (
@@ -39,7 +40,7 @@ def clean(source: str, alt: str, prefix: str, theme: Theme | None = None) -> str
     """
     if not alt.strip():
         raise ValueError("a figure needs a non-empty alt: one sentence on what it shows")
-    root = ElementTree.fromstring(source)
+    root = ElementTree.fromstring(markup.seen(source))  # no XML may hold control characters, such as a name may
     _prune(root)
     width, height = (float(size) for size in root.attrib["viewBox"].split()[2:])
     names: dict[str, str] = {}

@@ -10,10 +10,13 @@ from markupsafe import Markup, escape
 
 _INLINE = re.compile(
     r"`(?P<code>[^`]+)`"
-    r"|(?<![\w*])\*\*(?P<strong>\S(?:.*?\S)?)\*\*(?![\w*])"
+    # no "**" inside, or each that nothing closes would be looked for to the end of the text
+    r"|(?<![\w*])\*\*(?P<strong>\S(?:(?:(?!\*\*).)*?\S)?)\*\*(?![\w*])"
     r"|(?<![\w*])\*(?P<em>[^\s*](?:[^*]*[^\s*])?)\*(?![\w*])",
     re.DOTALL,
 )
+# Control characters and halves of pairs, which no page may hold, and what turns round or embeds the text behind it.
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _NUMBER = re.compile(r"[\s*≤≥<>~≈±+−-]*[.]?\d")
 
 
@@ -33,6 +36,19 @@ def inline(text: str) -> Markup:
         pieces.append(Markup("<{0}>{1}</{0}>").format(Markup(tag), match[tag]))
         end = match.end()
     return Markup("").join([*pieces, escape(text[end:])])
+
+
+def seen(document: str) -> str:
+    r"""Put a replacement character where a document, finished or not, holds what cannot be shown as it is.
+
+    These are control characters, lone surrogates (of file names that are no UTF-8) and marks that change the direction
+    of what stands behind them, beyond the name that brought them.
+
+    Example:
+        >>> seen("a\x1bb\u202ec\ud800\n")
+        'a\ufffdb\ufffdc\ufffd\n'
+    """
+    return _UNSEEN.sub("\ufffd", document)
 
 
 def paragraphs(text: str) -> list[Markup]:

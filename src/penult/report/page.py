@@ -170,7 +170,7 @@ class Page:
     def html(self) -> str:
         """Return the page as one HTML document."""
         template = _environment().get_template("page.html.jinja")
-        return template.render(page=self, themes=THEMES, font=inline.FONT)
+        return markup.seen(template.render(page=self, themes=THEMES, font=inline.FONT))
 
     def write(self, path: str | Path) -> Path:
         """Write the page to a file, whole or not at all, and return its path."""

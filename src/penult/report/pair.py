@@ -11,7 +11,6 @@ from torch import Tensor
 
 from penult import scores
 from penult.activations import Activations
-from penult.bases import Sphere
 from penult.data._extra import extra
 from penult.pair import GenerativePair
 from penult.report import _pair_sections as sections
@@ -63,7 +62,7 @@ def page(
             sequence or map-style data set of images (C, H, W), or of tuples that begin with one; C is 1 or 3.
         other_images: The same of the others, by name.
         score: A function of a pair and activations such as `penult.scores.energy`, or a fitted `penult.scores.Score`;
-            None for `penult.scores.directional` where the base is a sphere, else `penult.scores.energy`.
+            None for `penult.scores.usual`.
         false_alarm: The share of familiar activations that may be called strange.
         seed: Seed of halves, choices and draws. No global random state is touched.
         fitted: Whether the base was fitted to these very familiar activations; the page then says that it flatters.
@@ -219,7 +218,7 @@ def _read(
 def _functions(pair: GenerativePair, score: Score | None) -> tuple[str, dict[str, Callable[[Tensor], Tensor]]]:
     """The score that is asked for, under its name, beside those that it is compared with."""
     if score is None:
-        score = scores.directional if isinstance(pair.base, Sphere) else scores.energy
+        score = scores.usual(pair)
     if isinstance(score, scores.Score):
         name, own = type(score).__name__, score.score
     elif callable(score):
@@ -249,7 +248,7 @@ def _check(
 ) -> None:
     if not isinstance(pair, GenerativePair):
         raise TypeError(f"pair must be a penult.GenerativePair, got {type(pair).__name__}")
-    if FAMILIAR in others or not all(name.strip() for name in others):
+    if FAMILIAR in {name.strip() for name in others} or not all(name.strip() for name in others):
         raise ValueError(f"other sets need names of their own, not {list(others)}: {FAMILIAR!r} is the first one's")
     shape = pair.head.in_features, pair.head.num_classes
     for name, acts in {FAMILIAR: familiar, **others}.items():

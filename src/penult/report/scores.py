@@ -63,7 +63,7 @@ def separation(familiar: Any, strange: Any) -> Separation:
             raise ValueError(f"there are {len(each)} scores of {name} inputs, {int(np.isnan(each).sum())} of them NaN")
     truth = np.repeat([0, 1], [len(each) for each in sides])
     scores = np.nan_to_num(np.concatenate(sides))  # infinite ones become the largest numbers
-    alarms, hits, _ = metrics.roc_curve(truth, scores)
+    alarms, hits, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
     kept = 1 - alarms >= 0.95 - 1e-12
     return Separation(float(metrics.roc_auc_score(truth, scores)), float(1 - hits[kept].max()), alarms, hits)
 
@@ -113,6 +113,8 @@ def spread(
     low, high = np.quantile(finite, [_EDGE, 1 - _EDGE]) if len(finite) else (0.0, 1.0)
     if threshold is not None:
         low, high = min(low, threshold), max(high, threshold)
+    if not high - low > 1e-9 * max(abs(low), abs(high)):  # too close for bins between them
+        low, high = low - 1e-6 * max(abs(low), 1), high + 1e-6 * max(abs(high), 1)
     clipped = {name: np.clip(np.nan_to_num(each), low, high) for name, each in samples.items()}
     figure = plots.histograms(clipped, xlabel=xlabel, bins=_BINS, size=size or (680, 380))
     if threshold is not None:

@@ -5,6 +5,7 @@ Higher is stranger, in all of them. Functions take a pair and activations:
 - `directional`: how unlikely the direction of h is at its norm; needs a sphere. The one to begin with.
 - `energy`, `max_logit`, `msp`: the usual ones, of the model's own logits.
 - `density`: the negative log density of the pair.
+- `usual` says which of them to begin with.
 
 Modules are fitted to familiar activations: `Mahalanobis`, `RelativeMahalanobis`, `KNN`, `ViM`. A `Threshold` turns any
 of them into a test with a false alarm rate that it keeps:
@@ -19,7 +20,7 @@ of them into a test with a false alarm rate that it keeps:
 """
 
 from penult.scores._fitted import KNN, Mahalanobis, RelativeMahalanobis, Score, ViM
-from penult.scores._of_pairs import density, directional, energy, max_logit, msp
+from penult.scores._of_pairs import density, directional, energy, max_logit, msp, usual
 from penult.scores._threshold import Threshold
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "energy",
     "max_logit",
     "msp",
+    "usual",
 ]

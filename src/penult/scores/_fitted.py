@@ -13,6 +13,7 @@ from penult.activations import Activations
 from penult.head import Head
 from penult.scores._blocks import blocks_of, check_integers, labelled_blocks
 from penult.scores._of_pairs import raw_logits
+from penult.special import working_dtype
 
 __all__ = ["KNN", "Mahalanobis", "RelativeMahalanobis", "Score", "ViM"]
 
@@ -178,7 +179,7 @@ class KNN(Score):
         k: Which neighbour.
 
     Raises:
-        ValueError: There are fewer than k, or one of them is zero.
+        ValueError: There are fewer than k.
 
     Example:
         >>> KNN(torch.eye(2), k=1).score(torch.tensor([[5.0, 0.0], [3.0, 4.0]]))
@@ -241,8 +242,8 @@ class KNN(Score):
         return torch.cat([self._distances(rows, bank) for rows in h.split(1024)]) if len(h) else h.new_zeros(0)
 
     def _distances(self, rows: Tensor, bank: Tensor) -> Tensor:
-        nearest = (rows @ bank.T).topk(self.k, dim=-1).indices
-        # Exact, which products are not.
+        wide = bank.to(working_dtype(rows.device))  # in which products tell close neighbours apart
+        nearest = (2 * rows.to(wide) @ wide.T - wide.square().sum(-1)).topk(self.k, dim=-1).indices
         apart = torch.stack([torch.linalg.vector_norm(rows - bank[index], dim=-1) for index in nearest.unbind(-1)])
         return apart.amax(0)
 
@@ -323,6 +324,11 @@ class ViM(Score):
             norm += float(torch.linalg.vector_norm((rows.to(origin) - origin) @ residual, dim=-1).sum())
         if not norm > 0:
             raise ValueError(f"all activations lie in {dims} dimensions: give fewer dims")
+        if not largest > 0:
+            raise ValueError(
+                f"the mean of the largest logits is {largest / len(activations):.3g}; this score needs it above 0: "
+                "centre the head (head.centered()), or take another score"
+            )
         return cls(head, residual.to(head.weight.dtype), largest / norm)
 
     @property
@@ -399,8 +405,10 @@ def _least_distance(h: Tensor, means: Tensor, whitener: Tensor) -> Tensor:
     middle = means.mean(0)  # near to all, so that products lose few digits
     rows = (h - middle.to(h.dtype)) @ whitener.to(h.dtype)
     centres = ((means - middle) @ whitener).to(h.dtype)
-    least: Tensor = (centres.square().sum(-1) - 2 * rows @ centres.T).amin(-1)
-    return rows.square().sum(-1) + least
+    nearest = (centres.square().sum(-1) - 2 * rows @ centres.T).argmin(-1)
+    # Anew, since products lose digits where means are many deviations apart.
+    apart: Tensor = (h - means.to(h.dtype)[nearest]) @ whitener.to(h.dtype)
+    return apart.square().sum(-1)
 
 
 def _origin(head: Head) -> Tensor:

@@ -5,6 +5,8 @@ Half precision is computed, and returned, in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from penult.bases import Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
 
-__all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits"]
+__all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits", "usual"]
 
 
 def directional(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -152,6 +154,19 @@ def density(pair: GenerativePair, h: Tensor) -> Tensor:
         tensor([2.0879])
     """
     return -pair.log_prob(pair.read(h))
+
+
+def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
+    """The score to begin with: `directional` where the base has directions to tell apart, else `energy`.
+
+    On a line, such as the span of two classes, there are two directions, which tell the classes apart and no more.
+
+    Example:
+        >>> usual(GenerativePair(Head(torch.eye(3)), Sphere(2.0))).__name__
+        'directional'
+    """
+    base = pair.base
+    return directional if isinstance(base, Sphere) and base.seen_dim(pair.head) > 1 else energy
 
 
 def raw_logits(head: Head, h: Tensor) -> Tensor:

@@ -14,8 +14,11 @@ from penult.activations import Activations
 from penult.pair import GenerativePair
 from penult.scores._blocks import blocks_of
 from penult.scores._fitted import Score
+from penult.scores._of_pairs import density, directional, energy, max_logit, msp
 
 __all__ = ["Threshold"]
+
+_OF_PAIRS = (density, directional, energy, max_logit, msp)
 
 
 @final
@@ -45,7 +48,7 @@ class Threshold(nn.Module):
         false_alarm: α.
 
     Raises:
-        ValueError: α is not between 0 and 1, the scores are not finite, or n + 1 < 1/α: then nothing could be called
+        ValueError: α is not between 0 and 1, a score is NaN or no number, or n + 1 < 1/α: then nothing could be called
             strange.
 
     Example:
@@ -66,10 +69,11 @@ class Threshold(nn.Module):
         super().__init__()
         if not 0 < false_alarm < 1:
             raise ValueError(f"false_alarm is {false_alarm}; it must lie between 0 and 1")
-        if calibration.dim() != 1 or not bool(calibration.isfinite().all()):
+        if calibration.dim() != 1 or not calibration.is_floating_point() or bool(calibration.isnan().any()):
+            wrong = f", {int(calibration.isnan().sum())} of them NaN" if calibration.dim() == 1 else ""
             raise ValueError(
-                f"calibration has shape {tuple(calibration.shape)}; expected finite scores (n,)"
-                + (", but some are NaN or infinite" if calibration.dim() == 1 else "")
+                f"scores of familiar activations are {calibration.dtype} of shape {tuple(calibration.shape)}{wrong}; "
+                "expected one floating number each, (n,), and no NaN"
             )
         least = math.ceil(1 / false_alarm - 1e-9) - 1
         if len(calibration) < least:
@@ -104,12 +108,14 @@ class Threshold(nn.Module):
             The threshold, which calls the score.
 
         Raises:
-            TypeError: `activations` are neither a floating tensor nor `Activations`, or a `pair` is given with a
-                fitted score.
-            ValueError: There are too few, or their scores are not finite.
+            TypeError: `activations` are neither a floating tensor nor `Activations`, a `pair` is given with a fitted
+                score, or none with a score of pairs.
+            ValueError: There are too few, or a score is NaN.
         """
         if pair is not None and isinstance(score, nn.Module):
             raise TypeError(f"a {type(score).__name__} is fitted already and takes no pair: leave pair out")
+        if pair is None and score in _OF_PAIRS:
+            raise TypeError(f"{_name(score)} is a score of a pair: give it, pair=pair")
         function = score if pair is None else _Bound(score, pair)
         found = [function(rows) for rows in blocks_of(activations)]
         return cls(function, torch.cat(found), false_alarm)
@@ -180,7 +186,7 @@ class _Bound(nn.Module):
         self.function, self.pair = function, pair
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.function(self.pair, h)
+        return self.function(self.pair, h.to(self.pair.head.weight.device))
 
 
 def _name(score: object) -> str:
