@@ -49,8 +49,8 @@ def adversarial(results: dict[str, Any]) -> Block:
         "Means ± standard deviations over two classifiers and two seeds of the generator each for `gan`, and for "
         "pseudo-labels of USPS; over two runs for others. The loss of `gan` is hinge but on CIFAR-10, that of all "
         "others non-saturating with the penalty R1 where hinge is not named. *Sure*: only pictures that the classifier "
-        f"puts into their class with p > {settings['confident']}; *confident*: only activations of which its head is as "
-        f"sure. {made['cpu']}, one thread a run; torch {section['versions']['torch']}."
+        f"puts into their class with p > {settings['confident']}; *confident*: only activations of which its head is "
+        f"as sure. {made['cpu']}, one thread a run; torch {section['versions']['torch']}."
     ]
     return Block(found, notes, COMMAND)
 
