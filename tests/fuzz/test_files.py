@@ -386,6 +386,14 @@ def test_what_is_no_head(tmp_path, tensors, words):
             read(path)
 
 
+def test_a_head_that_makes_no_pair(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"fc.weight": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}, path)
+    assert sources.load_head(path).num_classes == 3
+    with pytest.raises(ValueError, match=r"the head in .*model.safetensors makes no pair without data"):
+        sources.load_pair(path)
+
+
 SOURCE = sorted(Path(penult.__file__).parent.rglob("*.py"))
 
 

@@ -166,7 +166,11 @@ def load_pair(path: str | Path, weight_key: str | None = None, bias_key: str | N
 
     if weight_key is None and bias_key is None and _is_penults(path):
         return load(path)
-    return GenerativePair(load_head(path, weight_key, bias_key))
+    head = load_head(path, weight_key, bias_key)
+    try:
+        return GenerativePair(head)
+    except ValueError as error:  # such as of two equal rows
+        raise ValueError(f"the head in {path} makes no pair without data: {error}") from error
 
 
 def load_head(path: str | Path, weight_key: str | None = None, bias_key: str | None = None) -> Head:

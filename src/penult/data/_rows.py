@@ -90,8 +90,14 @@ class Rows:
 
     def image(self, index: int) -> bytes:
         group = self._group(index)
+        images, place = self._read(group), index - group.start
+        if place >= len(images):
+            raise ValueError(
+                f"{self.where(index)} is not there, although the file said so: it is damaged, or was written anew "
+                "since; read it again"
+            )
         with reading(f"{self.where(index)} cannot be read"):
-            value = self._read(group)[index - group.start].as_py()
+            value = images[place].as_py()
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
             return data
