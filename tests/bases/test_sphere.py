@@ -469,3 +469,8 @@ def test_trimmed_fit_of_stored_activations_is_that_of_a_tensor():
 def test_trim_out_of_range(trim, shape):
     with pytest.raises(ValueError, match=r"trim must lie in \[0, 0.5\)"):
         Sphere.fit(random_head(3, 4), torch.randn(50, 4).double(), shape=shape, trim=trim)
+
+
+def test_rows_whose_norms_overflow_are_refused():
+    with pytest.raises(ValueError, match="mean norm of inf"):
+        Sphere.from_head(Head(1e25 * torch.tensor([[1.0, 0.0], [-1.0, 0.0]])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -32,11 +33,18 @@ def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> fl
         The radius, by bisection on common random numbers.
 
     Raises:
-        ValueError: If the confidence cannot be reached, or two rows of the head are equal.
+        ValueError: If the confidence cannot be reached, two rows of the head are equal, or their norms are no number
+            of their precision.
     """
     rows = _directions(head)
     reached = _mean_confidence(head, rows, subspace)
-    scale = 1 / float(torch.linalg.vector_norm(rows, dim=-1).mean())
+    size = float(torch.linalg.vector_norm(rows, dim=-1).mean())
+    if not 0 < size < math.inf:  # a scale of 0 would be doubled for ever
+        raise ValueError(
+            f"the centered rows of the head have a mean norm of {size} in {rows.dtype}, so no radius can be told from "
+            "them; give the weight in float64, or a radius: Sphere(radius)"
+        )
+    scale = 1 / size
     low, high = 0.0, scale
     if reached(1e-6 * scale) >= confidence:
         raise ValueError(

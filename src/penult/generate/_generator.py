@@ -361,7 +361,7 @@ class ActivationGenerator(LightningModule, ABC):
                 made = cls.from_config(config, pair, **networks)
             for part in (*cls.networks, "standardize"):
                 getattr(made, part).load_state_dict(parts.get(part, {}))
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise io.FileFormatError(f"{path}: the generator cannot be rebuilt from the file: {error}") from error
         made.sight = sight
         return made.to(device).eval()
