@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from penult.pair import GenerativePair
 
 __all__ = [
+    "OPTIONS",
     "BatchSize",
     "Batches",
     "Inputs",
@@ -28,6 +29,9 @@ __all__ = [
     "Workers",
     "labels_fit",
 ]
+
+OPTIONS = ("weights", "path", "fold", "size", "mode", "mean", "std", "batch_size", "workers")
+"""Options of a command that say how a network reads images."""
 
 _FEW = 16  # images that the head is found with
 _CHECKED = 1000  # activations whose logits the pair's head has to make
@@ -63,7 +67,7 @@ class InputsReader:
         pair_source: What the user calls it.
         reporter: Told what is found.
         model: The network, or None where activations are stored.
-        options: ``weights``, ``path``, ``fold``, ``size``, ``mode``, ``mean``, ``std``, ``batch_size`` and ``workers``.
+        options: Those of `OPTIONS`.
         seed: Seed of what the factory and the network draw, if they do.
     """
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
-from penult.cli.inputs import BatchSize, InputsReader, Network, NetworkWeights, Pair, Workers
+from penult.cli.inputs import OPTIONS, BatchSize, InputsReader, Network, NetworkWeights, Pair, Workers
 from penult.cli.score import ScoreName, same_source, score_of
 
 __all__ = ["report"]
 
 
 def report(
+    context: typer.Context,
     pair: Pair,
     data: Annotated[
         str,
@@ -33,7 +34,7 @@ def report(
     ] = None,
     name: Annotated[
         ScoreName | None,
-        typer.Option("--score", help="Which score. Default: directional if the base is a sphere, else energy."),
+        typer.Option("--score", help="Which score. Default: directional on a sphere, else energy."),
     ] = None,
     false_alarm: Annotated[float, typer.Option(help="Share of familiar inputs that may be called strange.")] = 0.05,
     fitted: Annotated[
@@ -81,16 +82,7 @@ def report(
         law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
         function, why = score_of(law, name)
         reporter.line(f"score: {why}; higher is stranger")
-        options: dict[str, Any] = {
-            "weights": weights,
-            "path": path,
-            "fold": fold,
-            "size": size,
-            "mode": mode,
-            "mean": mean,
-            "std": std,
-        }
-        options |= {"batch_size": batch_size, "workers": workers}
+        options = {each: context.params[each] for each in OPTIONS}
         reader = InputsReader(law, pair, reporter, model, options, seed)
         familiar = reader.read(data, labels=True)
         others = {each: reader.read(source) for each, source in named.items()}

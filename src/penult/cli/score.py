@@ -16,6 +16,7 @@ import typer
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
 from penult.cli.inputs import (
+    OPTIONS,
     BatchSize,
     InputsReader,
     Network,
@@ -56,6 +57,7 @@ FalseAlarm = Annotated[
 
 
 def score(
+    context: typer.Context,
     pair: Pair,
     data: Annotated[
         str,
@@ -67,7 +69,7 @@ def score(
     ],
     name: Annotated[
         ScoreName | None,
-        typer.Option("--score", help="Which score. Default: directional if the base is a sphere, else energy."),
+        typer.Option("--score", help="Which score. Default: directional on a sphere, else energy."),
     ] = None,
     calibrate: Annotated[
         str | None,
@@ -124,16 +126,7 @@ def score(
         law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
         function, why = score_of(law, name)
         reporter.line(f"score: {why}; higher is stranger")
-        options: dict[str, Any] = {
-            "weights": weights,
-            "path": path,
-            "fold": fold,
-            "size": size,
-            "mode": mode,
-            "mean": mean,
-            "std": std,
-        }
-        options |= {"batch_size": batch_size, "workers": workers}
+        options = {each: context.params[each] for each in OPTIONS}
         reader = InputsReader(law, pair, reporter, model, options, seed)
         threshold = None
         if calibrate is not None:

@@ -58,7 +58,7 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
 
 
 def energy(pair: GenerativePair, h: Tensor) -> Tensor:
-    r"""The negative log-sum of the model's exponentiated logits, −log Σ_y e^{z_y}.
+    r"""The negative log-sum of the exponentiated logits of the pair's head, −log Σ_y e^{z_y}.
 
     Up to a constant it is log m(h) − log p(h) for a head with centered rows: it trusts a large norm.
 
@@ -83,7 +83,7 @@ def energy(pair: GenerativePair, h: Tensor) -> Tensor:
 
 
 def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
-    """The negative largest logit of the model, −max_y z_y.
+    """The negative largest logit of the pair's head, −max_y z_y.
 
     References:
         Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
