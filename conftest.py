@@ -1,4 +1,7 @@
-"""Tests draw from a fixed seed that they do not leave behind; doctests see torch, nn, math and penult."""
+"""Tests draw from a fixed seed that they do not leave behind; doctests see torch, nn, math and penult.
+
+``--device`` and ``--dtype`` say on what tests/numerics run.
+"""
 
 import math
 from collections.abc import Iterator
@@ -9,6 +12,49 @@ import torch
 from torch import nn
 
 import penult
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--device`` and ``--dtype``."""
+    group = parser.getgroup("penult", "what tests/numerics compute on")
+    group.addoption("--device", default="cpu", help="a device of torch, such as cpu, cuda, cuda:1 or mps")
+    group.addoption("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="of heads and rows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a device that is not there before any test runs."""
+    _device(config)
+
+
+def _device(config: pytest.Config) -> torch.device:
+    name, dtype = config.getoption("--device"), config.getoption("--dtype")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--device {name}: torch knows no such device") from error
+    if device.type == "meta":
+        raise pytest.UsageError(f"--device {name}: its tensors hold no numbers to test")
+    if device.type != "cpu":
+        backend: Any = getattr(torch, device.type, None) if device.type != "mps" else torch.backends.mps
+        count = getattr(backend, "device_count", lambda: 1)() if backend is not None and backend.is_available() else 0
+        if (device.index or 0) >= count:
+            raise pytest.UsageError(f"--device {name}: torch finds {count or 'none'} of that kind on this machine")
+    if device.type == "mps" and dtype == "float64":
+        raise pytest.UsageError("--device mps has no float64; leave --dtype out")
+    return device
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where tests/numerics compute."""
+    return _device(request.config)
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Of the heads and activations of tests/numerics."""
+    found: torch.dtype = getattr(torch, request.config.getoption("--dtype"))
+    return found
 
 
 @pytest.fixture(autouse=True)

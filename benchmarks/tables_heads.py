@@ -1,4 +1,4 @@
-"""Tables of what `families.py` and `extract.py` measured."""
+"""Tables of what `families.py`, `extract.py`, `large_head.py` and `scaling.py` measured."""
 
 from __future__ import annotations
 
@@ -78,3 +78,24 @@ def large_head(results: dict[str, Any]) -> Block:
         f"{section['machine']['cpu']}, one thread; torch {section['versions']['torch']}."
     ]
     return Block([Table(title, ("", "seconds", "peak"), rows)], notes, "python benchmarks/large_head.py")
+
+
+@table("scaling", source="scaling")
+def scaling(results: dict[str, Any]) -> Block:
+    """Seconds by one and by more processes."""
+    section = results["sections"]["scaling"]
+    settings, cells = section["settings"], section["cells"]
+    (one, first), *others = cells.items()
+    rows = [
+        (name, f"{first[name]:g} s", *(f"{cell[name]:g} s, {first[name] / cell[name]:.2f}×" for _, cell in others))
+        for name in first if name != "start"
+    ]  # fmt: skip
+    header = ("", f"{one} process", *(f"{count} processes" for count, _ in others))
+    title = f"Time by processes of one thread each, on a machine of {section['machine']['cores']} cores"
+    starts = ", ".join(f"{cell['start']:g} s for {count}" for count, cell in cells.items())
+    notes = [
+        f"{settings['images']} images of 32 × 32 through three convolutions; {settings['rows']:,} stored activations, "
+        f"d = {settings['features']}, 100 components in 24 dimensions, ten updates. Best of {settings['rounds']} "
+        f"rounds; a process takes besides, to start: {starts}. {origin(section, ('penult', 'torch'))}"
+    ]
+    return Block([Table(title, header, rows)], notes, "python benchmarks/scaling.py")

@@ -54,7 +54,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600
 nb_merge_streams = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -83,6 +83,9 @@ def mathml(node: nodes.math | nodes.math_block) -> str:
         tex = rf"\begin{{aligned}}{tex}\end{{aligned}}"
     try:
         markup = tex2mathml(tex, as_block=block)
+        # bars of a norm are as high as its letters
+        markup = re.sub(r"<mo( [^>]*)?>‖", r'<mo\1 stretchy="false">‖', markup)
+        markup = markup.replace("<mo>'</mo>", '<mo lspace="0em" rspace="0em">′</mo>')
         return re.sub(r"<mo>&ApplyFunction;</mo>(?!\s*<mo[^>]*>[(\[])", '<mspace width="0.17em"></mspace>', markup)
     except Exception as error:
         logger.warning("formula cannot be read: %s: %s", error, tex, location=node, type="math")
@@ -105,6 +108,14 @@ def visit_inline(self, node: nodes.math) -> None:
 def visit_block(self, node: nodes.math_block) -> None:
     self.body.append(f'<div class="formula">{mathml(node)}</div>\n')
     raise nodes.SkipNode
+
+
+def mark_numbers(app: Sphinx, doctree: nodes.document) -> None:
+    """A cell such as 0.53 ± 0.01 is not broken over lines: a wide table scrolls."""
+    for cell in doctree.findall(nodes.entry):
+        text = cell.astext()
+        if len(text) <= 32 and re.match(r"[-+−±≤≥<>~]?\s?[\d.]+(?![\w.-]*[a-z]{3})", text):
+            cell["classes"].append("number")
 
 
 def configure_kernel(app: Sphinx) -> None:
@@ -139,6 +150,7 @@ def library_digest() -> str:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     app.connect("autodoc-process-docstring", escape_shapes, priority=100)  # before napoleon
+    app.connect("doctree-read", mark_numbers)
     app.connect("builder-inited", configure_kernel)
     app.connect("builder-inited", write_palette)
     app.add_config_value("library", library_digest(), "env", str)

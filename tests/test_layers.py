@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "penult"
 
 # Rooms from the ground up; on one floor, only to a room listed above.
 FLOORS = [
-    ["special", "io"],
+    ["special", "io", "processes"],
     ["distributions", "head", "activations"],
     ["bases"],
     ["pair"],
@@ -18,6 +18,7 @@ FLOORS = [
     ["report", "testing"],
     ["demo"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
 CORE = {"torch", "safetensors", "penult"} | set(sys.stdlib_module_names)

@@ -18,10 +18,11 @@ from penult.bases._pool import Pool
 from penult.distributions import Tilt
 from penult.head import Head
 from penult.head._rows import version_of
-from penult.special import working_dtype
+from penult.special import in_full, outside_transforms, working_dtype
 
 __all__ = ["GenerativePair", "load"]
 
+_TABLE = "_table_"  # before the name of what is derived, as torch.compile reads it: an attribute each, not one dict
 _KEPT = 1 << 26  # log posteriors that estimate_prior keeps; beyond, each update computes them again
 
 
@@ -39,12 +40,17 @@ class GenerativePair(nn.Module):
     so that p(y|h) is exactly softmax(W h + b), whatever the base. Exactness is a theorem and says nothing of
     how closely the activations of a network follow the base: that has to be measured.
 
+    Laws are computed in the precision of the activations, float32 at least, whatever torch.autocast says: its eight
+    bits would leave a log density none after the point. They compile as whole graphs and map
+    (``torch.compile(fullgraph=True)``, ``torch.func``); what follows from head and base alone is computed while a graph
+    is captured, and is no part of it.
+
     References:
         Seo, Lee and Kwak, "On The Distribution of Penultimate Activations of Classification Networks", UAI 2021.
 
     Args:
         head: The head. Its weights are held by reference; when they change under the pair, the pair says so by a
-            RuntimeError (edits through ``.data``, and changes after ``torch.compile``, cannot be seen).
+            RuntimeError (edits through ``.data`` cannot be seen, nor any change by code that ``torch.compile`` made).
         base: The base measure; ``Sphere.from_head(head)``, which needs no data, when left out.
 
     Raises:
@@ -105,7 +111,8 @@ class GenerativePair(nn.Module):
 
     def posterior(self, h: Tensor) -> Categorical:
         """p(y|h) by Bayes' rule, equal to softmax(head(h)): Categorical of batch shape (*S,) for h (*S, d)."""
-        return Categorical(logits=self.head.centered_logits(self.read(h)), validate_args=False)
+        with in_full(h.device):
+            return Categorical(logits=self.head.centered_logits(self.read(h)), validate_args=False)
 
     def log_joint(self, h: Tensor) -> Tensor:
         """Log p(y) + log p(h|y) for every class, (*S, d) → (*S, K)."""
@@ -140,7 +147,8 @@ class GenerativePair(nn.Module):
             else (torch.empty(0, dtype=torch.long, device=weights.device))
         )
         classes, index = y.unique(return_inverse=True)
-        h = self.base.draw(self.head.centered_weight(classes), index, generator)
+        with in_full(weights.device):
+            h = self.base.draw(self.head.centered_weight(classes), index, generator)
         return h.to(self.head.weight.dtype).reshape(*shape, self.head.in_features), y.reshape(shape)
 
     def with_prior(self, prior: Tensor | Categorical) -> GenerativePair:
@@ -250,12 +258,17 @@ class GenerativePair(nn.Module):
 
     def _remember(self) -> None:
         self._head_version: tuple[int, ...] | None = self.head.version
+        self._forget()
+
+    def _forget(self) -> None:
         self._derived: dict[str, tuple[list[tuple[Tensor, int]], Tensor]] = {}
+        for name in [name for name in self.__dict__ if name.startswith(_TABLE)]:
+            delattr(self, name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._head_version = None  # a copy counts the changes of its tensors anew
-        self._derived = {}
+        self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> GenerativePair:
         self._check_current()
@@ -270,7 +283,7 @@ class GenerativePair(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._head_version = None  # children load after this; the first use remembers what they hold
-        self._derived = {}
+        self._forget()
 
     def _check_current(self) -> None:
         if torch.compiler.is_compiling():
@@ -294,37 +307,54 @@ class GenerativePair(nn.Module):
             raise ValueError(f"label {int(bad)} is out of range: the head has {k} classes, 0..{k - 1}")
         return y
 
-    @torch.no_grad()
-    def derived(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def derived(self, name: str, make: Callable[[GenerativePair], Tensor]) -> Tensor:
         """A tensor that follows from head and base: made once, and again only after a tensor of them changed.
+
+        Where torch.compile traces, it is made at once, from the tensors themselves, and is an input of the graph; a
+        graph follows it when code that is not compiled makes it anew.
 
         Args:
             name: What it is called among those of this pair.
-            make: Makes it.
+            make: Makes it of this pair; a function of a module or a class, so that torch.compile can call it.
 
         Raises:
             RuntimeError: The head's weights changed after the pair was made.
         """
         self._check_current()
-        kept = self._derived.get(name)
-        if torch.compiler.is_compiling():  # when no tensor tells its version
-            return make() if kept is None else kept[1]
-        buffers = list(self.base.buffers())
+        if torch.compiler.is_compiling():
+            self._keep(name, make)
+            table: Tensor = getattr(self, _TABLE + name.replace(" ", "_"))
+            return table
+        return self._kept(name, make)
+
+    def _kept(self, name: str, make: Callable[[GenerativePair], Tensor]) -> Tensor:
+        kept, buffers = self._derived.get(name), list(self.base.buffers())
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(b) for b in (*buffers, *self.head.buffers())):
+            return make(self)  # of tensors that a transform replaced, and so not to be kept
         versions = [version_of(b) for b in buffers]
         if kept is None or not _same(kept[0], buffers, versions):
+            with torch.no_grad(), in_full(self.head.weight.device), outside_transforms():
+                table = make(self)
             # The tensors themselves are kept: another one may have the id of one that is gone.
-            kept = self._derived[name] = list(zip(buffers, versions, strict=True)), make()
+            kept = self._derived[name] = list(zip(buffers, versions, strict=True)), table
+            setattr(self, _TABLE + name.replace(" ", "_"), table)
         return kept[1]
+
+    def _keep(self, name: str, make: Callable[[GenerativePair], Tensor]) -> None:
+        """Make a table if it is not kept yet; torch.compile runs this while it traces, and reads the table after it."""
+        self._kept(name, make)
+
+    _keep._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler's own way imports all of it
 
     def _log_evidence(self) -> Tensor:
         """b_y + log M(w_y), (K,) in working precision."""
-        return self.derived("log evidence", self._make_log_evidence)
+        return self.derived("log evidence", GenerativePair._make_log_evidence)
 
     def _make_log_evidence(self) -> Tensor:
         work = working_dtype(self.head.weight.device)
         parts = [self.base.log_mgf(rows.to(work)) for _, rows in self.head.centered_blocks()]
         evidence = self.head.full_bias.to(work) + torch.cat(parts)
-        if not torch.compiler.is_compiling() and not bool(evidence.isfinite().all()):
+        if not bool(evidence.isfinite().all()):
             y = int((~evidence.isfinite()).nonzero()[0])
             raise ValueError(
                 f"log M of class {y} is {float(evidence[y])}: the base gives this head's rows no finite mass; "
@@ -337,9 +367,10 @@ class GenerativePair(nn.Module):
 
         Kept apart, since log m(h) can be in the thousands and would cost the logits their digits.
         """
-        h = self.read(h)
         log_z = self._log_evidence().logsumexp(-1)
-        return self.head.centered_logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
+        with in_full(h.device):
+            h = self.read(h)
+            return self.head.centered_logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
 
     def read(self, h: Tensor) -> Tensor:
         """H (*S, d) as the base reads it, in at least float32.
@@ -353,7 +384,8 @@ class GenerativePair(nn.Module):
                 f"h is {h.dtype} of shape {tuple(h.shape)}; "
                 f"expected floating activations (..., {self.head.in_features})"
             )
-        return self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
+        with in_full(h.device):
+            return self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
 
 
 def _same(kept: list[tuple[Tensor, int]], buffers: list[Tensor], versions: list[int]) -> bool:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 import penult
 from penult.cli import app, main
+from penult.cli.console import RichReporter, tell
 
 
 def test_version_and_help():
@@ -60,3 +61,14 @@ def test_a_missing_extra_names_the_remedy(tmp_path):
     )
     assert done.returncode == 2
     assert 'pip install "penult[data]"' in done.stderr
+
+
+def test_no_character_of_a_name_is_obeyed_by_a_terminal(capsys):
+    reporter = RichReporter()
+    reporter.line("a\x1b]52;c;eA==\x07b \ud800 [bold]c")
+    reporter.table(["x\x1b[2J"], [["\x9b1A", 3]])
+    tell("d\x1b[1A")
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == r"a\x1b]52;c;eA==\x07b \ud800 [bold]c"
+    assert not set(printed.out + printed.err) & {"\x1b", "\x07", "\x9b", "\ud800"}
+    assert printed.err == "penult: d\\x1b[1A\n"

@@ -267,6 +267,9 @@ def test_other_weights_of_the_teacher_are_another_distillation(penult_json, refu
     (place / "other").mkdir()
     (place / "other/file").write_text("mine")
     assert "other holds other files" in refused(*FILE, *SMALL, "--out", "other", "--overwrite")
+    for damaged in ("{", "[1]"):
+        (place / "run/settings.json").write_text(damaged)
+        assert "settings.json is" in refused(*command)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 from penult.distributions import PrincipalMixture
 from penult.distributions import _expectation_maximisation as em
+from penult.processes import Processes
 from penult.testing import check_distribution
 
 
@@ -288,7 +289,7 @@ def test_more_components_fit_better_than_one():
 def test_updates_never_lower_the_objective(strength):
     u = law(6, 6, 5).sample((600,), generator=seeded())
     first, prior = em.start(u, 12, strength, seeded())
-    fitted, history = em.maximise(first, prior, lambda: u.split(100), 40, 0.0)
+    fitted, history = em.maximise(first, prior, lambda: u.split(100), 40, 0.0, Processes())
     assert len(history) > 20
     assert min(b - a for a, b in pairwise(history)) > -1e-11
     law_of = MixtureSameFamily(
@@ -405,7 +406,7 @@ def test_empty_components_are_left_out():
         torch.cat([first.means, torch.full((1, 2), 1e4).double()]),
         torch.cat([first.scale_tril, first.scale_tril[:1]]),
     )
-    fitted, history = em.maximise(far, prior, lambda: [u], 20, 0.0)
+    fitted, history = em.maximise(far, prior, lambda: [u], 20, 0.0, Processes())
     assert len(fitted.logits) == 2
     assert all(math.isfinite(value) for value in history)
     assert float(fitted.logits.exp().sum()) == pytest.approx(1)

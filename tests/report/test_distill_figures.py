@@ -50,3 +50,9 @@ def test_accuracy_over_epochs():
     assert figure.axes[0].get_ylabel() == "loss"
     with pytest.raises(ValueError, match="no epoch"):
         distill.accuracy([])
+
+
+def test_names_are_no_formulas():
+    names = ["$x", "$a_b$", r"\$"]
+    drawn = svg(distill.confusion(torch.eye(3), names), alt="$")
+    assert all(name in drawn for name in names)

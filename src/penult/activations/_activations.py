@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from penult.activations._blocks import Block, Memory, Shard, load, one
-from penult.activations._folder import finished, unfinished, writing
-from penult.activations._writer import SHARD_SIZE, Writer
+from penult.activations._folder import finished, shards_in, unfinished, writing
+from penult.activations._writer import SHARD_SIZE, Writer, write_index
 from penult.head._checks import check_labels
+from penult.processes import Processes
 
 __all__ = ["Activations"]
 
@@ -332,17 +333,16 @@ class Activations:
         if folder.resolve() in sources:
             raise ValueError(f"{folder} holds rows of this very set; choose another folder")
         facts = self._rows.facts
-        with writing(folder, overwrite):
-            stored = unfinished(folder)
-            if stored.shards:
+        with writing(folder, Processes(), overwrite) as place:
+            if shards_in(folder):
                 raise FileExistsError(
                     f"{folder} holds activations already; choose another folder, or overwrite=True to replace them"
                 )
             more = {"class_names": self.class_names, "pre_activation": self.pre_activation}
-            writer = Writer(folder, stored, shard_size, **more)
+            writer = Writer(folder, place, unfinished(folder, place), shard_size, **more)
             for part in self.batches(-(-shard_size // facts.row_bytes)) if len(self) else [self]:
                 writer.add(load(part._rows))
-            writer.finish()
+            write_index(folder, [writer.finish()])
         return self.open(folder)
 
 

@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,10 +17,15 @@ from penult.activations._blocks import Memory
 from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
 from penult.activations._progress import Progress, reporting
 from penult.activations._resume import check_batch, check_record, checksum, refusal
+from penult.activations._share import share_of
 from penult.activations._tap import Tap
-from penult.activations._writer import SHARD_SIZE, Writer
+from penult.activations._writer import SHARD_SIZE, Writer, write_index
 from penult.head._model import evaluating
 from penult.head._rectified import refuse_unrectified
+from penult.processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["extract"]
 
@@ -37,6 +42,7 @@ def extract(
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Activations:
     """Run a whole loader through a tap, in eval mode and without gradients, into memory or into a folder.
 
@@ -57,7 +63,11 @@ def extract(
     data. The folder is complete once its index is written. A run that was interrupted or killed leaves whole shards,
     and the same call resumes: it goes through the loader from the start, skips what is stored without running the
     model, and recomputes the last stored batch to see that loader and model are the same. A complete folder is
-    returned, after the same look at its first batch. One process writes to a folder at a time.
+    returned, after the same look at its first batch.
+
+    With a `group`, its processes share the batches: each runs the model on a part of them, one after the other, and
+    writes shards of its own; the first writes the one index, in which all rows lie in the loader's order. Each calls
+    with the same arguments; a run that was stopped is resumed by as many processes. Nobody else writes to the folder.
 
     Args:
         tap: The model with its head.
@@ -74,7 +84,9 @@ def extract(
         overwrite: Start anew where `out` holds activations. Other files are never touched.
         progress: True for a bar on stderr, False for none, or what to call after each batch with the number of
             batches done and their total (None if unknown). None means a bar if `out` is given and stderr is a
-            terminal.
+            terminal. Of several processes each has its own.
+        group: Processes of ``torch.distributed`` that share the work, such as ``torch.distributed.group.WORLD``.
+            Needs `out`, and a loader of known length; of a DataLoader each process loads its own batches alone.
 
     Returns:
         All activations and logits, and all labels if the batches have them; with `out`, ``Activations.open(out)``.
@@ -87,7 +99,7 @@ def extract(
         ValueError: The head does not make the model's logits, as after further training; no batch at all, labels in
             some batches only, of a wrong shape or out of range; labels that are the input_ids; a value too large for
             `dtype`; a wrong number of class names; `pre_activation` where no ReLU stands right before the head; or
-            `out` holds what other arguments, another model or another loader gave.
+            `out` holds what other arguments, another model, another loader or another number of processes gave.
         penult.io.FileFormatError: A file in `out` is damaged.
 
     Example:
@@ -117,6 +129,8 @@ def extract(
         raise TypeError(f"dtype is {dtype}; activations are kept in a floating dtype")
     if out is not None and device is not None:
         raise ValueError(f"device={device} says where to gather in memory, but out={out} is a folder; give one of them")
+    if group is not None and out is None:
+        raise ValueError("a group of processes gathers in a folder that all can read: give out")
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; it is a positive number of bytes")
     if pre_activation:
@@ -136,7 +150,7 @@ def extract(
         }
         if dtype is not None:
             asked |= {"dtype": name_of(dtype), "logits_dtype": name_of(dtype)}
-        return _on_disk(reader, loader, Path(out), asked, overwrite, report)
+        return _on_disk(reader, loader, Path(out), asked, overwrite, report, Processes(group))
 
 
 def _in_memory(
@@ -160,27 +174,36 @@ def _in_memory(
 
 
 def _on_disk(
-    reader: Reader, loader: Iterable[Any], folder: Path, asked: dict[str, Any], overwrite: bool, report: Progress
+    reader: Reader,
+    loader: Iterable[Any],
+    folder: Path,
+    asked: dict[str, Any],
+    overwrite: bool,
+    report: Progress,
+    processes: Processes,
 ) -> Activations:
-    total = _length(loader)
-    if (folder / io.INDEX_NAME).exists() and not overwrite:
+    first, share = share_of(loader, processes)
+    total = _length(share)
+    if processes.first((folder / io.INDEX_NAME).exists() and not overwrite):
         stored = finished(folder)
-        _check_finished(reader, loader, folder, asked, stored)
+        if processes.rank == 0:  # whose error ends the others, too
+            _check_finished(reader, loader, folder, asked, stored)
+        processes.wait()
         report(stored.batches, stored.batches)
         return Activations.open(folder)
-    with writing(folder, overwrite):
-        stored = unfinished(folder)
+    with writing(folder, processes, overwrite) as part:
+        stored = unfinished(folder, part)
         if stored.shards:
             check_record(folder, stored.record, asked)
-        writer = Writer(folder, stored, **asked)
+        writer = Writer(folder, part, stored, **asked)
         done, count = 0, stored.rows
-        for done, batch in enumerate(loader, start=1):
+        for done, batch in enumerate(share, start=1):
             if done < stored.batches:
                 reader.skip(batch)
             elif done == stored.batches:
                 rows = reader.rows(batch)
                 check_record(folder, stored.record, record_of(rows.facts, **asked))
-                check_batch(folder, done - 1, stored.last_batch(), rows)
+                check_batch(folder, first + done - 1, stored.last_batch(), rows)
             else:
                 rows = reader.rows(batch)
                 writer.add(rows)
@@ -188,8 +211,11 @@ def _on_disk(
             report(done, total)
         if done < stored.batches:
             raise refusal(folder, f"the loader gave {done} batches, but {stored.batches} are stored")
-        _check_any(done, count)
-        writer.finish()
+        _check_any(*(int(processes.total(number)) for number in (done, count)))
+        parts = processes.objects(writer.finish())
+        if part.rank == 0:
+            write_index(folder, parts)
+        processes.wait()
     return Activations.open(folder)
 
 

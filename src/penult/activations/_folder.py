@@ -14,11 +14,12 @@ import torch
 
 from penult import io
 from penult.activations._blocks import KIND, Facts, Shard
+from penult.processes import Processes
 
-__all__ = ["Stored", "finished", "name_of", "record_of", "shard_name", "unfinished", "writing"]
+__all__ = ["Part", "Stored", "finished", "name_of", "record_of", "shards_in", "unfinished", "writing"]
 
-_SHARD_NAME = re.compile(r"activations-(\d{5,})\.safetensors")
-_LOCK = ".activations.lock"
+_SHARD_NAME = re.compile(r"activations-(?:(\d{5,})-of-(\d{5,})-)?(\d{5,})\.safetensors")
+_LOCK_NAME = re.compile(r"\.activations(?:-\d{5,}-of-\d{5,})?\.lock")
 _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -27,8 +28,28 @@ _DTYPES = {
 }
 
 
+class Part(NamedTuple):
+    """What one of several processes writes into a folder."""
+
+    rank: int = 0
+    size: int = 1
+
+    def shard_name(self, number: int) -> str:
+        """The file of a shard."""
+        return f"activations-{self._prefix}{number:05}.safetensors"
+
+    @property
+    def lock(self) -> str:
+        """The file that its writer locks."""
+        return f".activations{self._prefix and '-' + self._prefix[:-1]}.lock"
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.size == 1 else f"{self.rank:05}-of-{self.size:05}-"
+
+
 class Stored(NamedTuple):
-    """What a folder holds."""
+    """What a folder holds, or one part of it."""
 
     shards: list[Shard]
     record: dict[str, Any]  # from `record_of`; empty where there is no shard
@@ -94,7 +115,7 @@ def finished(folder: Path) -> Stored:
     """
     folder = folder.absolute()
     if folder.is_dir() and not (folder / io.INDEX_NAME).exists():
-        count = len(_shards(folder))
+        count = len(shards_in(folder))
         if not count:
             raise io.FileFormatError(f"{folder} holds no activations: there is neither an {io.INDEX_NAME} nor a shard")
         raise io.FileFormatError(
@@ -107,21 +128,21 @@ def finished(folder: Path) -> Stored:
         return _stored(folder, index.metadata["facts"], counts, index.metadata["batches"])
 
 
-def unfinished(folder: Path) -> Stored:
-    """The whole shards of a folder, whatever its index says.
+def unfinished(folder: Path, part: Part) -> Stored:
+    """The whole shards of one writer, whatever the index of the folder says.
 
     Raises:
         FileFormatError: A shard is damaged, or they do not follow each other.
     """
     folder = folder.absolute()
-    names = _shards(folder)
+    names = shards_in(folder, part)
     record: dict[str, Any] = {}
     counts: dict[str, int] = {}
     batches = 0
     for number, name in enumerate(names):
         with _complaining(folder / name, "overwrite=True starts anew"):
             facts = io.read(folder / name, KIND).metadata["facts"]
-            if name != shard_name(number) or facts != (record or facts):
+            if name != part.shard_name(number) or facts != (record or facts):
                 raise ValueError(f"it does not follow {names[number - 1]}" if number else "it is not the first shard")
             rows = _batches_in(folder / name)
             record, counts[name], batches = facts, sum(rows), batches + len(rows)
@@ -175,23 +196,43 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
 
 
 @contextmanager
-def writing(folder: Path, overwrite: bool) -> Iterator[None]:
-    """The folder, made if need be, for one writer alone; what a killed one left half-written goes.
+def writing(folder: Path, processes: Processes, overwrite: bool) -> Iterator[Part]:
+    """The folder, made if need be, for these processes alone; what killed ones left half-written goes.
+
+    Args:
+        folder: The folder.
+        processes: Those that write to it, this one among them.
+        overwrite: Whether to remove what it holds of activations.
+
+    Yields:
+        The part that this process writes.
 
     Raises:
         FileExistsError: The folder holds other files and no activations.
-        RuntimeError: Another process writes to it.
+        RuntimeError: Another process writes the part.
+        ValueError: It holds shards of another number of processes.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; activations need a folder")
     folder.mkdir(parents=True, exist_ok=True)
     others = sorted(path.name for path in folder.iterdir())
-    if others and not (_LOCK in others or _shards(folder) or _has_index(folder)):
+    ours = any(_LOCK_NAME.fullmatch(name) for name in others) or shards_in(folder) or _has_index(folder)
+    if others and not ours:
         raise FileExistsError(
             f"{folder} holds other files and no activations ({', '.join(others[:3])}{', ...' * (len(others) > 3)}); "
             "choose a new or empty folder"
         )
-    path = folder / _LOCK
+    part = Part(processes.rank, processes.count)
+    with _locking(folder, folder / part.lock):
+        processes.wait()  # until all have locked theirs, so that no other run has a part
+        if part.rank == 0:
+            _clear(folder, part, overwrite)
+        processes.wait()
+        yield part
+
+
+@contextmanager
+def _locking(folder: Path, path: Path) -> Iterator[None]:
     with open(path, "a+") as file:
         # A file without a link is that of a writer that finished between our open and our lock.
         if not _locked(file) or not os.fstat(file.fileno()).st_nlink:
@@ -203,26 +244,39 @@ def writing(folder: Path, overwrite: bool) -> Iterator[None]:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            for temporary, name in io.leftovers(folder).items():
-                if name == io.INDEX_NAME or _SHARD_NAME.fullmatch(name):
-                    temporary.unlink()
-            if overwrite:
-                for name in [io.INDEX_NAME, *_shards(folder)]:  # without an index, the rest is debris
-                    (folder / name).unlink(missing_ok=True)
             yield
         finally:
             with suppress(PermissionError):  # on Windows, where it is open; there it stays
                 path.unlink(missing_ok=True)
 
 
-def shard_name(number: int) -> str:
-    return f"activations-{number:05}.safetensors"
+def _clear(folder: Path, part: Part, overwrite: bool) -> None:
+    """Remove what killed writers left half-written, and all if asked to; see that the rest can be gone on with."""
+    for temporary, name in io.leftovers(folder).items():
+        if name == io.INDEX_NAME or _SHARD_NAME.fullmatch(name):
+            temporary.unlink()
+    if overwrite:
+        for name in [io.INDEX_NAME, *reversed(shards_in(folder))]:  # at each moment, what is left can be resumed
+            (folder / name).unlink(missing_ok=True)
+    for name in [] if (folder / io.INDEX_NAME).exists() else shards_in(folder):
+        if (count := _part_of(name).size) != part.size:
+            raise ValueError(
+                f"{folder} holds shards of a run of {count} processes that was stopped, and there are {part.size} "
+                f"now: resume with {count}, or start anew with overwrite=True"
+            )
 
 
-def _shards(folder: Path) -> list[str]:
-    """The whole shards, in order."""
+def shards_in(folder: Path, part: Part | None = None) -> list[str]:
+    """The whole shards of one writer, or of all, in order."""
     found = [match for path in folder.iterdir() if (match := _SHARD_NAME.fullmatch(path.name))]
-    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+    found.sort(key=lambda match: (int(match[1] or 0), int(match[3])))
+    return [match[0] for match in found if part in (None, _part_of(match[0]))]
+
+
+def _part_of(name: str) -> Part:
+    match = _SHARD_NAME.fullmatch(name)
+    assert match is not None
+    return Part() if match[1] is None else Part(int(match[1]), int(match[2]))
 
 
 def _has_index(folder: Path) -> bool:

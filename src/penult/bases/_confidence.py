@@ -36,8 +36,14 @@ def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> fl
         ValueError: If the confidence cannot be reached, two rows of the head are equal, or their norms are no number
             of their precision.
     """
-    rows = _directions(head)
-    reached = _mean_confidence(head, rows, subspace)
+    if subspace is not None and not len(subspace):
+        raise ValueError(
+            f"the rows of the head differ by no more than the rounding of their {head.weight.dtype}, so that they span "
+            "nothing; give the weight in float64, or a radius: Sphere(radius)"
+        )
+    with special.in_full(head.weight.device):
+        rows = _directions(head)
+        reached = _mean_confidence(head, rows, subspace)
     size = float(torch.linalg.vector_norm(rows, dim=-1).mean())
     if not 0 < size < math.inf:  # a scale of 0 would be doubled for ever
         raise ValueError(
@@ -138,6 +144,6 @@ def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Calla
         )
         t, sine = (1 - y).to(rows.dtype), (y * (2 - y)).clamp_min(0).sqrt().to(rows.dtype)
         logits = radius * (t.unsqueeze(-1) * along_logits + sine.unsqueeze(-1) * across_logits) + bias
-        return float(logits.softmax(-1).amax(-1).double().mean())
+        return float(logits.softmax(-1).amax(-1).to(right_angle.dtype).mean())
 
     return reached

@@ -48,7 +48,7 @@ def tilted_gaussian(
     for rows in pool:
         centred = _read(rows, subspace) - mean
         spread += centred.T @ centred
-    spread /= len(pool)
+    spread = pool.processes.sum(spread) / len(pool)
     scale = spread.diagonal().mean()
     if not float(scale) > 0:
         raise ValueError(

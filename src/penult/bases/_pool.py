@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import copy
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
 from penult.activations import Activations
 from penult.head import Head
+from penult.processes import Processes
+from penult.special import in_double, in_full
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Pool"]
 
@@ -22,9 +27,11 @@ _LOGITS = 1 << 24  # and logits
 class Pool:
     """Activations (N, d) for a head, as a tensor or as an `Activations` that need not fit in memory.
 
-    Iterating gives what the head reads: of pre-activations their positive part.
+    Iterating gives what the head reads: of pre-activations their positive part. Where processes share the work, it
+    gives this one's share; everything else is of all rows, and the same in all processes.
 
     Attributes:
+        processes: Those that share the work.
         rectified: Whether what is stored are pre-activations: `Activations` that say so, and a tensor with negative
             numbers where the head's certificate says that a ReLU stands right before the head.
         declared: Whether the `Activations` say so.
@@ -34,13 +41,15 @@ class Pool:
     Args:
         head: The head that reads them.
         activations: What to fit to.
+        group: Processes that share the rows, each of which has the same head and activations.
 
     Raises:
         TypeError: They are neither a floating tensor nor `Activations`.
         ValueError: A wrong shape, fewer than two rows, NaN or infinity.
     """
 
-    def __init__(self, head: Head, activations: Tensor | Activations) -> None:
+    def __init__(self, head: Head, activations: Tensor | Activations, group: ProcessGroup | None = None) -> None:
+        self.processes = Processes(group)
         self._head = head
         self._source: Tensor | Activations
         self.declared = isinstance(activations, Activations) and activations.pre_activation
@@ -56,12 +65,17 @@ class Pool:
         if len(shape) != 2 or shape[1] != head.in_features or shape[0] < 2:
             raise ValueError(f"activations has shape {shape}; expected (N, {head.in_features}) with N >= 2")
         self._count = self._total = shape[0]
+        own = self.processes.share(shape[0])
+        self._start, self._source = own.start, self._source[own.start : own.stop]
         self._kept: Tensor | None = None
-        bad, zeros, self.minimum = 0, 0, float("inf")
+        bad, zeros, least = 0, 0, float("inf")
         for rows in self.stored:
-            zeros += int((rows == 0).sum())
-            bad += int((~rows.isfinite().all(-1)).sum())
-            self.minimum = min(self.minimum, float(rows.min()))
+            if len(rows):
+                zeros += int((rows == 0).sum())
+                bad += int((~rows.isfinite().all(-1)).sum())
+                least = min(least, float(rows.min()))
+        bad, zeros = (int(self.processes.total(count)) for count in (bad, zeros))
+        self.minimum = self.processes.least(least)
         relu = head.certificate is not None and head.certificate.rectified
         self.rectified = self.declared or (relu and self.minimum < 0)
         self.zeros = zeros / (shape[0] * shape[1])
@@ -72,20 +86,22 @@ class Pool:
         return self._count
 
     def __iter__(self) -> Iterator[Tensor]:
-        """All rows in order, (n, d) at a time, on the head's device and in their dtype, as the head reads them."""
+        """The rows in order, (n, d) at a time, on the head's device and in their dtype, as the head reads them."""
         for rows in self.stored:
             yield rows.clamp_min(0) if self.rectified else rows
 
     @property
     def stored(self) -> Iterable[Tensor]:
         """The same as they are stored, each time it is iterated."""
-        return _Stored(self._source, self._head, self._kept)
+        kept = None if self._kept is None else self._kept[self._start : self._start + len(self._source)]
+        return _Stored(self._source, self._head, kept)
 
     def posterior(self, stored: Tensor) -> Tensor:
         """The head's class probabilities (n, K) of rows (n, d) as they are stored, float64."""
         rows = stored.clamp_min(0) if self.rectified else stored
-        logits: Tensor = self._head(rows.to(self._head.weight))
-        return logits.double().softmax(-1)
+        with in_full(rows.device):
+            logits: Tensor = self._head(rows.to(self._head.weight))
+        return in_double(logits).softmax(-1)
 
     def only(self, rows: Tensor) -> Pool:
         """A pool of some rows (n,), by their numbers; it stores none of them anew."""
@@ -98,28 +114,33 @@ class Pool:
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """At most ``count`` different rows as they are stored, (n, d), all of them if there are no more."""
         if len(self) <= count:
-            return torch.cat(list(self.stored))
+            return self.processes.gather(torch.cat(list(self.stored)))
         chosen = torch.randint(len(self), (count,), generator=generator).unique()
-        parts, begin = [], 0
+        parts, begin = [], self._before
         for rows in self.stored:
             here = chosen[(chosen >= begin) & (chosen < begin + len(rows))] - begin
             parts.append(rows[here.to(rows.device)])
             begin += len(rows)
-        return torch.cat(parts)
+        return self.processes.gather(torch.cat(parts))
+
+    @property
+    def _before(self) -> int:
+        """How many rows of the pool are those of processes before this one."""
+        return self._start if self._kept is None else int(self._kept[: self._start].sum())
 
     def mean(self) -> Tensor:
         """Mean activation (d,), float64."""
         total = torch.zeros(self._head.in_features, dtype=torch.float64, device=self._head.weight.device)
         for rows in self:
             total += rows.sum(0, dtype=torch.float64)
-        return total / len(self)
+        return self.processes.sum(total) / len(self)
 
     def mean_posterior(self) -> Tensor:
         """Mean class probabilities (K,) of the head, float64."""
         total = torch.zeros(self._head.num_classes, dtype=torch.float64, device=self._head.weight.device)
         for rows in self.stored:
             total += self.posterior(rows).sum(0)
-        return total / len(self)
+        return self.processes.sum(total) / len(self)
 
 
 class _Stored:
@@ -133,6 +154,8 @@ class _Stored:
             parts = iter(self._source.split(self._size))
         else:
             parts = (part.activations for part in self._source.batches(self._size))
+            if not len(self._source):
+                parts = iter([self._source.activations])  # none, of the right width and dtype
         start = 0
         for rows in parts:
             kept = None if self._kept is None else self._kept[start : start + len(rows)].to(rows.device)

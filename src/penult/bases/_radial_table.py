@@ -68,7 +68,7 @@ def log_mass_at(table: Tensor, radius: Tensor) -> Tensor:
     r = radius.to(table.dtype)
     place = r.clamp_min(torch.finfo(table.dtype).tiny).log()
     index = torch.searchsorted(pieces[:, 0].contiguous(), place.detach(), right=True).sub(1).clamp(min=0)
-    inside = _quintic(pieces[index], place)
+    inside = _quintic(torch.nn.functional.embedding(index, pieces), place)  # which torch.func maps over a single place
     # Below the first knot T grows with the square of r, beyond the last as F does far out.
     near = nought + (pieces[0, 2] - nought) * (r * (-pieces[0, 0]).exp()).square()
     beyond = (place - last).clamp_min(0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from penult.head import Head
+from penult.special import outside_transforms
 
 __all__ = ["RowIndex"]
 
@@ -23,13 +26,15 @@ class RowIndex:
         self._weight, self._version = head.weight, head.version
         d = head.in_features
         # No random numbers, which torch.func.vmap would refuse.
-        self._probe = torch.sin(torch.arange(1, d + 1, dtype=torch.float64).square())
-        keys = torch.cat([self._keys(rows) for _, rows in head.centered_blocks()])
-        self._keys_sorted, self._order = keys.sort()
+        with nullcontext() if torch.compiler.is_compiling() else outside_transforms():
+            self._probe = torch.sin(torch.arange(1, d + 1, dtype=torch.float64).square())
+            keys = torch.cat([self._keys(rows) for _, rows in head.centered_blocks()])
+            self._keys_sorted, self._order = keys.sort()
 
     def current(self, head: Head) -> bool:
         """Whether it is that of this head as it is now."""
-        return self._head is head and self._weight is head.weight and self._version == head.version
+        same = self._head is head and self._weight is head.weight
+        return same and (torch.compiler.is_compiling() or self._version == head.version)  # no versions while it traces
 
     def classes(self, weight: Tensor) -> Tensor:
         """The classes of rows (*B, d), (*B,); −1 for a row that is not the head's."""

@@ -29,6 +29,6 @@ def trimmed(pool: Pool, trim: float, fitted: Callable[[Pool], Callable[[Tensor],
     rest = pool
     for share in _GROWTH:
         strangeness = fitted(rest)
-        order = torch.cat([strangeness(rows) for rows in pool]).argsort(stable=True)
+        order = pool.processes.gather(torch.cat([strangeness(rows) for rows in pool])).argsort(stable=True)
         rest = pool.only(order[: max(2, math.ceil(len(pool) * (0.5 + share * (0.5 - trim))))])
     return rest

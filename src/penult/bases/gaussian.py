@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from penult.bases._moments import CovarianceType, tilted_gaussian
 from penult.bases._pool import Pool
 from penult.bases.base import Base, BaseInfo
 from penult.head import Head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Gaussian"]
 
@@ -65,6 +68,7 @@ class Gaussian(Base):
         activations: Tensor | Activations,
         covariance_type: CovarianceType = "full",
         shrinkage: float = 0.02,
+        group: ProcessGroup | None = None,
     ) -> Gaussian:
         """The Gaussian of most likelihood to unlabelled activations, with the head's soft labels in place of labels.
 
@@ -75,6 +79,8 @@ class Gaussian(Base):
             activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`, which may be larger than memory.
             covariance_type: ``"full"``, ``"diag"`` or ``"spherical"``, as in scikit-learn.
             shrinkage: Share of the activations' covariance that is replaced by a multiple of the identity.
+            group: Processes of ``torch.distributed`` that share the work. Each calls with the same arguments, reads its
+                own part of ``activations``, and gets the same fit, that of one process to rounding of sums.
 
         Raises:
             TypeError: If ``activations`` is neither a floating tensor nor `Activations`.
@@ -91,7 +97,7 @@ class Gaussian(Base):
             raise ValueError(f"covariance_type must be 'full', 'diag' or 'spherical'; got {covariance_type!r}")
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in [0, 1]; got {shrinkage}")
-        loc, covariance = tilted_gaussian(head, Pool(head, activations), covariance_type, shrinkage)
+        loc, covariance = tilted_gaussian(head, Pool(head, activations, group), covariance_type, shrinkage)
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
         return cls(loc, covariance if covariance_type == "full" else covariance.diagonal()).to(dtype)
 

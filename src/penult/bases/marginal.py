@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
 from penult.head import Head
 from penult.head._rows import mean_row_of
 from penult.special import traced
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Marginal", "MarginalKind"]
 
@@ -127,6 +130,7 @@ class Marginal(Base):
         rectified: bool | None = None,
         positive: bool | None = None,
         seed: int = 0,
+        group: ProcessGroup | None = None,
     ) -> Marginal:
         """Fit a law to unlabelled activations, which may be larger than memory.
 
@@ -151,6 +155,9 @@ class Marginal(Base):
                 :class:`~penult.distributions.PrincipalMixture`. None means yes where no activation is negative and at
                 most one in twenty is zero, as after ReLU and average pooling.
             seed: Seed of the fit, and of the estimate of the prior.
+            group: Processes of ``torch.distributed`` that share the work. Each calls with the same arguments, reads its
+                own part of ``activations``, and gets the same fit, that of one process to rounding of
+                sums; a ``"flow"`` is fitted in each to a sample of at most 33 million floats.
 
         Returns:
             The base. ``base.distribution`` is the law.
@@ -172,25 +179,36 @@ class Marginal(Base):
         """
         if kind not in get_args(MarginalKind):
             raise ValueError(f"kind must be 'mixture', 'class', 'flow' or 'bank'; got {kind!r}")
-        pool = Pool(head, activations)
+        pool = Pool(head, activations, group)
         pool.rectified = _rectified(head, pool, rectified, kind)
         if positive is None:
             positive = not pool.rectified and pool.minimum >= 0 and pool.zeros <= _FEW_ZEROS
+
+        def some() -> Tensor:
+            return pool.sample(max(1, _BANK // head.in_features), torch.Generator().manual_seed(seed))
+
         law: Sampler
         if kind == "mixture":
             count = min(max(32, head.num_classes), 100) if components is None else components
             law = PrincipalMixture.fit(
-                pool.stored, count, _dims(count) if dims is None else dims, pool.rectified, positive, seed
+                pool.stored,
+                count,
+                _dims(count) if dims is None else dims,
+                pool.rectified,
+                positive,
+                seed,
+                group=group,
             )
         elif kind == "class":
             count = _dims(head.num_classes) if dims is None else dims
-            law = PrincipalMixture.from_posterior(pool.stored, pool.posterior, count, pool.rectified, positive)
+            law = PrincipalMixture.from_posterior(
+                pool.stored, pool.posterior, count, pool.rectified, positive, group=group
+            )
         elif kind == "flow":
-            law = NormalizingFlow.fit(pool.stored, rectified=pool.rectified, seed=seed)
+            rows = pool.stored if group is None else some()
+            law = NormalizingFlow.fit(rows, rectified=pool.rectified, seed=seed)
         else:
-            most = max(1, _BANK // head.in_features)
-            rows = pool.sample(most, torch.Generator().manual_seed(seed))
-            law = Bank(rows, rectified=pool.rectified, validate_args=False)
+            law = Bank(some(), rectified=pool.rectified, validate_args=False)
         return cls(head, law, seed=seed)
 
     @property

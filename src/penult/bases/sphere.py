@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from penult.bases._trimming import trimmed
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import _sampling
 from penult.head import Head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Sphere"]
 
@@ -172,6 +175,7 @@ class Sphere(Base):
         shrinkage: float = 0.02,
         radii: int = 256,
         trim: float = 0.0,
+        group: ProcessGroup | None = None,
     ) -> Sphere:
         r"""The sphere closest to unlabelled activations.
 
@@ -190,6 +194,8 @@ class Sphere(Base):
                 by the fit itself, which begins with the less strange half and grows. 0.2 makes outlier scores
                 survive a pool in which every tenth activation is an outlier; see the guide on outliers for what it
                 costs where there are none.
+            group: Processes of ``torch.distributed`` that share the work. Each calls with the same arguments, reads its
+                own part of ``activations``, and gets the same fit, that of one process to rounding of sums.
 
         Raises:
             TypeError: If ``activations`` is not a floating tensor.
@@ -208,7 +214,7 @@ class Sphere(Base):
             raise ValueError(f"shrinkage must lie in [0, 1] and radii be at least 1; got {shrinkage} and {radii}")
         if not 0 <= trim < 0.5 or (trim and shape != "elliptic"):
             raise ValueError(f"trim must lie in [0, 0.5), and needs shape='elliptic'; got {trim} with {shape!r}")
-        pool = Pool(head, activations)
+        pool = Pool(head, activations, group)
         if trim:
 
             def fitted(part: Pool) -> Callable[[Tensor], Tensor]:
@@ -255,6 +261,7 @@ class Sphere(Base):
         histogram = RadialHistogram()
         for rows in pool:
             histogram.update(torch.linalg.vector_norm(base.read(rows.double()), dim=-1).clamp_min(1e-18))
+        histogram.counts, histogram.sums = (pool.processes.sum(part) for part in (histogram.counts, histogram.sums))
         radius, share = (a.to(device) for a in histogram.atoms(radii))
         if float(radius.max()) <= 1e-15:
             raise ValueError(f"all {len(pool)} activations lie at the centre, so there is no radius to fit")
@@ -301,8 +308,9 @@ class Sphere(Base):
     def log_prob(self, h: Tensor) -> Tensor:
         """Log m(h) = −log area − (m − 1) log r at h's own radius, (*S, d) → (*S,)."""
         m = self._dim(h)
-        r = torch.linalg.vector_norm(self.read(h), dim=-1)
-        return -special.log_sphere_area(m) - ((m - 1) * r.log() if m > 1 else torch.zeros_like(r))
+        u = self.read(h)
+        r = torch.linalg.vector_norm(u, dim=-1, dtype=special.working_dtype(u.device))  # squares could overflow
+        return (-special.log_sphere_area(m) - ((m - 1) * r.log() if m > 1 else torch.zeros_like(r))).to(u.dtype)
 
     def project(self, h: Tensor) -> Tensor:
         """H without its deviation from ``loc`` outside the subspace, (*S, d)."""

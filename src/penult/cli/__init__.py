@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Annotated
 
 import typer
 
 import penult
 from penult.cli import demo, distill, extract, fit, generate, head, report, sample, score
-from penult.cli.console import fail
+from penult.cli.console import fail, tell
+from penult.cli.processes import lost, own_rank
 
 __all__ = ["app", "main"]
 
@@ -53,6 +55,14 @@ def main() -> None:
     """Run the command line; bad input ends with one line and exit code 2."""
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C
+            tell("interrupted; what was written is whole, and extract, distill and generate go on from it")
+        raise
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        fail(error)
+        if not lost(error):
+            fail(error)
+        elif own_rank() == 0:
+            time.sleep(1)  # who watches the other processes knows which of them ended, and says so
+            tell("another process of this run ended; give the same command again to continue")
         sys.exit(2)

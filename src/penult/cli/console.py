@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,33 +14,55 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["RichReporter", "fail", "warnings_as_lines"]
+__all__ = ["RichReporter", "fail", "show_cursor", "tell", "warnings_as_lines"]
 
 _T = TypeVar("_T")
 
+_REMEDIES = {  # of what the system says, which says none
+    errno.ENOSPC: "free some space, then give the same command again: what was there before is as it was",
+    errno.EDQUOT: "free some space, then give the same command again: what was there before is as it was",
+    errno.EROFS: "nothing can be written there; give another place",
+    errno.EACCES: "see who may read and write there, or give another place",
+    errno.EPERM: "see who may read and write there, or give another place",
+}
+
+
+# A class name may hold what would move the cursor or write to the clipboard.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def _text(value: Any, style: str = "") -> Text:
+    """Text without markup, and with no character that a terminal obeys or cannot encode."""
+    return Text(str(value).encode("utf-8", "backslashreplace").decode().translate(_CONTROLS), style=style)
+
 
 class RichReporter:
-    """A reporter on the terminal, with progress bars; plain lines where the output is no terminal."""
+    """A reporter on the terminal, with progress bars; plain lines where the output is no terminal.
 
-    def __init__(self, stderr: bool = False) -> None:
-        self.console = Console(stderr=stderr, highlight=False)
+    Args:
+        stderr: Whether to leave stdout to others.
+        silent: Whether to print nothing, as of all processes but the first.
+    """
+
+    def __init__(self, stderr: bool = False, silent: bool = False) -> None:
+        self.console = Console(stderr=stderr, highlight=False, quiet=silent)
 
     def heading(self, text: str) -> None:
         """A new part begins."""
         self.console.print()
-        self.console.print(Text(text, style="bold"))
+        self.console.print(_text(text, "bold"))
 
     def line(self, text: str) -> None:
         """One line, or a block that keeps its line breaks."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(_text(text), soft_wrap=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A small table, numbers at the right."""
         table = Table(box=None, pad_edge=False)
         for i, column in enumerate(columns):
-            table.add_column(Text(column), justify="left" if i == 0 else "right")
+            table.add_column(_text(column), justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
+            table.add_row(*map(_text, row))
         self.console.print(table)
 
     def track(self, items: Sequence[_T], description: str) -> Iterable[_T]:
@@ -59,7 +82,7 @@ class RichReporter:
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
         """Say on stderr what is being done while it takes its time; nothing where stderr is no terminal."""
-        with Console(stderr=True, highlight=False).status(Text(text)):
+        with Console(stderr=True, highlight=False, quiet=self.console.quiet).status(_text(text)):
             yield
 
 
@@ -68,13 +91,32 @@ def fail(error: BaseException) -> None:
     if os.environ.get("PENULT_TRACEBACK"):
         raise error
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        reason = f"{reason.removeprefix(f'[Errno {error.errno}] ')}; {_REMEDIES[error.errno]}"
+    if reason.startswith("DataLoader worker"):  # in torch's words, which know of no command
+        reason += "; where memory is short, give fewer --workers. What is whole is kept: the same command continues"
     reason = reason.replace("overwrite=True", "--overwrite")  # what the argument is called here
-    Console(stderr=True, highlight=False).print(Text(f"penult: {reason}"), soft_wrap=True)
+    tell(reason)
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr."""
+    Console(stderr=True, highlight=False).print(_text(f"penult: {text}"), soft_wrap=True)
+
+
+def show_cursor() -> None:
+    """Give back the cursor that a progress bar hides, before a process ends without a word to it."""
+    if (console := Console(stderr=True)).is_terminal:
+        console.show_cursor(True)
 
 
 @contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Print what penult warns of on stderr, in one line and once, rather than with a line of code."""
+def warnings_as_lines(silent: bool = False) -> Iterator[None]:
+    """Print what penult warns of on stderr, in one line and once, rather than with a line of code.
+
+    Args:
+        silent: Whether to print nothing, as of all processes but the first.
+    """
     told = set()
     with warnings.catch_warnings():
         python = warnings.showwarning
@@ -84,9 +126,9 @@ def warnings_as_lines() -> Iterator[None]:
                 python(message, category, *where, **more)
                 return
             text = " ".join(str(message).split())
-            if text not in told:
+            if text not in told and not silent:
                 told.add(text)
-                Console(stderr=True, highlight=False).print(Text(f"penult: warning: {text}"), soft_wrap=True)
+                tell(f"warning: {text}")
 
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show

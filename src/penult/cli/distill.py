@@ -13,6 +13,7 @@ from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
 from penult.cli.lesson import accuracy_of, confusion_of, lesson_of, save, share_of
 from penult.cli.lesson_told import STUDENT_FILE, page, summary
+from penult.cli.processes import Devices, Launch, NumNodes, Strategy
 from penult.cli.training import (
     CHECKPOINT,
     FEW,
@@ -41,7 +42,7 @@ __all__ = ["distill"]
 _RECORDED = (  # what the student depends on
     *("teacher", "student", "data", "val", "pair", "kind", "temperature", "weight", "strength", "hint", "epochs"),
     *("batch_size", "rate", "size", "mode", "mean", "std", "weights", "path", "fold", "weight_key", "bias_key"),
-    *("seed", "devices", "num_nodes", "precision"),
+    *("seed", "precision"),
 )
 
 
@@ -96,9 +97,9 @@ def distill(
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds another distillation.")] = False,
     seed: sources.Seed = 0,
     device: sources.Device = "cpu",
-    devices: Annotated[int, typer.Option(help="How many devices of a machine.", min=1)] = 1,
-    num_nodes: Annotated[int, typer.Option(help="How many machines.", min=1)] = 1,
-    strategy: Annotated[str, typer.Option(help="Lightning's strategy for several devices, such as ddp.")] = "auto",
+    devices: Devices = None,
+    num_nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     precision: Annotated[str, typer.Option(help="Lightning's precision, such as bf16-mixed.")] = "32-true",
     as_json: sources.AsJson = False,
 ) -> None:
@@ -123,13 +124,15 @@ def distill(
     from penult.activations._resume import checksum
     from penult.distill import Distiller
     from penult.pair import load
+    from penult.processes import Processes
     from penult.report import Page  # noqa: F401  a missing extra is better said before the work
 
-    reporter = RichReporter(stderr=as_json)
+    launch = Launch(device, devices, num_nodes, strategy)
+    reporter, where = RichReporter(stderr=as_json, silent=launch.rank > 0), launch.device
+    settings |= {"devices": launch.devices, "num_nodes": launch.num_nodes}
     sources.folder_path(out)
-    where = sources.device_of(device)
     loading = {"batch_size": batch_size, "num_workers": workers}
-    with warnings_as_lines(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         reading = {"size": size, "mode": mode, "mean": mean, "std": std}
         dataset = sources.load_images(data, **reading)
         judge = None if val is None else sources.load_images(val, **reading)
@@ -153,8 +156,12 @@ def distill(
             *(each.labels for each in (dataset, judge) if each is not None and each.labels is not None),
             *(file for file in (teacher if sources.is_file(teacher) else None, pair, weights) if file is not None),
         )
-        if is_complete(out, settings, overwrite, "distill"):
-            say_complete(out, as_json, reporter)
+        processes = Processes(launch.start())
+        if processes.rank == 0:
+            io.sweep(out)  # what a killed run left half-written says nothing of the folder
+        if processes.first(processes.rank == 0 and is_complete(out, settings, overwrite, "distill")):
+            if processes.rank == 0:
+                say_complete(out, as_json, reporter)
             return
 
         torch.manual_seed(seed)  # of the student's first weights
@@ -173,17 +180,16 @@ def distill(
             out,
             seed,
             epochs=epochs,
-            where=where,
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
+            launch=launch,
             precision=precision,
         )
-        if trainer.is_global_zero:
+        if processes.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            for name in (SETTINGS_FILE, LOG_FILE, PAGE_FILE, STUDENT_FILE, *([CHECKPOINT] if overwrite else [])):
+            for name in (LOG_FILE, PAGE_FILE, STUDENT_FILE, *([CHECKPOINT] if overwrite else [])):
                 (out / name).unlink(missing_ok=True)  # of a run before
+            # Settings are replaced and never absent: a folder without them is none that could be continued.
             io.write_bytes(out / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
+        processes.wait()
         resumed = fit(
             trainer,
             distiller,
@@ -196,7 +202,7 @@ def distill(
             figure=_accuracy,
             reporter=reporter,
         )
-        if not trainer.is_global_zero:
+        if processes.rank:
             return
         end = confusion_of(distiller, loader_of(lesson.data, **loading) if examined is None else examined, where)
 

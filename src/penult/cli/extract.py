@@ -11,7 +11,8 @@ import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter
-from penult.cli.inputs import Batches, labels_fit
+from penult.cli.inputs import labels_fit, of_one_size
+from penult.cli.processes import Devices, Launch, NumNodes, Strategy
 
 __all__ = ["HEAD_FILE", "extract"]
 
@@ -46,11 +47,16 @@ def extract(
     shard_size: Annotated[float, typer.Option(help="MiB of a shard; what a kill can cost.", min=0.001)] = 16.0,
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds other activations.")] = False,
     device: sources.Device = "cpu",
+    devices: Devices = None,
+    num_nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     as_json: sources.AsJson = False,
 ) -> None:
     """Run a data set through a model and store its activations, logits and labels in shards.
 
     The folder also gets the head that the activations belong to, so that `penult fit` needs nothing else.
+
+    With --devices, processes share the images (extra train); a run that was stopped goes on with as many.
 
     Example: penult extract mypackage.models:resnet "train-*.parquet" --out activations/ --dtype float16
     """
@@ -62,20 +68,23 @@ def extract(
     from penult.head import find_head
     from penult.pair import GenerativePair
 
-    reporter = RichReporter(stderr=as_json)
+    launch = Launch(device, devices, num_nodes, strategy)
+    reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     sources.folder_path(out)
     if sources.is_file(model):
         raise ValueError(
             f"{model} is a file; to extract activations the network has to run: give package.module:factory"
         )
-    network = sources.load_model(model, weights).to(sources.device_of(device))
+    network = sources.load_model(model, weights).to(launch.device)
     dataset = sources.load_images(data, size=size, mode=mode, mean=mean, std=std)
-    loader = sources.batches_of(dataset, batch_size, workers)
-    batch = sources.first_images(dataset, 16)
+    with of_one_size(data):
+        batch = sources.first_images(dataset, 16)
     with sources.running(tuple(batch.shape)):
-        head = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
+        head = find_head(network, batch.to(launch.device), path=path, fold=fold)
     reporter.line(str(head.certificate))
     known = labels_fit(dataset, data, head.num_classes, reporter)
+    if not known:
+        dataset.labels = None
     before = [] if overwrite else sorted(path.name for path in out.glob("activations-*.safetensors"))
     complete = (out / io.INDEX_NAME).exists() and not overwrite
     if complete:
@@ -84,17 +93,24 @@ def extract(
         )
     elif before:
         reporter.line(f"{out} holds {len(before)} whole shards of a run that was stopped: resuming after them")
-    acts = run(
-        Tap(network, head),
-        Batches(data, loader, known),
-        out,
-        dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
-        pre_activation=pre_activation,
-        class_names=dataset.class_names if known else None,
-        shard_size=round(shard_size * 2**20),
-        overwrite=overwrite,
-        progress=True,
-    )
+    group = launch.start()
+    if group is not None:
+        reporter.line(f"{launch.devices * launch.num_nodes} processes share the batches; the bar shows those of one")
+    with of_one_size(data):
+        acts = run(
+            Tap(network, head),
+            sources.batches_of(dataset, batch_size, workers),
+            out,
+            dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
+            pre_activation=pre_activation,
+            class_names=dataset.class_names if known else None,
+            shard_size=round(shard_size * 2**20),
+            overwrite=overwrite,
+            progress=launch.rank == 0,
+            group=group,
+        )
+    if launch.rank:
+        return
     GenerativePair(head).save(out / HEAD_FILE)
     reporter.line(f"{out}: {acts}")
     if as_json:

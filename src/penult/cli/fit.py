@@ -13,8 +13,11 @@ import typer
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
 from penult.cli.extract import HEAD_FILE
+from penult.cli.processes import Devices, Launch, NumNodes, Strategy
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from penult.activations import Activations
     from penult.bases import Base
     from penult.head import Head
@@ -86,6 +89,10 @@ def fit(
     weight_key: sources.WeightKey = None,
     bias_key: sources.BiasKey = None,
     seed: sources.Seed = 0,
+    device: sources.Device = "cpu",
+    devices: Devices = None,
+    num_nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     as_json: sources.AsJson = False,
 ) -> None:
     """Fit a base measure to stored activations, without labels, and write the pair.
@@ -113,8 +120,10 @@ def fit(
     import torch
 
     from penult.pair import GenerativePair
+    from penult.processes import Processes
 
-    reporter = RichReporter(stderr=as_json)
+    launch = Launch(device, devices, num_nodes, strategy)
+    reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     sources.pair_path(out)
     options = {"components": components, "dims": dims, "ambient": ambient, "trim": trim}
     options = {name: value for name, value in options.items() if value is not None}
@@ -122,18 +131,24 @@ def fit(
     file = activations / HEAD_FILE if head is None else head
     acts, found = _read(activations, file, weight_key, bias_key)
     others = None if prior_from is None else _read(prior_from, file, weight_key, bias_key)[0]
+    found = found.to(launch.device)
+    group = launch.start()
     facts: dict[str, Any] = {"out": str(out), "base": base.value, "samples": len(acts)}
-    with warnings_as_lines():
+    with warnings_as_lines(launch.rank > 0):
         _warn_of_rectified(base, found, acts, activations)
         if base is BaseName.auto:
             from penult.realism import choose
 
-            ranking = choose(found, acts, seed=seed, progress=True)
-            reporter.line(str(ranking))
-            base = BaseName(ranking.best)
-            facts |= {"base": base.value, "ranking": ranking.to_dict()}
+            if launch.rank == 0:
+                ranking = choose(found, acts, seed=seed, progress=True)
+                reporter.line(str(ranking))
+                base = BaseName(ranking.best)
+                facts |= {"base": base.value, "ranking": ranking.to_dict()}
+            base = Processes(group).first(base)
         with reporter.waiting(f"fitting the {base.value} base to {len(acts)} activations"):
-            fitted = _fitted(base, found, acts, seed, options)
+            fitted = _fitted(base, found, acts, seed, options, group)
+        if launch.rank:
+            return
         pair = GenerativePair(found, fitted)
         if others is not None:
             pair = pair.with_prior(pair.estimate_prior(others))
@@ -236,11 +251,13 @@ def _warn_of_rectified(base: BaseName, head: Head, acts: Activations, folder: Pa
         warnings.filterwarnings("ignore", "a ReLU stands right before this head, and these activations")
 
 
-def _fitted(base: BaseName, head: Head, acts: Activations, seed: int, options: dict[str, Any]) -> Base:
+def _fitted(
+    base: BaseName, head: Head, acts: Activations, seed: int, options: dict[str, Any], group: ProcessGroup | None
+) -> Base:
     from penult.bases import Gaussian, Marginal, Sphere
 
     if base is BaseName.gaussian:
-        return Gaussian.fit(head, acts)
+        return Gaussian.fit(head, acts, group=group)
     if base in _SHAPES:
-        return Sphere.fit(head, acts, shape=_SHAPES[base], **options)
-    return Marginal.fit(head, acts, kind=_MARGINALS[base], seed=seed, **options)
+        return Sphere.fit(head, acts, shape=_SHAPES[base], group=group, **options)
+    return Marginal.fit(head, acts, kind=_MARGINALS[base], seed=seed, group=group, **options)

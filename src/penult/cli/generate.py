@@ -12,6 +12,7 @@ import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter
+from penult.cli.processes import Devices, Launch, NumNodes, Strategy
 from penult.cli.training import plain
 
 __all__ = ["KINDS", "generate"]
@@ -163,9 +164,9 @@ def generate(
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds another generator.")] = False,
     seed: sources.Seed = 0,
     device: sources.Device = "cpu",
-    devices: Annotated[int, typer.Option(help="How many devices of a machine.", min=1)] = 1,
-    num_nodes: Annotated[int, typer.Option(help="How many machines.", min=1)] = 1,
-    strategy: Annotated[str, typer.Option(help="Lightning's strategy for several devices, such as ddp.")] = "auto",
+    devices: Devices = None,
+    num_nodes: NumNodes = None,
+    strategy: Strategy = "auto",
     precision: Annotated[str, typer.Option(help="Lightning's precision, such as bf16-mixed.")] = "32-true",
     as_json: sources.AsJson = False,
 ) -> None:
@@ -191,7 +192,8 @@ def generate(
     values: dict[str, Any] = dict(locals())
     from penult.cli import generation, generation_told  # which load torch and Lightning
 
-    reporter = RichReporter(stderr=as_json)
+    launch = Launch(device, devices, num_nodes, strategy)
+    reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     given = {
         parameter.name: parameter.opts[0]
         for parameter in context.command.params
@@ -223,6 +225,7 @@ def generate(
         raise ValueError("--judge-weights goes with --judge, package.module:factory")
     chosen = {name: default if values[name] is None else plain(values[name]) for name, default in own.items()}
     values |= {"kind": kind.value, "condition": condition.value, "batch_size": chosen.pop("batch_size"), "own": chosen}
+    values["launch"] = launch
     asked = {field.name: values[field.name] for field in fields(generation.Order)}
     generation.train(generation.Order(**asked), as_json, reporter)
 

@@ -35,6 +35,7 @@ from penult.cli.generation_told import (
     seeded,
     summary,
 )
+from penult.cli.processes import Launch
 from penult.cli.training import (
     CHECKPOINT,
     FEW,
@@ -57,6 +58,7 @@ from penult.data._extra import extra
 from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE, Judge
 from penult.head import find_head
 from penult.pair import GenerativePair
+from penult.processes import Processes
 
 __all__ = ["CLASSES", "Order", "train"]
 
@@ -102,18 +104,15 @@ class Order:
     workers: int
     overwrite: bool
     seed: int
-    device: str
-    devices: int
-    num_nodes: int
-    strategy: str
+    launch: Launch
     precision: str
 
     @property
     def settings(self) -> dict[str, Any]:
         """Those that the results depend on."""
-        apart = "out", "workers", "overwrite", "device", "strategy"
+        apart = "out", "workers", "overwrite", "launch"
         facts = asdict(self)
-        facts |= facts.pop("own")
+        facts |= facts.pop("own") | {"devices": self.launch.devices, "num_nodes": self.launch.num_nodes}
         return {"command": "generate"} | {name: plain(v) for name, v in facts.items() if name not in apart}
 
     @property
@@ -169,8 +168,9 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
     from penult.report import Page  # noqa: F401  a missing extra is better said before the work
 
     extra("PIL.Image", PILLOW)
-    out, where = _folder(order.out), sources.device_of(order.device)
-    with warnings_as_lines(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    launch = order.launch
+    out, where = _folder(order.out), launch.device
+    with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         pair = sources.load_pair(order.source, order.weight_key, order.bias_key)
         by = sources.normalization(order.mean, order.std)
         normalize = None if by is None else Normalized(by)
@@ -195,8 +195,13 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
             *(file for file in (order.source, order.weights) if file is not None),
         )
         settings["judge_content"] = None if order.judge_weights is None else digest(order.judge_weights)
-        if is_complete(out, settings, order.overwrite, "generate", _FREE):
-            say_complete(out, as_json, reporter)
+        processes = Processes(launch.start())
+        for folder in (out, out / SAMPLES) if processes.rank == 0 else ():
+            io.sweep(folder)  # what a killed run left half-written says nothing of the folder
+        whole = processes.rank == 0 and is_complete(out, settings, order.overwrite, "generate", _FREE)
+        if processes.first(whole):
+            if processes.rank == 0:
+                say_complete(out, as_json, reporter)
             return
 
         if other is None:
@@ -210,19 +215,17 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
             out,
             order.seed,
             epochs=order.epochs,
-            where=where,
-            devices=order.devices,
-            num_nodes=order.num_nodes,
-            strategy=order.strategy,
+            launch=launch,
             precision=order.precision,
             callbacks=[_sampling(order, law)],
         )
-        if trainer.is_global_zero:
+        if processes.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             old = [CHECKPOINT, *(str(file.relative_to(out)) for file in (out / SAMPLES).glob("*.png"))]
             for name in (LOG_FILE, PAGE_FILE, GENERATOR_FILE, *(old if order.overwrite else [])):
                 (out / name).unlink(missing_ok=True)  # of a run before
             io.write_bytes(out / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
+        processes.wait()
         resumed = fit(
             trainer,
             generator,
@@ -235,7 +238,7 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
             figure=_figure,
             reporter=reporter,
         )
-        if not trainer.is_global_zero:
+        if processes.rank:
             return
         learnt = generator.to(where).eval()
         generator = learnt.with_pair(law.to(where))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "OPTIONS",
     "BatchSize",
-    "Batches",
     "Inputs",
     "InputsReader",
     "Network",
@@ -28,6 +28,7 @@ __all__ = [
     "Pair",
     "Workers",
     "labels_fit",
+    "of_one_size",
 ]
 
 OPTIONS = ("weights", "path", "fold", "size", "mode", "mean", "std", "batch_size", "workers")
@@ -117,17 +118,15 @@ class InputsReader:
                 "--weights), or the folder of activations that penult extract wrote"
             )
         known = labels and labels_fit(dataset, source, self.pair.head.num_classes, self.reporter)
-        try:
+        if not known:
+            dataset.labels = None
+        with of_one_size(source):
             first = sources.first_images(dataset, _FEW)
-        except RuntimeError as error:
-            raise ValueError(_unequal(source)) from error
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), sources.running(tuple(first.shape)):
-            torch.manual_seed(self.seed)
-            tap = self._tapped(first)
-            loader = Batches(
-                source, sources.batches_of(dataset, self.options["batch_size"], self.options["workers"]), known
-            )
-            acts = extract(tap, loader, class_names=dataset.class_names if known else None, progress=True)
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), sources.running(tuple(first.shape)):
+                torch.manual_seed(self.seed)
+                tap = self._tapped(first)
+                loader = sources.batches_of(dataset, self.options["batch_size"], self.options["workers"])
+                acts = extract(tap, loader, class_names=dataset.class_names if known else None, progress=True)
         plain = sources.load_images(source, size=size, mode=mode, mean=None, std=None)
         return Inputs(source, acts, plain)
 
@@ -198,30 +197,14 @@ def labels_fit(dataset: ImageDataset, source: str, classes: int, reporter: RichR
     return False
 
 
-class Batches:
-    """Batches of a loader, without their labels where these are not asked for."""
-
-    def __init__(self, source: str, loader: Any, labels: bool) -> None:
-        self.source, self.loader, self.labels = source, loader, labels
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        from torch import Tensor
-
-        batches = iter(self.loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "stack expects each tensor to be equal size" in str(error):
-                    raise ValueError(_unequal(self.source)) from error
-                raise
-            yield batch if self.labels or isinstance(batch, Tensor) else batch[0]
-
-
-def _unequal(source: str) -> str:
-    return f"the images of {source} are not all of one size: give --size, and --mode where some are grey"
+@contextmanager
+def of_one_size(source: str) -> Iterator[None]:
+    """Where images are gathered to batches, which they have to be of one size for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        raise ValueError(
+            f"the images of {source} are not all of one size: give --size, and --mode where some are grey"
+        ) from error

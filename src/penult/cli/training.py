@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,15 @@ from penult.cli import sources
 from penult.cli.console import RichReporter
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from penult.activations import Tap
+    from penult.cli.processes import Launch
     from penult.pair import GenerativePair
 
 __all__ = [
     "CHECKPOINT", "FEW", "LOG_FILE", "PAGE_FILE", "SETTINGS_FILE", "class_names", "digest", "fit", "held_out",
-    "is_complete", "loader_of", "plain", "say_complete", "trainer_of", "watched",
+    "is_complete", "loader_of", "plain", "quiet", "say_complete", "trainer_of", "watched",
 ]  # fmt: skip
 
 SETTINGS_FILE, LOG_FILE, PAGE_FILE = "settings.json", "log.json", "index.html"
@@ -71,8 +72,8 @@ def is_complete(
         command: That the settings are of.
         free: Settings that may differ, for what can be done again without training.
     """
-    file, what = out / SETTINGS_FILE, _COMMANDS[command]
-    stored = json.loads(file.read_text("utf-8")) if file.exists() else None
+    what = _COMMANDS[command]
+    stored = _facts(out / SETTINGS_FILE) if (out / SETTINGS_FILE).exists() else None
     if stored is None or stored.get("command", "distill") != command:
         if out.exists() and any(out.iterdir()):
             raise FileExistsError(f"{out} holds other files, and no {what}; give a new folder")
@@ -93,12 +94,26 @@ def is_complete(
     return not changed and (out / LOG_FILE).exists()
 
 
+def _facts(file: Path) -> dict[str, Any]:
+    """What penult wrote to a file of a run.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    try:
+        facts = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); give a new folder") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} is not what penult writes there; give a new folder")
+    return facts
+
+
 def say_complete(out: Path, as_json: bool, reporter: RichReporter) -> None:
     """Say that nothing is left to do, and give the facts of the run."""
     reporter.line(f"{out} is complete: nothing is done; --overwrite starts anew")
     if as_json:
-        facts = json.loads((out / LOG_FILE).read_text("utf-8"))
-        typer.echo(json.dumps(facts | {"was_complete": True}, indent=2))
+        typer.echo(json.dumps(_facts(out / LOG_FILE) | {"was_complete": True}, indent=2))
 
 
 def watched(
@@ -192,10 +207,7 @@ def trainer_of(
     seed: int,
     *,
     epochs: int,
-    where: torch.device,
-    devices: int,
-    num_nodes: int,
-    strategy: str,
+    launch: Launch,
     precision: Any,
     callbacks: Collection[Any] = (),
 ) -> Any:
@@ -203,22 +215,38 @@ def trainer_of(
     import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+    from lightning.pytorch.plugins import TorchCheckpointIO
+
+    from penult import io
+
+    class Whole(TorchCheckpointIO):
+        """Writes beside the checkpoint and renames.
+
+        Lightning's own copies it from the system's temporary folder, piece by piece where that is another disk, so
+        that a kill or a full disk would tear the only one there is.
+        """
+
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            buffer = BytesIO()
+            torch.save(checkpoint, buffer)
+            io.write_bytes(path, buffer.getvalue())
 
     def begin(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:  # so that what the training draws is the same after a resume
             torch.manual_seed(seed + 7919 * (1 + trainer.current_epoch) + 104729 * trainer.global_rank)
 
-    folder, name = (out / CHECKPOINT).parent, Path(CHECKPOINT).stem
+    folder, name, where = (out / CHECKPOINT).parent, Path(CHECKPOINT).stem, launch.device
     saving = ModelCheckpoint(folder, name, save_on_train_epoch_end=True, enable_version_counter=False)
-    with _quiet():
+    with quiet():
         return Trainer(
             max_epochs=epochs,
             accelerator={"cuda": "gpu"}.get(where.type, where.type),
-            devices=[where.index] if where.index is not None and where.type == "cuda" and devices == 1 else devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
+            devices=[where.index] if where.index is not None and not launch.several else launch.devices,
+            num_nodes=launch.num_nodes,
+            strategy=launch.strategy,
             precision=precision,
             callbacks=[LambdaCallback(on_train_batch_start=begin), *callbacks, saving],
+            plugins=[Whole()],
             default_root_dir=out,
             num_sanity_val_steps=0,
             logger=False,
@@ -263,20 +291,18 @@ def fit(
         before = len(torch.load(file, map_location="cpu", weights_only=True)["penult"]["history"])
         what = "a run that was stopped" if before < epochs else "a training that is done"
         reporter.line(f"{out} holds {what}: resuming after epoch {before} of {epochs}")
-    # This sampler's order is a function of seed and epoch, on one device too; on several, Lightning puts in its own.
-    order: Any = DistributedSampler(data, 1, 0, seed=seed) if trainer.world_size == 1 else None
-    if order is not None:
-        order.set_epoch(before)  # Lightning does, but workers that are asked ahead begin before
+    # This sampler's order is a function of seed and epoch, on one device too.
+    order: Any = DistributedSampler(data, trainer.world_size, trainer.global_rank, seed=seed)
+    order.set_epoch(before)  # Lightning does, but workers that are asked ahead begin before
     # A last batch of one image would have no variance to normalise by.
     loader = loader_of(
         data,
         sampler=order,
-        shuffle=None if order is not None else True,
-        drop_last=len(data) % loading["batch_size"] == 1 and len(data) > 1,
+        drop_last=len(order) % loading["batch_size"] == 1 and len(order) > 1,
         generator=torch.Generator().manual_seed(seed),
         **loading,
     )
-    with _quiet(), reporter.steps(epochs * -(-len(loader) // trainer.world_size)) as report:
+    with quiet(), reporter.steps(epochs * len(loader)) as report:
 
         def told(trainer: Any, module: Any, *_: Any) -> None:
             last = figure(module.history[-1]) if module.history else ""
@@ -296,7 +322,7 @@ def fit(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Lightning's tips and remarks, which are about its own options."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

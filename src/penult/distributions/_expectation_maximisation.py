@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from penult.processes import Processes
+
 __all__ = ["Components", "Prior", "maximise", "of_responsibilities", "start"]
 
 _ELEMENTS = 1 << 21  # of statistics and responsibilities handled at a time
@@ -80,7 +82,12 @@ def start(points: Tensor, components: int, strength: float, generator: torch.Gen
 
 
 def maximise(
-    mixture: Components, prior: Prior, batches: Callable[[], Iterable[Tensor]], iterations: int, tolerance: float
+    mixture: Components,
+    prior: Prior,
+    batches: Callable[[], Iterable[Tensor]],
+    iterations: int,
+    tolerance: float,
+    processes: Processes,
 ) -> tuple[Components, list[float]]:
     """Expectation maximisation (Dempster, Laird and Rubin, 1977) of log likelihood plus log prior.
 
@@ -90,6 +97,7 @@ def maximise(
         batches: Gives the points again at each call, (n, m) float64 at a time.
         iterations: Updates, at least one, at most this many.
         tolerance: An update that gains less than this, per point, is the last.
+        processes: Those whose points these are.
 
     Returns:
         The mixture, without the components that hold less than half a point, and the objective per point of the
@@ -108,7 +116,9 @@ def maximise(
                 total += (joint - evidence).exp_().mT @ statistics
                 likelihood += float(evidence.sum())
                 seen += len(points)
-        history.append((likelihood + _log_prior(mixture, prior)) / seen)
+        total = processes.sum(total)
+        objective = processes.total(likelihood) + _log_prior(mixture, prior)
+        history.append(objective / processes.total(seen))
         mixture, counts = _update(total, mixture.means, prior), total[:, -1]
         if len(history) > 1 and history[-1] - history[-2] < tolerance:
             break
@@ -116,12 +126,13 @@ def maximise(
     return Components(*(part[kept] for part in mixture)), history
 
 
-def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float) -> Components:
+def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float, processes: Processes) -> Components:
     """One M-step with given responsibilities, under a prior of the covariance within components, pooled.
 
     Args:
         parts: Points (n, m) and responsibilities (n, C), float64, some at a time.
         strength: ν of the prior.
+        processes: Those whose points these are.
 
     Returns:
         The mixture, without the components that hold less than 1e-6 of a point.
@@ -137,6 +148,7 @@ def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float)
             total = part if total is None else total + part
         dims = points.shape[-1]
     assert total is not None
+    total = processes.sum(total)
     total = total[total[:, -1] >= 1e-6]
     counts, means, scatter = _moments(total, total.new_zeros(len(total), dims))
     pooled = scatter.sum(0) / counts.sum()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from penult.processes import Processes
 from penult.special import working_dtype
 
 __all__ = ["Projected", "Rows"]
@@ -17,10 +18,19 @@ _KEPT = 1 << 24  # projected elements kept in memory; beyond, every pass project
 
 
 class Rows:
-    """Rows to fit to, looked at one batch at a time: their number, mean and covariance, by two passes."""
+    """Rows to fit to, looked at one batch at a time: their number, mean and covariance, by two passes.
 
-    def __init__(self, source: Tensor | Iterable[Tensor], link: Callable[[Tensor], Tensor] | None = None) -> None:
+    Where processes share the work, iterating gives this one's rows; everything else is of the rows of all.
+    """
+
+    def __init__(
+        self,
+        source: Tensor | Iterable[Tensor],
+        link: Callable[[Tensor], Tensor] | None = None,
+        processes: Processes | None = None,
+    ) -> None:
         self._link = link
+        self.processes = Processes() if processes is None else processes
         if isinstance(source, Tensor):
             if source.dim() != 2:
                 raise ValueError(f"activations has shape {tuple(source.shape)}; expected (N, d)")
@@ -33,7 +43,7 @@ class Rows:
             )
         else:
             self._source = source
-        self.count = 0
+        self.own = 0
         total = None
         for rows in self._source:
             if not isinstance(rows, Tensor) or not rows.is_floating_point():
@@ -56,10 +66,14 @@ class Rows:
                 self.work = rows.device if wide else torch.device("cpu")  # sums need float64
                 total = torch.zeros(rows.shape[1], dtype=torch.float64, device=self.work)
             total += self.wide(rows).sum(0)
-            self.count += len(rows)
-        if total is None or self.count < 2:
+            self.own += len(rows)
+        if total is None:
+            raise ValueError("activations hold 0 rows; a fit needs at least two")
+        counts = self.processes.objects(self.own)
+        self.count, self.before = sum(counts), sum(counts[: self.processes.rank])
+        if self.count < 2:
             raise ValueError(f"activations hold {self.count} rows; a fit needs at least two")
-        self.mean = total / self.count
+        self.mean = self.processes.sum(total) / self.count
 
     def plane(self, dims: int) -> tuple[Tensor, float]:
         """At most ``dims`` leading principal components (m, d), and the standard deviation across them."""
@@ -67,7 +81,7 @@ class Rows:
         for rows in self:
             off = rows - self.mean
             scatter.addmm_(off.mT, off)
-        values, vectors = torch.linalg.eigh(scatter / self.count)
+        values, vectors = torch.linalg.eigh(self.processes.sum(scatter) / self.count)
         values = values.flip(-1)
         size = self.mean.square().sum() + values.clamp_min(0).sum()
         noise = torch.finfo(self.dtype).eps ** 2 * size / len(values)  # what rounding of the rows makes of none
@@ -78,7 +92,9 @@ class Rows:
         across = float(values[m:rank].sum() / (d - m)) if m < d else 0.0
         vectors = vectors.flip(-1)[:, :m].mT
         largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-        return vectors * largest.sign(), math.sqrt(across)  # LAPACK leaves the signs open
+        # LAPACK leaves the signs open, and machines round differently.
+        plane, spread = self.processes.first(((vectors * largest.sign()).cpu(), math.sqrt(across)))
+        return plane.to(self.work), spread
 
     def project(self, plane: Tensor) -> Projected:
         return Projected(self, plane)
@@ -93,9 +109,9 @@ class Rows:
         for rows in self._source:
             seen += len(rows)
             yield rows
-        if seen != self.count:
+        if seen != self.own:
             raise ValueError(
-                f"activations gave {self.count} rows at first and {seen} later; each pass must give the same"
+                f"activations gave {self.own} rows at first and {seen} later; each pass must give the same"
             )
 
     def wide(self, rows: Tensor) -> Tensor:
@@ -110,7 +126,7 @@ class Projected:
     def __init__(self, rows: Rows, plane: Tensor) -> None:
         self._rows = rows
         self._plane = plane
-        keep = rows.count * len(plane) <= _KEPT
+        keep = rows.own * len(plane) <= _KEPT
         self._kept = list(self._compute()) if keep else None
 
     def _compute(self) -> Iterator[Tensor]:
@@ -122,9 +138,9 @@ class Projected:
 
     def take(self, index: Tensor) -> Tensor:
         """Rows at increasing positions ``index``, on the CPU, where random choices do not depend on the device."""
-        parts, begin = [], 0
+        parts, begin = [], self._rows.before
         for batch in self:
             here = index[(index >= begin) & (index < begin + len(batch))] - begin
             parts.append(batch[here.to(batch.device)].cpu())
             begin += len(batch)
-        return torch.cat(parts)
+        return self._rows.processes.gather(torch.cat(parts))

@@ -8,6 +8,8 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
+from penult.special import in_double
+
 __all__ = ["Bank"]
 
 
@@ -82,12 +84,12 @@ class Bank(Distribution):
     @property
     def mean(self) -> Tensor:
         """Mean of the rows, shape (*B, d)."""
-        return self._spread(self.rows.double().mean(0))
+        return self._spread(in_double(self.rows).mean(0))
 
     @property
     def variance(self) -> Tensor:
         """Variance of each coordinate over the rows, shape (*B, d)."""
-        return self._spread(self.rows.double().var(0, correction=0))
+        return self._spread(in_double(self.rows).var(0, correction=0))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Bank:
         """The same law with a batch shape; the rows are shared."""
@@ -124,7 +126,7 @@ class Bank(Distribution):
         return drawn.clamp_min(0) if self.rectified else drawn
 
     def _spread(self, moment: Tensor) -> Tensor:
-        return moment.to(self.activations.dtype).expand(self.batch_shape + self.event_shape)
+        return moment.to(self.activations).expand(self.batch_shape + self.event_shape)
 
     def __repr__(self) -> str:
         (n, d), how = self.activations.shape, ", rectified" if self.rectified else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -348,9 +347,10 @@ class _Warped:
 
 def _zuko() -> Any:
     try:
-        return importlib.import_module("zuko.transforms")
+        from zuko import transforms  # not by importlib, which torch.compile does not trace
     except ImportError as error:
         raise ImportError('a NormalizingFlow needs zuko: pip install "penult[flow]"', name=error.name) from error
+    return transforms
 
 
 def _mixture(parts: Iterable[Tensor], validate_args: bool = False) -> PrincipalMixture:

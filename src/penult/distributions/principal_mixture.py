@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Size, Tensor
@@ -13,7 +13,11 @@ from torch.distributions import Distribution, constraints
 from penult.distributions import _expectation_maximisation as em
 from penult.distributions._links import NEXT_TO_ZERO, rectified_moments, square, unsquare
 from penult.distributions._rows import Rows
-from penult.special import traced, working_dtype
+from penult.processes import Processes
+from penult.special import in_full, traced, working_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PrincipalMixture"]
 
@@ -142,6 +146,7 @@ class PrincipalMixture(Distribution):
         seed: int = 0,
         iterations: int = 100,
         tolerance: float = 1e-3,
+        group: ProcessGroup | None = None,
     ) -> PrincipalMixture:
         """Fit to activations, without labels: principal components, then expectation maximisation in them.
 
@@ -165,6 +170,8 @@ class PrincipalMixture(Distribution):
             seed: Seed of the start. The global random state is not touched.
             iterations: Updates, at most.
             tolerance: Gain of the mean log likelihood, per row and with the prior, below which the updates end.
+            group: Processes of ``torch.distributed`` that share the work. Each gives rows of its own, as a tensor or in
+                at least one batch, be it of no row; all get the same law.
 
         Returns:
             A distribution of the dtype of the rows, at least float32, on their device.
@@ -185,7 +192,7 @@ class PrincipalMixture(Distribution):
                 raise ValueError(f"{name} must be a positive integer, got {number!r}")
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
-        rows, softness = _read(activations, rectified, positive)
+        rows, softness = _read(activations, rectified, positive, Processes(group))
         plane, across = rows.plane(dims)
         generator = torch.Generator().manual_seed(seed)
         sample = torch.arange(rows.count)
@@ -196,9 +203,11 @@ class PrincipalMixture(Distribution):
         mixture, prior = em.start(
             first, min(components, max(1, rows.count // _ROWS)), _STRENGTH * len(plane), generator
         )
+        # Machines round differently, and a start that differs in the last digit may end elsewhere.
+        mixture, prior = rows.processes.first((mixture, prior))
         mixture = em.Components(*(part.to(rows.work) for part in mixture))
         prior = em.Prior(prior.covariance.to(rows.work), prior.strength)
-        mixture, _ = em.maximise(mixture, prior, lambda: projected, iterations, tolerance)
+        mixture, _ = em.maximise(mixture, prior, lambda: projected, iterations, tolerance, rows.processes)
         return cls._of(rows, plane, across, mixture, rectified, softness)
 
     @classmethod
@@ -209,6 +218,7 @@ class PrincipalMixture(Distribution):
         dims: int = 24,
         rectified: bool = False,
         positive: bool = False,
+        group: ProcessGroup | None = None,
     ) -> PrincipalMixture:
         """One component a class, from class probabilities in place of labels; in closed form.
 
@@ -224,6 +234,7 @@ class PrincipalMixture(Distribution):
             dims: How many principal components m, at most.
             rectified: Whether the law is rectified.
             positive: Whether the law is positive, as for :meth:`fit`; the rows that ``posterior`` gets are h.
+            group: Processes of ``torch.distributed`` that share the work, as for :meth:`fit`.
 
         Returns:
             A distribution of the dtype of the rows, at least float32, on their device.
@@ -240,7 +251,7 @@ class PrincipalMixture(Distribution):
         """
         if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
             raise ValueError(f"dims must be a positive integer, got {dims!r}")
-        rows, softness = _read(activations, rectified, positive)
+        rows, softness = _read(activations, rectified, positive, Processes(group))
         plane, across = rows.plane(dims)
 
         def parts() -> Iterator[tuple[Tensor, Tensor]]:
@@ -250,7 +261,7 @@ class PrincipalMixture(Distribution):
                     raise ValueError(f"posterior gave {tuple(p.shape)} for {len(batch)} rows; expected (n, C)")
                 yield (rows.wide(batch) - rows.mean) @ plane.mT, p.detach().to(plane)
 
-        mixture = em.of_responsibilities(parts(), _STRENGTH * len(plane))
+        mixture = em.of_responsibilities(parts(), _STRENGTH * len(plane), rows.processes)
         return cls._of(rows, plane, across, mixture, rectified, softness)
 
     @classmethod
@@ -358,20 +369,21 @@ class PrincipalMixture(Distribution):
         parts = []
         for rows in value.to(dtype).expand(shape).reshape(-1, d).split(max(1, _ELEMENTS // (len(means) * m + d))):
             x, slope = (rows, None) if self.softness is None else unsquare(rows, self.softness.to(dtype))
-            off = x - loc
-            u = off @ plane.mT
-            z = (u - means.unsqueeze(-2)) @ whiten.mT  # (C, n, m)
-            part = (constant - 0.5 * z.square().sum(-1).mT).logsumexp(-1)
-            if not self._full:
-                rest = (off - u @ plane) / self.residual_scale.to(dtype)
-                part = part - 0.5 * rest.square().sum(-1)
+            with in_full(loc.device):
+                off = x - loc
+                u = off @ plane.mT
+                z = (u - means.unsqueeze(-2)) @ whiten.mT  # (C, n, m)
+                part = (constant - 0.5 * z.square().sum(-1).mT).logsumexp(-1)
+                if not self._full:
+                    rest = (off - u @ plane) / self.residual_scale.to(dtype)
+                    part = part - 0.5 * rest.square().sum(-1)
             parts.append(part if slope is None else part + slope)
         return torch.cat(parts).reshape(shape[:-1]).to(torch.promote_types(value.dtype, self.loc.dtype))
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Draw activations of shape (*sample_shape, *B, d), from ``generator`` or torch's default."""
         shape = self._extended_shape(Size(sample_shape))
-        with torch.no_grad():
+        with torch.no_grad(), in_full(self.loc.device):
             return self._draw(shape[:-1].numel(), generator).to(self.loc.dtype).reshape(shape)
 
     def _draw(self, count: int, generator: torch.Generator | None) -> Tensor:
@@ -441,18 +453,21 @@ class PrincipalMixture(Distribution):
         )
 
 
-def _read(activations: Tensor | Iterable[Tensor], rectified: bool, positive: bool) -> tuple[Rows, Tensor | None]:
+def _read(
+    activations: Tensor | Iterable[Tensor], rectified: bool, positive: bool, processes: Processes
+) -> tuple[Rows, Tensor | None]:
     """The rows x that a law of h = activations is fitted to, and its softness."""
-    rows = Rows(activations)
+    rows = Rows(activations, processes=processes)
     if not positive:
         return rows, None
     if rectified:
         raise ValueError("a law is rectified or positive, not both")
-    least, mean = min(float(batch.min()) for batch in rows.given() if len(batch)), rows.mean
+    least, mean = min((float(batch.min()) for batch in rows.given() if len(batch)), default=math.inf), rows.mean
+    least = processes.least(least)
     if least < 0 or not bool((mean > 0).any()):
         raise ValueError(f"positive=True is for activations that are not negative; the least of these is {least:.4g}")
     b = _SOFTNESS * torch.where(mean > 0, mean, 0.01 * mean.mean())
-    return Rows(activations, lambda h: unsquare(torch.maximum(h, NEXT_TO_ZERO * b), b)[0]), b
+    return Rows(activations, lambda h: unsquare(torch.maximum(h, NEXT_TO_ZERO * b), b)[0], processes), b
 
 
 def _check_shapes(given: dict[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
+from penult.special import in_full
+
 __all__ = ["Tilt", "Tiltable"]
 
 
@@ -69,7 +71,7 @@ class Tilt(Distribution):
     def mean(self) -> Tensor:
         """E[h] = ∇ log M(w), by automatic differentiation and itself differentiable in w, shape (*B, d)."""
         track = torch.is_grad_enabled() and self.weight.requires_grad
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), in_full(self.weight.device):
             weight = self.weight if track else self.weight.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(self.base.log_mgf(weight).sum(), weight, create_graph=track)
         return gradient
@@ -83,8 +85,10 @@ class Tilt(Distribution):
             )
         if self._validate_args:
             self._validate_sample(value)
-        inner = (self.base.project(value) * self.weight).sum(-1)
-        return inner + self.base.log_prob(value) - self.base.log_mgf(self.weight)
+        with in_full(value.device):
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+            inner = (self.base.project(value) * self.weight).sum(-1)
+            return inner + self.base.log_prob(value) - self.base.log_mgf(self.weight)
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Draw activations of shape (*sample_shape, *B, d)."""
@@ -92,7 +96,7 @@ class Tilt(Distribution):
         rows = self.weight.detach().reshape(-1, shape[-1])
         samples = shape[:-1].numel() // len(rows) if len(rows) else 0
         index = torch.arange(len(rows), device=rows.device).repeat(samples)
-        with torch.no_grad():
+        with torch.no_grad(), in_full(rows.device):
             return self.base.draw(rows, index, generator).reshape(shape)
 
 
@@ -101,5 +105,6 @@ def _kl_tilt(p: Tilt, q: Tilt) -> Tensor:
     """(w − w′)·E_p[h] − log M(w) + log M(w′), for tilts of one base."""
     if p.base is not q.base:
         raise ValueError("the KL divergence of two tilts has a closed form only when both tilt one base object")
-    inner = ((p.weight - q.weight) * p.mean).sum(-1)
-    return inner - p.base.log_mgf(p.weight) + p.base.log_mgf(q.weight)
+    with in_full(p.weight.device):
+        inner = ((p.weight - q.weight) * p.mean).sum(-1)
+        return inner - p.base.log_mgf(p.weight) + p.base.log_mgf(q.weight)

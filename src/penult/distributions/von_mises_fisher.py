@@ -215,7 +215,8 @@ class VonMisesFisher(Distribution):
         dtype = torch.promote_types(self.loc.dtype, torch.float32)
         kappa = self.concentration.detach().expand(sample_shape + self.batch_shape)
         y = _sampling.cosine_complement(self._dim, kappa, dtype, generator)
-        return _sampling.around(self.loc.detach().to(dtype), y, generator), y
+        with special.in_full(self.loc.device):
+            return _sampling.around(self.loc.detach().to(dtype), y, generator), y
 
     @property
     def _dim(self) -> int:

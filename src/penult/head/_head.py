@@ -16,6 +16,7 @@ from penult.head._certificate import HeadCertificate
 from penult.head._checks import check_bias, check_finite, check_labels, check_positive, check_weight
 from penult.head._rows import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of
 from penult.head._temperature import best_inverse_temperature
+from penult.special import in_full, outside_transforms
 
 __all__ = ["Head"]
 
@@ -184,6 +185,8 @@ class Head(nn.Module):
     def centered_logits(self, h: Tensor) -> Tensor:
         """The logits that the centered rows give: the same softmax, and no second W.
 
+        They are computed in the dtype of `h` under torch.autocast as well, unlike the model's own logits.
+
         Args:
             h: (..., d), in any floating dtype: where it is not that of W, rows are converted block by block.
 
@@ -198,10 +201,11 @@ class Head(nn.Module):
             >>> head.centered_logits(torch.tensor([1.0, 5.0]))
             tensor([ 1., -1.])
         """
-        if h.dtype == self.weight.dtype or h.shape[-1:] != (self.in_features,):
-            return self.forward(h) - (h.to(self.mean_row.dtype) @ self.mean_row).to(h.dtype).unsqueeze(-1)
-        parts = [F.linear(h, rows.to(h.dtype)) for _, rows in self.centered_blocks()]
-        return torch.cat(parts, dim=-1) + self.full_bias.to(h.dtype)
+        with in_full(h.device):
+            if h.dtype == self.weight.dtype or h.shape[-1:] != (self.in_features,):
+                return self.forward(h) - (h.to(self.mean_row.dtype) @ self.mean_row).to(h.dtype).unsqueeze(-1)
+            parts = [F.linear(h, rows.to(h.dtype)) for _, rows in self.centered_blocks()]
+            return torch.cat(parts, dim=-1) + self.full_bias.to(h.dtype)
 
     def centered_weight(self, index: Tensor | slice | int | None = None) -> Tensor:
         """Centered rows w_y - mean row.
@@ -422,7 +426,8 @@ class Head(nn.Module):
         kept = self._span
         version = version_of(self.weight)
         if kept is None or kept[0] is not self.weight or kept[1] != version:
-            self._span = kept = (self.weight, version, span_of(self.weight))
+            with outside_transforms():
+                self._span = kept = (self.weight, version, span_of(self.weight))
         return kept[2]
 
     def clone(self) -> Head:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from penult.head._layout import Layout, class_axes, layouts
 from penult.head._record import Candidate
+from penult.special import in_double
 
 __all__ = ["Match", "is_log_softmax", "matches", "relative_error"]
 
@@ -108,7 +109,7 @@ def _fits(values: Tensor, logits: Tensor, *, centred: bool) -> Iterator[tuple[fl
     """Least squares of logits = scale * values + shift: a shift alone, a scale alone, both."""
     p, z = (each.reshape(-1, each.shape[-1]) for each in (values, logits))
     step = math.ceil(len(p) / _ROWS)
-    p, z = p[::step].double(), z[::step].double()
+    p, z = in_double(p[::step]), in_double(z[::step])
     if centred:  # what is the same for all classes is gone
         p, z = p - p.mean(-1, keepdim=True), z - z.mean(-1, keepdim=True)
     p_mean, z_mean = p.mean(0), z.mean(0)

@@ -12,8 +12,8 @@ __all__ = ["blocks", "mean_row_of", "rounding", "rows_in_double", "span_of", "ve
 
 
 def version_of(tensor: Tensor) -> int:
-    """The tensor's change counter; -1 under inference mode, where torch keeps none."""
-    return -1 if tensor.is_inference() else tensor._version
+    """The tensor's change counter; -1 where none is kept: under inference mode, and while torch.compile traces."""
+    return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def blocks(tensor: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:

@@ -4,10 +4,11 @@ One file holds tensors, a kind and metadata (`write`, `read`). What is too large
 its shards, with a JSON index that is written last (`write_index`, `read_index`).
 """
 
-from penult.io._aside import aside, leftovers, write_bytes
+from penult.io._aside import aside, leftovers, sweep, write_bytes
 from penult.io._file import File, read, write
 from penult.io._index import INDEX_NAME, Index, read_index, write_index
 from penult.io._record import SCHEMA_VERSION, FileFormatError
+from penult.io._tensors import save_file
 
 __all__ = [
     "INDEX_NAME",
@@ -19,6 +20,8 @@ __all__ = [
     "leftovers",
     "read",
     "read_index",
+    "save_file",
+    "sweep",
     "write",
     "write_bytes",
     "write_index",

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from penult.io._aside import aside
 from penult.io._record import FileFormatError, decode, encode
+from penult.io._tensors import save_file
 
 __all__ = ["File", "read", "write"]
 
@@ -50,7 +50,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
 
     Args:
         path: Where to write; the folder must exist, a file of that name is replaced.
-        tensors: Tensors of any shape by name; copies on the CPU are written, shared memory is written twice.
+        tensors: Tensors of any shape by name; what several of them share is written several times.
         kind: What the file is; `read` can insist on it.
         metadata: JSON-able entries; the names ``schema``, ``kind`` and ``versions`` are taken.
 
@@ -60,6 +60,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
     Raises:
         FileNotFoundError: The folder does not exist.
         IsADirectoryError: `path` is a folder.
+        OSError: The disk is full, or nothing may be written there; what was there before is as it was.
         TypeError: A value of `tensors` is no tensor, or `metadata` cannot be written as JSON.
         ValueError: `metadata` uses a taken name, or holds NaN or infinity.
 
@@ -77,9 +78,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     header = {_METADATA_KEY: encode(kind, metadata)}
-    copies = _owned(tensors)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"tensors[{name!r}] is a {type(value).__name__}, not a tensor; put it in metadata")
     with aside(path) as temporary:
-        save_file(copies, temporary, metadata=header)
+        save_file(tensors, temporary, metadata=header)
     return path
 
 
@@ -137,21 +140,6 @@ def _tensor(path: Path, file: Any, name: str) -> Tensor:
             f"{path} is damaged: no tensor is of the shape {shape} that {name!r} claims; copy or write it again"
         ) from error
     return tensor
-
-
-def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, no two in one storage (safetensors refuses shared memory)."""
-    copies: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"tensors[{name!r}] is a {type(value).__name__}, not a tensor; put it in metadata")
-        copy = value.detach().cpu().contiguous()
-        if copy.untyped_storage().data_ptr() in storages:
-            copy = copy.clone()
-        storages.add(copy.untyped_storage().data_ptr())
-        copies[name] = copy
-    return copies
 
 
 def _foreign(path: Path, keys: list[str]) -> str:

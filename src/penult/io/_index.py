@@ -126,7 +126,8 @@ def read_index(folder: str | os.PathLike[str], kind: str | Collection[str] | Non
             raise FileFormatError(f"{folder} is incomplete: {name} is missing; copy or write the folder again")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise FileFormatError(
-                f"{folder / name} is a link that leads out of the folder, where nothing is opened; copy the file itself"
+                f"{folder / name} is a link that leads out of the folder, where nothing is opened; copy the file "
+                "itself (huggingface_hub's snapshot_download does with local_dir=)"
             )
         if (found := (folder / name).stat().st_size) != size:
             raise FileFormatError(

@@ -40,7 +40,7 @@ def choose(
     """Fit candidate bases to two thirds of the activations, compare each with the rest, and recommend one.
 
     Candidates are ranked by the largest AUC among the three of :func:`compare` (to two digits), then by the
-    energy coefficient. Recommended is the smallest law, in floats, whose worst AUC is within 0.03 of the best (where
+    energy coefficient. Recommended is the smallest law, in floats, whose largest AUC is within 0.03 of the best (where
     no candidate counts as better than real activations are) and, of these, whose energy coefficient is within 0.01 of
     the least. Fit it to all activations then; the ranking keeps no bases.
 

@@ -23,7 +23,7 @@ class Ranked:
         name: The candidate's name.
         base: Name of its base; empty where it failed.
         auc: AUC of each test; empty where it failed.
-        worst_auc: The largest.
+        worst_auc: The largest of them: the base by the test that tells it best.
         energy: Energy coefficient.
         floats: Numbers that the base keeps.
         seconds: What fitting took; never looked at in ranking.
@@ -43,7 +43,7 @@ class Ranked:
 
     @property
     def distance(self) -> float:
-        """How far the worst AUC is above 0.5."""
+        """How far the largest AUC is above 0.5."""
         return 1.0 if self.worst_auc is None else max(self.worst_auc - 0.5, 0.0)
 
 
@@ -83,7 +83,7 @@ class Ranking:
 
     def __str__(self) -> str:
         names = list(self.real.auc)
-        table = [["candidate", *(f"AUC {name}" for name in names), "worst", "energy", "floats", "seconds", ""]]
+        table = [["candidate", *(f"AUC {name}" for name in names), "largest", "energy", "floats", "seconds", ""]]
         for row in self.rows:
             if row.error is not None:
                 table.append([row.name, *["-"] * (len(names) + 4), ""])
@@ -111,7 +111,7 @@ class Ranking:
 def recommend(rows: list[Ranked], real: Comparison) -> tuple[str, str, tuple[Ranked, ...]]:
     """The recommended candidate, the reason, and all candidates in order.
 
-    The smallest law is taken whose worst AUC is within 0.03 of the best candidate's, where no candidate counts as
+    The smallest law is taken whose largest AUC is within 0.03 of the best candidate's, where no candidate counts as
     better than real activations are; and, of these, whose energy coefficient is within 0.01 of the least. The second
     condition decides where every law is told apart so well that AUCs say no more.
     """
@@ -129,7 +129,7 @@ def recommend(rows: list[Ranked], real: Comparison) -> tuple[str, str, tuple[Ran
         reason += ", the closest to real activations"
         smaller = [row for row in order if row is not best and (row.floats or 0) < (best.floats or 0)]
         if smaller:
-            reason += f"; the closest smaller one is {smaller[0].name}, worst AUC {number(smaller[0].worst_auc)}"
+            reason += f"; the closest smaller one is {smaller[0].name}, largest AUC {number(smaller[0].worst_auc)}"
             reason += f", energy {number(smaller[0].energy, 4)}"
     else:
         reason += f", close to what {first.name} reaches with {first.floats:,} floats: {_told(first)}"
@@ -145,4 +145,5 @@ def _energy(row: Ranked) -> float:
 
 def _told(row: Ranked) -> str:
     test = max(row.auc, key=lambda name: row.auc[name])
-    return f"its worst AUC is {number(row.worst_auc)} ({test}) and its energy coefficient {number(row.energy, 4)}"
+    told = f"the best test ({test}) tells its draws with an AUC of {number(row.worst_auc)}"
+    return f"{told}; energy {number(row.energy, 4)}"

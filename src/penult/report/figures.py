@@ -55,6 +55,7 @@ _HOUSE: dict[str, Any] = {
     "figure.constrained_layout.wspace": 0.05,
     "font.size": 14,
     "text.color": LIGHT["ink"],
+    "text.parse_math": False,  # a class may be called $x
     "axes.facecolor": "none",
     "axes.edgecolor": LIGHT["muted"],
     "axes.labelcolor": LIGHT["muted"],

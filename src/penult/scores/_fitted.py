@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,28 @@ from penult.activations import Activations
 from penult.head import Head
 from penult.scores._blocks import blocks_of, check_integers, labelled_blocks
 from penult.scores._of_pairs import raw_logits
-from penult.special import working_dtype
+from penult.scores._state import drop_missing, resize
+from penult.special import in_double, in_full, working_dtype
 
 __all__ = ["KNN", "Mahalanobis", "RelativeMahalanobis", "Score", "ViM"]
 
 
 class Score(nn.Module, abc.ABC):
-    """An outlier score with a fit of its own: `score`, which calling it does as well."""
+    """An outlier score with a fit of its own: `score`, which calling it does as well.
+
+    Scores are computed in at least float32, under torch.autocast as well. A state dict is loaded by a score of the same
+    kind and dimension, however many rows or classes the two were fitted to.
+    """
+
+    _sizes: ClassVar[dict[str, int]] = {}  # buffers, and the axis along which a fit decides on their size
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, axis in self._sizes.items():
+            found, own = state.get(prefix + name), getattr(self, name)
+            if found is not None and found.dim() == own.dim() and found.shape[1 - axis] == own.shape[1 - axis]:
+                resize(self, name, found, like=own)
+        super()._load_from_state_dict(state, prefix, *args)
+        drop_missing(args, f"{prefix}_extra_state")
 
     @abc.abstractmethod
     def score(self, h: Tensor) -> Tensor:
@@ -67,6 +82,7 @@ class Mahalanobis(Score):
 
     means: Tensor
     whitener: Tensor
+    _sizes: ClassVar[dict[str, int]] = {"means": 0}
 
     def __init__(self, means: Tensor, covariance: Tensor) -> None:
         super().__init__()
@@ -103,7 +119,8 @@ class Mahalanobis(Score):
     def score(self, h: Tensor) -> Tensor:
         """Squared distances (B,) of activations (B, d) to the nearest mean."""
         h = self._read(h)
-        return _least_distance(h, self.means, self.whitener)
+        with in_full(h.device):
+            return _least_distance(h, self.means, self.whitener)
 
 
 @final
@@ -135,6 +152,7 @@ class RelativeMahalanobis(Score):
     whitener: Tensor
     mean: Tensor
     total_whitener: Tensor
+    _sizes: ClassVar[dict[str, int]] = {"means": 0}
 
     def __init__(self, means: Tensor, covariance: Tensor, mean: Tensor, total: Tensor) -> None:
         super().__init__()
@@ -164,7 +182,9 @@ class RelativeMahalanobis(Score):
     def score(self, h: Tensor) -> Tensor:
         """Differences of squared distances (B,) of activations (B, d)."""
         h = self._read(h)
-        return _least_distance(h, self.means, self.whitener) - _least_distance(h, self.mean[None], self.total_whitener)
+        with in_full(h.device):
+            own = _least_distance(h, self.means, self.whitener)
+            return own - _least_distance(h, self.mean[None], self.total_whitener)
 
 
 @final
@@ -187,6 +207,7 @@ class KNN(Score):
     """
 
     bank: Tensor
+    _sizes: ClassVar[dict[str, int]] = {"bank": 0}
 
     def __init__(self, bank: Tensor, k: int = 20) -> None:
         super().__init__()
@@ -239,13 +260,22 @@ class KNN(Score):
         """Distances (B,) of activations (B, d), in [0, 2]."""
         h = F.normalize(self._read(h), dim=-1)
         bank = self.bank.to(h.dtype)
-        return torch.cat([self._distances(rows, bank) for rows in h.split(1024)]) if len(h) else h.new_zeros(0)
+        with in_full(h.device):
+            return torch.cat([self._distances(rows, bank) for rows in h.split(1024)]) if len(h) else h.new_zeros(0)
 
     def _distances(self, rows: Tensor, bank: Tensor) -> Tensor:
         wide = bank.to(working_dtype(rows.device))  # in which products tell close neighbours apart
         nearest = (2 * rows.to(wide) @ wide.T - wide.square().sum(-1)).topk(self.k, dim=-1).indices
         apart = torch.stack([torch.linalg.vector_norm(rows - bank[index], dim=-1) for index in nearest.unbind(-1)])
         return apart.amax(0)
+
+    def get_extra_state(self) -> Tensor:
+        """K for the state dict."""
+        return torch.tensor(self.k)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """K of a state dict."""
+        self.k = int(state)
 
     def extra_repr(self) -> str:
         """Size of the bank and k, for ``print``."""
@@ -281,13 +311,15 @@ class ViM(Score):
     origin: Tensor
     residual: Tensor
     alpha: Tensor
+    _sizes: ClassVar[dict[str, int]] = {"residual": 1}
 
     def __init__(self, head: Head, residual: Tensor, alpha: float | Tensor) -> None:
         super().__init__()
         if residual.dim() != 2 or residual.shape[0] != head.in_features:
             raise ValueError(f"residual has shape {tuple(residual.shape)}; expected ({head.in_features}, d - D)")
         self.head = head
-        self.register_buffer("origin", _origin(head))
+        device = head.weight.device
+        self.register_buffer("origin", _origin(head).to(device, working_dtype(device)))
         self.register_buffer("residual", residual.detach())
         self.register_buffer("alpha", torch.as_tensor(alpha, dtype=residual.dtype, device=residual.device))
 
@@ -320,7 +352,7 @@ class ViM(Score):
         residual = torch.linalg.eigh(square).eigenvectors[:, : d - dims]
         largest, norm = 0.0, 0.0
         for rows in blocks_of(activations):
-            largest += float(raw_logits(head, rows.to(origin.device)).amax(-1).double().sum())
+            largest += float(in_double(raw_logits(head, rows.to(head.weight.device)).amax(-1)).sum())
             norm += float(torch.linalg.vector_norm((rows.to(origin) - origin) @ residual, dim=-1).sum())
         if not norm > 0:
             raise ValueError(f"all activations lie in {dims} dimensions: give fewer dims")
@@ -329,7 +361,7 @@ class ViM(Score):
                 f"the mean of the largest logits is {largest / len(activations):.3g}; this score needs it above 0: "
                 "centre the head (head.centered()), or take another score"
             )
-        return cls(head, residual.to(head.weight.dtype), largest / norm)
+        return cls(head, residual.to(head.weight), largest / norm)
 
     @property
     def in_features(self) -> int:
@@ -339,7 +371,8 @@ class ViM(Score):
     def score(self, h: Tensor) -> Tensor:
         """Scaled norms outside the principal space, less log-sums of logits, (B,)."""
         h = self._read(h)
-        outside = torch.linalg.vector_norm((h - self.origin.to(h.dtype)) @ self.residual.to(h.dtype), dim=-1)
+        with in_full(h.device):
+            outside = torch.linalg.vector_norm((h - self.origin.to(h.dtype)) @ self.residual.to(h.dtype), dim=-1)
         virtual = self.alpha.to(h.dtype) * outside
         found: Tensor = virtual - raw_logits(self.head, h).logsumexp(-1)
         return found
@@ -365,19 +398,20 @@ def _moments(activations: Tensor | Activations, labels: Tensor, shrinkage: float
     classes, index = labels.unique(return_inverse=True)
     sums: Any = None
     for rows, y in labelled_blocks(activations, index):
+        wide = in_double(rows)
         if sums is None:
-            sums = rows.new_zeros(len(classes), rows.shape[1], dtype=torch.float64)
-        sums.index_add_(0, y, rows.double())
+            sums = wide.new_zeros(len(classes), rows.shape[1])
+        sums.index_add_(0, y.to(wide.device), wide)
     counts = index.bincount(minlength=len(classes)).to(sums)
     means, mean = sums / counts.unsqueeze(-1), sums.sum(0) / counts.sum()
     within = sums.new_zeros(sums.shape[1], sums.shape[1])
     for rows, y in labelled_blocks(activations, index):
-        apart = rows.double() - means[y]
+        apart = in_double(rows) - means[y.to(means.device)]
         within += apart.T @ apart
     apart = means - mean
     total = (within + (apart * counts.unsqueeze(-1)).T @ apart) / counts.sum()
     found = means, _shrunk(within / counts.sum(), shrinkage), mean, _shrunk(total, shrinkage)
-    return tuple(part.to(rows.dtype) for part in found)
+    return tuple(part.to(rows) for part in found)
 
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
@@ -389,7 +423,7 @@ def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
 
 def _whitener(covariance: Tensor) -> Tensor:
     """L⁻ᵀ (d, d) of Σ = LL', so that ‖x'L⁻ᵀ‖² is the squared distance."""
-    root, failed = torch.linalg.cholesky_ex(covariance.detach().double())
+    root, failed = torch.linalg.cholesky_ex(in_double(covariance.detach()))
     if int(failed):
         raise ValueError(
             f"the covariance of shape {tuple(covariance.shape)} is not positive definite; give more activations than "
@@ -397,7 +431,7 @@ def _whitener(covariance: Tensor) -> Tensor:
         )
     eye = torch.eye(len(root)).to(root)
     inverse: Tensor = torch.linalg.solve_triangular(root, eye, upper=False)
-    return inverse.T.contiguous().to(covariance.dtype)
+    return inverse.T.contiguous().to(covariance)
 
 
 def _least_distance(h: Tensor, means: Tensor, whitener: Tensor) -> Tensor:
@@ -413,5 +447,5 @@ def _least_distance(h: Tensor, means: Tensor, whitener: Tensor) -> Tensor:
 
 def _origin(head: Head) -> Tensor:
     """The activation (d,) at which all logits are nought, or as near to it as can be, float64."""
-    origin: Tensor = -torch.linalg.pinv(head.weight.double()) @ head.full_bias.double()
+    origin: Tensor = -torch.linalg.pinv(in_double(head.weight)) @ in_double(head.full_bias)
     return origin

@@ -1,6 +1,6 @@
 """Outlier scores that a pair or its head gives: functions (pair, h) → (B,), higher for stranger activations.
 
-Half precision is computed, and returned, in float32.
+Half precision is computed, and returned, in float32, under torch.autocast as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from penult.bases import Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
+from penult.special import in_full
 
 __all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits", "usual"]
 
@@ -53,8 +54,9 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
             f"a {type(base).__name__} base has no law of directions at a norm; give a pair on a sphere: "
             "penult.GenerativePair(head, penult.Sphere.fit(head, activations, shape='elliptic'))"
         )
-    table = pair.derived("radial table", lambda: base.radial_table(pair.head))
-    return -base.direction_log_prob(pair.head, pair.read(h), table)
+    table = pair.derived("radial table", _radial_table)
+    with in_full(h.device):
+        return -base.direction_log_prob(pair.head, pair.read(h), table)
 
 
 def energy(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -174,7 +176,14 @@ def raw_logits(head: Head, h: Tensor) -> Tensor:
     if not h.is_floating_point():
         raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations")
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    if wide.dtype == head.weight.dtype:
-        logits: Tensor = head(wide)
-        return logits
-    return head.centered_logits(wide) + (wide @ head.mean_row.to(wide.dtype)).unsqueeze(-1)
+    with in_full(h.device):
+        if wide.dtype == head.weight.dtype:
+            logits: Tensor = head(wide)
+            return logits
+        return head.centered_logits(wide) + (wide @ head.mean_row.to(wide.dtype)).unsqueeze(-1)
+
+
+def _radial_table(pair: GenerativePair) -> Tensor:
+    base = pair.base
+    assert isinstance(base, Sphere)
+    return base.radial_table(pair.head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from penult.pair import GenerativePair
 from penult.scores._blocks import blocks_of
 from penult.scores._fitted import Score
 from penult.scores._of_pairs import density, directional, energy, max_logit, msp
+from penult.scores._state import drop_missing, resize
 
 __all__ = ["Threshold"]
 
@@ -43,6 +44,9 @@ class Threshold(nn.Module):
         calibration: Scores (n,) of familiar activations.
         false_alarm: α, the share of familiar activations that may be called strange.
 
+    Its state dict holds the scores and α, as tensors, beside the state of the score; another threshold of the same
+    score loads it, whatever its own n and α.
+
     Attributes:
         calibration: Sorted scores (n,).
         false_alarm: α.
@@ -67,20 +71,7 @@ class Threshold(nn.Module):
 
     def __init__(self, score: Callable[[Tensor], Tensor], calibration: Tensor, false_alarm: float = 0.05) -> None:
         super().__init__()
-        if not 0 < false_alarm < 1:
-            raise ValueError(f"false_alarm is {false_alarm}; it must lie between 0 and 1")
-        if calibration.dim() != 1 or not calibration.is_floating_point() or bool(calibration.isnan().any()):
-            wrong = f", {int(calibration.isnan().sum())} of them NaN" if calibration.dim() == 1 else ""
-            raise ValueError(
-                f"scores of familiar activations are {calibration.dtype} of shape {tuple(calibration.shape)}{wrong}; "
-                "expected one floating number each, (n,), and no NaN"
-            )
-        least = math.ceil(1 / false_alarm - 1e-9) - 1
-        if len(calibration) < least:
-            raise ValueError(
-                f"{len(calibration)} familiar activations cannot keep false alarms to {false_alarm:g}: "
-                f"give at least {least}, or allow more false alarms"
-            )
+        _check(calibration, false_alarm)
         self.score = score
         self.false_alarm = float(false_alarm)
         self.register_buffer("calibration", calibration.detach().sort().values)
@@ -119,6 +110,22 @@ class Threshold(nn.Module):
         function = score if pair is None else _Bound(score, pair)
         found = [function(rows) for rows in blocks_of(activations)]
         return cls(function, torch.cat(found), false_alarm)
+
+    def get_extra_state(self) -> Tensor:
+        """α for the state dict, in float64: a buffer would be rounded when the threshold moves to another dtype."""
+        return torch.tensor(self.false_alarm, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """α of a state dict."""
+        self.false_alarm = float(state)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        calibration, alarm = state.get(f"{prefix}calibration"), state.get(f"{prefix}_extra_state")
+        if calibration is not None:
+            _check(calibration, self.false_alarm if alarm is None else float(alarm))
+            resize(self, "calibration", calibration, like=calibration)
+        super()._load_from_state_dict(state, prefix, *args)
+        drop_missing(args, f"{prefix}_extra_state")  # of a state that knew the scores alone
 
     @property
     def value(self) -> float:
@@ -174,6 +181,23 @@ class Threshold(nn.Module):
         return (
             f"Threshold({_name(self.score)} > {self.value:.4g}, false alarms {self.false_alarm:.3g} of n="
             f"{len(self.calibration)}, at most {self.rate_bound():.2g} with confidence 0.95)"
+        )
+
+
+def _check(calibration: Tensor, false_alarm: float) -> None:
+    if not 0 < false_alarm < 1:
+        raise ValueError(f"false_alarm is {false_alarm}; it must lie between 0 and 1")
+    if calibration.dim() != 1 or not calibration.is_floating_point() or bool(calibration.isnan().any()):
+        wrong = f", {int(calibration.isnan().sum())} of them NaN" if calibration.dim() == 1 else ""
+        raise ValueError(
+            f"scores of familiar activations are {calibration.dtype} of shape {tuple(calibration.shape)}{wrong}; "
+            "expected one floating number each, (n,), and no NaN"
+        )
+    least = math.ceil(1 / false_alarm - 1e-9) - 1
+    if len(calibration) < least:
+        raise ValueError(
+            f"{len(calibration)} familiar activations cannot keep false alarms to {false_alarm:g}: "
+            f"give at least {least}, or allow more false alarms"
         )
 
 

@@ -14,7 +14,7 @@ without float64 takes a float32 route (F to 3e-6, A to 4e-7).
 """
 
 from penult.special._cosine import cosine_cdf, cosine_log_prob, cosine_shift, gauss_legendre
-from penult.special._inputs import traced, working_dtype
+from penult.special._inputs import in_double, in_full, outside_transforms, traced, working_dtype
 from penult.special._moments import (
     concentration,
     cosine_variance,
@@ -32,11 +32,14 @@ __all__ = [
     "cosine_shift",
     "cosine_variance",
     "gauss_legendre",
+    "in_double",
+    "in_full",
     "log_sphere_area",
     "log_sphere_mgf",
     "log_sphere_mgf_deficit",
     "mean_resultant_deficit",
     "mean_resultant_length",
+    "outside_transforms",
     "traced",
     "working_dtype",
 ]

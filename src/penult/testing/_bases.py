@@ -1,142 +1,23 @@
-"""Law checks for distributions, bases and pairs: what proves a base, for penult's own and for yours.
-
-That a pair's posterior equals the softmax proves the wiring alone: M cancels in it, so a wrong M passes. What
-a wrong M cannot pass are the laws below. Each check draws with a fixed seed, compares with a stated bar, and
-raises :class:`AssertionError` with the table of laws when one fails.
-
-Example:
-    >>> import penult
-    >>> report = check_base(penult.Sphere(2.0), penult.Head(torch.eye(3)))
-    >>> report.passed
-    True
-"""
+"""Laws of bases and of their pairs with heads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Size, Tensor
-from torch.distributions import Distribution
+from torch import Tensor
 
 from penult.bases import Base, Marginal, Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
 from penult.special import cosine_cdf
+from penult.testing._laws import Law, LawReport, Z, fact, frequencies, kolmogorov, score, uniform
 
-__all__ = ["Law", "LawReport", "check_base", "check_distribution", "check_pair"]
+__all__ = ["check_base", "check_pair"]
 
-_Z = 4.0  # the bar on a z-score: one true law in 16,000 fails it by chance, and seeds are fixed
 _STREAM = 30_000_000  # logits of draws of a marginal law for one class, about
 _P = 1e-4  # the bar on a Kolmogorov-Smirnov p-value
-
-
-@dataclass(frozen=True)
-class Law:
-    """One law and how well it holds.
-
-    Attributes:
-        name: What must hold.
-        value: The measured statistic.
-        bar: What it is held against.
-        passed: Whether it holds.
-    """
-
-    name: str
-    value: float
-    bar: str
-    passed: bool
-
-
-@dataclass(frozen=True)
-class LawReport:
-    """The laws that a check looked at; prints as a table."""
-
-    subject: str
-    laws: tuple[Law, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every law holds."""
-        return all(law.passed for law in self.laws)
-
-    def __str__(self) -> str:
-        width = max((len(law.name) for law in self.laws), default=0)
-        rows = [
-            f"  {'ok  ' if law.passed else 'FAIL'}  {law.name:<{width}}  {law.value:10.3g}  ({law.bar})"
-            for law in self.laws
-        ]
-        return "\n".join([self.subject, *rows])
-
-    def _raise_unless_passed(self) -> LawReport:
-        if not self.passed:
-            raise AssertionError(str(self))
-        return self
-
-
-def check_distribution(
-    distribution: Distribution, samples: int = 20_000, seed: int = 0, gradients: bool = True
-) -> LawReport:
-    """Check a distribution against the contract of torch.distributions.
-
-    Shapes of samples and densities, support, reproducibility under ``generator=``, the global random state,
-    ``expand``, and the mean against samples; ``rsample`` gradients reach every floating parameter.
-
-    Args:
-        distribution: Any distribution whose ``sample`` takes ``generator=``. One that has no density says so by an
-            attribute ``has_density``.
-        samples: Draws per batch entry.
-        seed: Seed of the draws.
-        gradients: Whether to check ``rsample``, where the distribution has it.
-
-    Returns:
-        The laws.
-
-    Raises:
-        AssertionError: If one fails.
-
-    Example:
-        >>> import penult
-        >>> check_distribution(penult.VonMisesFisher(torch.eye(3), torch.tensor(4.0))).passed
-        True
-    """
-    laws: list[Law] = []
-    draw: Any = distribution.sample
-
-    def seeded() -> torch.Generator:
-        return torch.Generator(device=mean.device).manual_seed(seed)
-
-    mean = distribution.mean
-    state = torch.random.get_rng_state()
-    x = draw((samples,), generator=seeded())
-    again = draw((samples,), generator=seeded())
-    laws.append(_fact("a generator reproduces samples", torch.equal(x, again)))
-    laws.append(_fact("a generator leaves the global state", torch.equal(state, torch.random.get_rng_state())))
-    event, batch = distribution.event_shape, distribution.batch_shape
-    laws.append(_fact("sample shape is sample + batch + event", x.shape == Size((samples,)) + batch + event))
-    laws.append(_fact("an empty sample shape draws one", draw(generator=seeded()).shape == batch + event))
-    laws.append(
-        _fact("no draws is an empty tensor", draw((0,), generator=seeded()).shape == Size((0,)) + batch + event)
-    )
-    wider = distribution.expand(Size((2,)) + batch)
-    if getattr(distribution, "has_density", True):
-        log_prob = distribution.log_prob(x)
-        laws.append(_fact("log_prob shape is sample + batch", log_prob.shape == Size((samples,)) + batch))
-        laws.append(_fact("log_prob is finite on samples", bool(log_prob.isfinite().all())))
-        kept = torch.allclose(wider.log_prob(x[:1].unsqueeze(0))[0, 0], log_prob[0])
-        laws.append(_fact("expand keeps the law", kept))
-    else:
-        kept = torch.equal(wider.mean[0], mean) and wider.batch_shape == Size((2,)) + batch
-        laws.append(_fact("expand keeps the law", kept))
-    support: Any = distribution.support
-    laws.append(_fact("samples lie in the support", bool(support.check(x).all())))
-    laws.append(_score("sample mean equals mean", x.double() - mean.double()))
-    if gradients and distribution.has_rsample:
-        laws.append(_fact("rsample gradients are finite", _rsample_gradients(distribution, seeded())))
-    return LawReport(repr(distribution), tuple(laws))._raise_unless_passed()
 
 
 def check_base(base: Base, head: Head | None = None, samples: int = 100_000, seed: int = 0) -> LawReport:
@@ -193,7 +74,7 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
             laws.append(_neighbour(base, row, h, y, generator))
         if isinstance(base, Sphere):
             laws += _sphere_laws(base, row, h, y)
-    return LawReport(f"{base.info.name} base with {head}", tuple(laws))._raise_unless_passed()
+    return LawReport(f"{base.info.name} base with {head}", tuple(laws)).raise_unless_passed()
 
 
 def check_pair(pair: GenerativePair, samples: int = 100_000, seed: int = 0) -> LawReport:
@@ -216,7 +97,7 @@ def check_pair(pair: GenerativePair, samples: int = 100_000, seed: int = 0) -> L
         True
     """
     laws = tuple(_pair_laws(pair, samples, torch.Generator().manual_seed(seed)))
-    return LawReport(f"pair of {pair.head} and {pair.base.info.name}", laws)._raise_unless_passed()
+    return LawReport(f"pair of {pair.head} and {pair.base.info.name}", laws).raise_unless_passed()
 
 
 def _pair_laws(pair: GenerativePair, samples: int, generator: torch.Generator) -> list[Law]:
@@ -234,8 +115,8 @@ def _pair_laws(pair: GenerativePair, samples: int, generator: torch.Generator) -
     return [
         *(_density_laws(pair, h, y, softmax, tight) if pair.base.info.has_density else ()),
         Law("posterior equals softmax(head(h))", error, f"<= {tight:g}", error <= tight),
-        _frequencies("joint draws have the softmax's class frequencies", y, softmax, doubt),
-        _frequencies("joint draws have the pair's prior", y, prior.expand(len(y), k)),
+        frequencies("joint draws have the softmax's class frequencies", y, softmax, doubt),
+        frequencies("joint draws have the pair's prior", y, prior.expand(len(y), k)),
     ]
 
 
@@ -251,7 +132,7 @@ def _density_laws(pair: GenerativePair, h: Tensor, y: Tensor, softmax: Tensor, t
     loose = 1e-12 if h.dtype == torch.float64 else 1e-6
     rounded = max(tight, 2 * torch.finfo(joint.dtype).eps * scale)  # log densities can be in the thousands
     return [
-        _fact("log_prob is finite on the pair's own draws", bool(joint.isfinite().all())),
+        fact("log_prob is finite on the pair's own draws", bool(joint.isfinite().all())),
         Law("softmax of log_joint is the softmax", bayes_error, f"<= {rounded:.1g}", bayes_error <= rounded),
         Law("log_joint is log p(y) + log p(h|y)", gap, f"<= {loose * 10:g} of its size", gap <= loose * 10),
         Law("log_prob sums log_joint", total, f"<= {loose:g} of its size", total <= loose),
@@ -279,7 +160,7 @@ def _neighbour(base: Base, row: Tensor, h: Tensor, y: int, generator: torch.Gene
     spread = float((h.double() @ row.double()).std())
     nearer = row * (1 - min(0.5, 0.5 / max(spread, 1e-12)))
     ratio = (base.tilt(nearer).log_prob(h).double() - base.tilt(row).log_prob(h).double()).exp()
-    return _score(f"p(h|w') / p(h|{y}) has mean one", (ratio - 1).unsqueeze(-1))
+    return score(f"p(h|w') / p(h|{y}) has mean one", (ratio - 1).unsqueeze(-1))
 
 
 def _marginal_laws(pair: GenerativePair, classes: Tensor, samples: int, generator: torch.Generator) -> list[Law]:
@@ -297,7 +178,7 @@ def _marginal_laws(pair: GenerativePair, classes: Tensor, samples: int, generato
     known = classes[prior[classes] * len(h) >= 100]  # of a rarer class too few draws tell
     if len(known):
         ratio = pair.head(h.to(pair.head.weight)).double().softmax(-1)[:, known] / prior[known]
-        laws.append(_score("p(h|y) / p(h) has mean one", ratio - 1, base.standard_error[known].double()))
+        laws.append(score("p(h|y) / p(h) has mean one", ratio - 1, base.standard_error[known].double()))
     if base.info.has_density:
         few = h[:1000].to(pair.head.weight)
         own, theirs = pair.log_prob(few).double(), base.law.log_prob(few).double()
@@ -318,7 +199,7 @@ def _mean_law(base: Base, row: Tensor, h: Tensor, name: str, doubt: float = 0.0)
     off = h.double() - _gradient(base, row).double()
     along = (off @ row.double()).unsqueeze(-1)  # where a wrong M shows most
     off = torch.cat([off, along], dim=-1)
-    return _score(name, off, doubt * off.std(0))
+    return score(name, off, doubt * off.std(0))
 
 
 def _strong_law(base: Base, row: Tensor, samples: int, y: int, generator: torch.Generator) -> Law:
@@ -333,7 +214,7 @@ def _strong_law(base: Base, row: Tensor, samples: int, y: int, generator: torch.
             break  # too few draws show what varies, such as the far one of two points
         drawn = factor, h
         expected = 0.01 * float(along.mean().abs() / (along.std() + 1e-300)) * math.sqrt(samples)
-        if expected >= 2 * _Z or factor >= 1 << 12:
+        if expected >= 2 * Z or factor >= 1 << 12:
             break
         factor *= 2
     factor, h = drawn
@@ -358,66 +239,10 @@ def _sphere_laws(base: Sphere, row: Tensor, h: Tensor, y: int) -> list[Law]:
     if nearest is not None and radius.numel() > 1:
         hits = torch.nn.functional.one_hot(nearest, radius.numel()).double().cumsum(-1)
         largest = float((hits.mean(0) - shares.cumsum(-1)).abs().max()) * math.sqrt(len(r))
-        p = _kolmogorov(largest)
+        p = kolmogorov(largest)
         laws.append(Law(f"radii of p(h|{y}) follow their law", p, f"p > {_P:g}", p > _P))
     if m > 1 and float(kappa.min()) > 0:
         t = base.cosine(h.double(), row.double().expand(h.shape))
-        p = _uniform(cosine_cdf(m, r * (kappa / radius)[0], t))
+        p = uniform(cosine_cdf(m, r * (kappa / radius)[0], t))
         laws.append(Law(f"cosines of p(h|{y}) follow their law", p, f"p > {_P:g}", p > _P))
     return laws
-
-
-def _rsample_gradients(distribution: Distribution, generator: torch.Generator) -> bool:
-    names = [n for n in distribution.arg_constraints if getattr(distribution, n).is_floating_point()]
-    leaves = {n: getattr(distribution, n).detach().clone().requires_grad_() for n in names}
-    build: Callable[..., Any] = type(distribution)
-    x = build(**leaves).rsample((100,), generator=generator)
-    direction = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    gradients = torch.autograd.grad((x * direction).sum(), list(leaves.values()))
-    return all(bool(g.isfinite().all()) and bool(g.abs().sum() > 0) for g in gradients)
-
-
-def _fact(name: str, holds: bool) -> Law:
-    return Law(name, float(holds), "holds", holds)
-
-
-def _score(name: str, deviations: Tensor, doubt: Tensor | float = 0.0) -> Law:
-    """The largest |z| of the column means of ``deviations`` (N, ...), each against zero known to ``doubt``."""
-    flat = deviations.double().flatten(1)
-    error = (flat.var(0) / len(flat) + torch.as_tensor(doubt, dtype=torch.float64).square()).sqrt()
-    floor = 1e-7 * max(1.0, float(flat.abs().max())) + 1e-300  # rounding, where a column does not vary
-    z = float((flat.mean(0).abs() / (error + floor)).max())
-    bar = max(_Z, math.sqrt(2 * math.log(max(flat.shape[1], 1))) + 2)  # the largest of many is larger
-    return Law(name, z, f"|z| < {bar:.2g}", z < bar)
-
-
-def _frequencies(name: str, y: Tensor, p: Tensor, doubt: float = 0.0) -> Law:
-    """The largest |z| of Σ 1[y ≤ k] − P(Y ≤ k) and Σ 1[y = k] − P(Y = k) over classes seen often enough.
-
-    Shares of classes that are known to a relative ``doubt`` may be off by as much.
-    """
-    hits = torch.nn.functional.one_hot(y, p.shape[-1]).to(p)
-    off = torch.cat([hits - p, (hits - p).cumsum(-1)], dim=-1).sum(0)
-    upto = p.cumsum(-1)
-    variance = torch.cat([p * (1 - p), upto * (1 - upto)], dim=-1).sum(0)
-    known = variance >= 25  # below, a count is not normal
-    variance = variance + (doubt * torch.cat([p, upto * (1 - upto)], dim=-1).sum(0)).square()
-    z = float((off[known].abs() / variance[known].sqrt()).max()) if bool(known.any()) else 0.0
-    bar = max(_Z, math.sqrt(2 * math.log(max(int(known.sum()), 1))) + 2)
-    return Law(name, z, f"|z| < {bar:.2g}", z < bar)
-
-
-def _uniform(values: Tensor) -> float:
-    """Kolmogorov-Smirnov p-value of values (N,) against the uniform law."""
-    ordered, n = values.sort().values, len(values)
-    steps = torch.arange(n, dtype=ordered.dtype) / n
-    largest = float(torch.maximum((ordered - steps).max(), (steps + 1 / n - ordered).max()))
-    return _kolmogorov(largest * math.sqrt(n))
-
-
-def _kolmogorov(x: float) -> float:
-    """P(K > x) of the Kolmogorov law."""
-    if x < 0.2:
-        return 1.0
-    total = math.fsum((1 if i % 2 else -1) * math.exp(-2 * i * i * x * x) for i in range(1, 101))
-    return min(1.0, max(0.0, 2 * total))

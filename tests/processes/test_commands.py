@@ -1,0 +1,158 @@
+"""Commands under ``--devices``, and under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from penult import Activations, load
+
+MODULE = '''
+import os
+import time
+
+import torch
+from torch import nn
+
+
+class Slow(nn.Module):
+    """A network that takes its time for each batch, once a file says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Softplus()), nn.Linear(16, 10)
+
+    def forward(self, x):
+        if os.path.exists("slowly"):
+            open(f"seen-{os.getpid()}", "w").close()
+            time.sleep(0.3)
+        return self.fc(self.body(x))
+
+
+def net():
+    torch.manual_seed(0)
+    return Slow()
+
+
+def student():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+'''
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A user's folder with a network, its activations by one process, and a pair fitted to them."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "teamnets.py").write_text(MODULE)
+    penult(folder, "extract", "teamnets:net", "digits", "--out", "alone", "--batch-size", "120")
+    penult(folder, "fit", "alone", "--components", "4", "--out", "alone.penult.safetensors")
+    return folder
+
+
+def start(folder, *arguments, launcher=("-m", "penult")):
+    # Gloo would look for the address of the machine's name, which need not have one.
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [sys.executable, *launcher, *map(str, arguments)],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def penult(folder, *arguments, **options):
+    process = start(folder, *arguments, **options)
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    return out
+
+
+def same(a, b):
+    assert torch.equal(a.activations, b.activations)
+    assert torch.equal(a.labels, b.labels)
+
+
+def extraction(out, *more):
+    return "extract", "teamnets:net", "digits", "--out", out, "--batch-size", "120", "--shard-size", "0.01", *more
+
+
+def until(found):
+    """Wait until something is there."""
+    end = time.monotonic() + 300
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def killed(here):
+    """An extraction by two processes of which one was killed: exit code, stderr, shards that it left."""
+    (here / "slowly").touch()
+    process = start(here, *extraction("two", "--devices", 2, "--strategy", "ddp", "--json"))
+    until(lambda: len(list(here.glob("seen-*"))) == 2 and list((here / "two").glob("activations-00000-of-00002-*")))
+    seen = {int(path.name.removeprefix("seen-")) for path in here.glob("seen-*")}
+    (other,) = seen - {process.pid}
+    os.kill(other, signal.SIGKILL)
+    _, error = process.communicate(timeout=600)
+    (here / "slowly").unlink()
+    return process.returncode, error, sorted(path.name for path in (here / "two").glob("activations-*"))
+
+
+def test_a_killed_process_ends_the_run_with_one_clear_line(killed):
+    code, error, shards = killed
+    assert code == 2
+    assert "penult: process 1 of 2 was killed (signal 9)" in error
+    assert "give the same command again to continue" in error
+    assert "Traceback" not in error
+    assert shards
+
+
+def test_the_next_run_resumes_and_says_everything_once(here, killed):
+    facts = json.loads(penult(here, *extraction("two", "--devices", 2, "--strategy", "ddp", "--json")))
+    assert facts["resumed_after_shards"] == len(killed[2])
+    same(Activations.open(here / "two"), Activations.open(here / "alone"))
+
+
+def test_a_fit_by_two_processes_is_that_of_one(here):
+    printed = penult(here, "fit", "alone", "--components", "4", "--out", "two.penult.safetensors", "--devices", 2)
+    assert printed.count("implied prior") == 1
+    one, two = (load(here / f"{name}.penult.safetensors").state_dict() for name in ("alone", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_torchrun_says_how_many_there_are(here):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "penult")
+    printed = penult(here, *extraction("run"), launcher=launcher)
+    assert printed.count("2 processes share the batches") == 1
+    same(Activations.open(here / "run"), Activations.open(here / "alone"))
+
+
+def test_a_student_of_two_processes(here):
+    command = ("distill", "alone.penult.safetensors", "--student", "teamnets:student", "--data", "digits")
+    facts = json.loads(penult(here, *command, "--epochs", 2, "--out", "student", "--devices", 2, "--json"))
+    assert (facts["epochs"], facts["was_complete"]) == (2, False)
+    assert facts["accuracy"] > facts["start_accuracy"]
+    again = json.loads(penult(here, *command, "--epochs", 2, "--out", "student", "--devices", 2, "--json"))
+    assert again["was_complete"]
+
+
+@pytest.mark.parametrize("kind", ["vae", "gan"])
+def test_a_generator_of_two_processes(here, kind):
+    command = ("generate", "alone.penult.safetensors", "--model", "teamnets:net", "--images", "digits", "--kind", kind)
+    facts = json.loads(penult(here, *command, "--epochs", 1, "--out", kind, "--devices", 2, "--json"))
+    assert facts["epochs"] == 1
+    assert (here / kind / "generator.safetensors").exists()
+
+
+def test_more_devices_than_there_are(here):
+    process = start(here, *extraction("no", "--devices", 2, "--device", "cuda:0"))
+    _, error = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert "--device 'cuda:0' cannot be used here" in error
