@@ -1,6 +1,6 @@
 """Tests draw from a fixed seed that they do not leave behind; doctests see torch, nn, math and penult.
 
-``--device`` and ``--dtype`` say on what tests/numerics run.
+``--device`` and ``--dtype`` say on what tests/numerics run; ``--long`` runs what takes longer than it tells, too.
 """
 
 import math
@@ -15,7 +15,8 @@ import penult
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--device`` and ``--dtype``."""
+    """Add ``--long``, ``--device`` and ``--dtype``."""
+    parser.addoption("--long", action="store_true", help="run the tests marked long as well")
     group = parser.getgroup("penult", "what tests/numerics compute on")
     group.addoption("--device", default="cpu", help="a device of torch, such as cpu, cuda, cuda:1 or mps")
     group.addoption("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="of heads and rows")
@@ -23,7 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse a device that is not there before any test runs."""
+    config.addinivalue_line("markers", "long: more of what shorter tests show, left out without --long")
     _device(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is long, unless asked for."""
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def _device(config: pytest.Config) -> torch.device:

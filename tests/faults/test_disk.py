@@ -113,7 +113,8 @@ def test_saving_on_a_full_disk_is_an_error_that_names_the_file(runner, disk):
 
 @pytest.mark.parametrize(
     ("command", "sizes"),
-    [(distill, (4, 40)), (generate, (84,))],  # room for settings alone; for one checkpoint and a part of the next
+    # room for settings alone; for one checkpoint and a part of the next
+    [(distill, (4, 40)), pytest.param(generate, (84,), marks=pytest.mark.long)],
 )
 def test_training_on_a_full_disk_keeps_its_checkpoint_whole(runner, disk, command, sizes):
     out, name = disk.path / "run", command.__name__
@@ -128,6 +129,7 @@ def test_training_on_a_full_disk_keeps_its_checkpoint_whole(runner, disk, comman
     assert not look(victims()[name], out)[1]
 
 
+@pytest.mark.long
 def test_a_report_on_a_full_disk_keeps_the_page_of_before(runner, disk):
     out = disk.path / "page.html"
     out.write_text("an older page")
@@ -142,7 +144,13 @@ def test_a_report_on_a_full_disk_keeps_the_page_of_before(runner, disk):
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [(extract, "acts"), (fit, "pair.penult.safetensors"), (distill, "run"), (generate, "run"), (report, "page.html")],
+    [
+        (extract, "acts"),
+        (fit, "pair.penult.safetensors"),
+        (distill, "run"),
+        pytest.param(generate, "run", marks=pytest.mark.long),
+        pytest.param(report, "page.html", marks=pytest.mark.long),
+    ],
 )
 def test_what_cannot_be_written_to_is_said_in_one_line(runner, disk, command, name):
     out = disk.path / name
@@ -153,7 +161,8 @@ def test_what_cannot_be_written_to_is_said_in_one_line(runner, disk, command, na
     assert [path.name for path in disk.path.iterdir()] == ([name] if command in (fit, report) else [])
 
 
-HELD = [(extract, "faultnets:held"), (distill, "faultnets:held_student"), (generate, "faultnets:held")]
+HELD = {extract: "faultnets:held", distill: "faultnets:held_student", generate: "faultnets:held"}
+LONG = {"marks": pytest.mark.long}
 KEPT = {extract: "activations-00001.safetensors", distill: "checkpoints/last.ckpt", generate: "checkpoints/last.ckpt"}
 
 
@@ -176,9 +185,9 @@ def held(runner, arguments, file):
         run.signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("command", "net"), HELD)
-def test_an_interrupt_from_the_keyboard_keeps_what_is_done(runner, tmp_path, command, net):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("command", [extract, distill, pytest.param(generate, **LONG)])
+def test_an_interrupt_from_the_keyboard_keeps_what_is_done(runner, tmp_path, command):
+    out, net = tmp_path / "run", HELD[command]
     with held(runner, command(out, net), out / KEPT[command]) as run:
         run.signal(signal.SIGINT)
         code, said = run.wait(), run.said()
@@ -207,9 +216,9 @@ def workers_of(run):
     return found
 
 
-@pytest.mark.parametrize(("command", "net"), HELD[:2])
-def test_a_process_that_decodes_images_and_is_killed_is_told_of(runner, tmp_path, command, net):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("command", [extract, pytest.param(distill, **LONG)])
+def test_a_process_that_decodes_images_and_is_killed_is_told_of(runner, tmp_path, command):
+    out, net = tmp_path / "run", HELD[command]
     arguments = command(out, net, "--workers", "1")
     with held(runner, arguments, out / KEPT[command]) as run:
         workers = workers_of(run)

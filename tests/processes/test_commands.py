@@ -9,8 +9,10 @@ import time
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from penult import Activations, load
+from penult.cli import app
 
 MODULE = '''
 import os
@@ -49,8 +51,16 @@ def here(tmp_path_factory):
     """A user's folder with a network, its activations by one process, and a pair fitted to them."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "teamnets.py").write_text(MODULE)
-    penult(folder, "extract", "teamnets:net", "digits", "--out", "alone", "--batch-size", "120")
-    penult(folder, "fit", "alone", "--components", "4", "--out", "alone.penult.safetensors")
+    # In this process, which has loaded all of it; what is compared with has to come from the same weights.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        for command in (
+            ("extract", "teamnets:net", "digits", "--out", "alone", "--batch-size", "120"),
+            ("fit", "alone", "--components", "4", "--out", "alone.penult.safetensors"),
+        ):
+            result = CliRunner().invoke(app, command, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
     return folder
 
 
@@ -118,6 +128,7 @@ def test_the_next_run_resumes_and_says_everything_once(here, killed):
     same(Activations.open(here / "two"), Activations.open(here / "alone"))
 
 
+@pytest.mark.long
 def test_a_fit_by_two_processes_is_that_of_one(here):
     printed = penult(here, "fit", "alone", "--components", "4", "--out", "two.penult.safetensors", "--devices", 2)
     assert printed.count("implied prior") == 1
@@ -127,6 +138,7 @@ def test_a_fit_by_two_processes_is_that_of_one(here):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_torchrun_says_how_many_there_are(here):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "penult")
     printed = penult(here, *extraction("run"), launcher=launcher)
@@ -139,11 +151,9 @@ def test_a_student_of_two_processes(here):
     facts = json.loads(penult(here, *command, "--epochs", 2, "--out", "student", "--devices", 2, "--json"))
     assert (facts["epochs"], facts["was_complete"]) == (2, False)
     assert facts["accuracy"] > facts["start_accuracy"]
-    again = json.loads(penult(here, *command, "--epochs", 2, "--out", "student", "--devices", 2, "--json"))
-    assert again["was_complete"]
 
 
-@pytest.mark.parametrize("kind", ["vae", "gan"])
+@pytest.mark.parametrize("kind", ["vae", pytest.param("gan", marks=pytest.mark.long)])
 def test_a_generator_of_two_processes(here, kind):
     command = ("generate", "alone.penult.safetensors", "--model", "teamnets:net", "--images", "digits", "--kind", kind)
     facts = json.loads(penult(here, *command, "--epochs", 1, "--out", kind, "--devices", 2, "--json"))
