@@ -540,3 +540,9 @@ def test_derived_heads_keep_the_certificate_while_h_is_the_models():
     for other in (head.centered(), head.with_temperature(2), head.clone()):
         assert other.certificate is head.certificate
     assert head.rescaled()[0].certificate is None
+
+
+def test_what_a_processor_gives_goes_by_keyword():
+    model = nn.Linear(4, 3)
+    with pytest.raises(TypeError, match=r"no mapping by position \(TypeError: .*find_head\(model, \*\*batch\)"):
+        find_head(model, {"pixel_values": seeded(6, 4)})

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -189,6 +189,16 @@ class Activations:
     def predicted(self) -> Tensor:
         """The class of the largest logit, (N,); what is on disk is read shard by shard."""
         return torch.cat([leaf.read("logits")[0].argmax(dim=1) for leaf in self._rows.leaves])
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # What a tensor has is asked for where one is wanted, so that the answer is for who gave this in its place.
+            raise AttributeError(
+                f"Activations has no {name!r}; where a tensor is wanted give acts.activations, (N, d)",
+                name=name,
+                obj=self,
+            )
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -88,7 +88,7 @@ class Tap(nn.Module):
 
         Args:
             *args: What the model takes.
-            **kwargs: What the model takes by keyword.
+            **kwargs: What the model takes by keyword; what a Hugging Face processor gives goes here, ``tap(**batch)``.
 
         Returns:
             h (*S, d) and the model's logits (*S, K), both part of the autograd graph.

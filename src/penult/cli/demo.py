@@ -26,7 +26,10 @@ def demo(
     """
     import torch
 
-    from penult.demo import run
+    try:
+        from penult.demo import run
+    except ImportError as error:
+        raise ImportError(f'the demo shows every part of penult: pip install "penult[all]" ({error})') from error
 
     torch.set_num_threads(1)  # on networks this small a second thread gains little, and costs dearly on busy cores
     job = run(out, seed, RichReporter(stderr=as_json))

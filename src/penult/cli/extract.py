@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from penult.cli import sources
-from penult.cli.console import RichReporter
+from penult.cli.console import RichReporter, tell
 from penult.cli.inputs import labels_fit, of_one_size
 from penult.cli.processes import Devices, Launch, NumNodes, Strategy
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from penult.activations import Activations
+
 __all__ = ["HEAD_FILE", "extract"]
+
+_LOOKED_AT = 1000  # labels that are compared with what the network says
 
 HEAD_FILE = "head.penult.safetensors"
 
@@ -113,7 +120,26 @@ def extract(
         return
     GenerativePair(head).save(out / HEAD_FILE)
     reporter.line(f"{out}: {acts}")
+    if acts.labels is not None:
+        _warn_of_labels(acts, acts.labels, out)
+    rectified = head.certificate is not None and head.certificate.rectified
+    if rectified and not pre_activation:
+        reporter.line("a ReLU stands right before the head: for penult fit, --pre-activation stores what it reads")
     if as_json:
         facts = {"out": str(out), "samples": len(acts), "features": acts.in_features, "classes": acts.num_classes}
         facts |= {"labels": acts.labels is not None, "dtype": dtype.value, "pre_activation": pre_activation}
         typer.echo(json.dumps(facts | {"resumed_after_shards": len(before), "was_complete": complete}, indent=2))
+
+
+def _warn_of_labels(acts: Activations, labels: Tensor, out: Path) -> None:
+    """Say so where a network is right no more often than by guessing."""
+    import torch
+
+    places = torch.linspace(0, len(acts) - 1, min(len(acts), _LOOKED_AT), dtype=torch.float64).long()
+    some = acts[places].predicted.eq(labels[places]).double()
+    right, guess = float(some.mean()), 1 / acts.num_classes
+    if right <= guess + 3 * (guess * (1 - guess) / len(some)) ** 0.5:
+        tell(
+            f"warning: the network gives {right:.1%} of the labels in {out}, as by guessing: are they numbers of its "
+            f"own {acts.num_classes} classes, and is it trained? Without labels all of this works too"
+        )

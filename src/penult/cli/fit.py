@@ -134,6 +134,11 @@ def fit(
     found = found.to(launch.device)
     group = launch.start()
     facts: dict[str, Any] = {"out": str(out), "base": base.value, "samples": len(acts)}
+    if len(acts) < 2 * acts.in_features and base is not BaseName.bank:
+        reporter.line(
+            f"only {len(acts)} activations for d = {acts.in_features}: what is fitted is mostly assumed; "
+            f"{10 * acts.in_features} and more tell it"
+        )
     with warnings_as_lines(launch.rank > 0):
         _warn_of_rectified(base, found, acts, activations)
         if base is BaseName.auto:
@@ -204,6 +209,11 @@ def _read(folder: Path, file: Path, weight_key: str | None, bias_key: str | None
     """The activations of a folder and the head in a file, which has to make the logits stored with them."""
     from penult.activations import Activations
 
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file; activations come of penult extract package.module:factory {folder} --out acts/, and "
+            "that folder is what to fit to"
+        )
     acts = Activations.open(folder)
     if not file.exists():
         raise ValueError(f"{file} does not exist; give the head that the activations belong to: --head FILE")

@@ -83,5 +83,10 @@ def head(
         pair = sources.load_pair(model, weight_key, bias_key) if in_file else GenerativePair(found)
         facts["out"] = str(pair.save(out))
         reporter.line(f"{out}: {pair.base}")
+        if found.norm is not None:
+            reporter.line(
+                f"the norm before the head holds |h| near {found.radius:.4g}; the radius above is the one whose draws "
+                "are as confident as asked. penult fit takes the observed one"
+            )
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

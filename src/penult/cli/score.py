@@ -324,6 +324,8 @@ def _tell(
             f"{_percent(facts['false_alarm_bound'])} at 95% confidence. Nothing is promised if network or pair were "
             "fitted to them, or for inputs of another kind"
         )
+    else:
+        reporter.line("what is strange is for you to say: --calibrate FAMILIAR sets a threshold, and gives p-values")
 
 
 def _write(out: Path, found: _Scored) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,9 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
 
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
-        raise ValueError(f"MODEL {name!r} is neither a .safetensors file nor of the form package.module:factory")
+        module, _, last = name.rpartition(".")
+        guess = f"; did you mean {module}:{last}?" if not colon and module and last.isidentifier() else ""
+        raise ValueError(f"MODEL {name!r} is neither a .safetensors file nor of the form package.module:factory{guess}")
     if module_name.startswith(".") or "/" in module_name or module_name.endswith(".py"):
         raise ValueError(
             f"MODEL {name!r}: {module_name!r} is a path; name the module as Python imports it, such as mynets:factory "
@@ -120,9 +123,12 @@ def users_code(what: str) -> Iterator[None]:
     """Say whose error it was, in one line, where something of the user's own runs."""
     try:
         yield
-    except (ValueError, ModuleNotFoundError):
-        raise  # of penult, or about a module that is missing
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # whatever a model or a factory raises
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frame.f_globals.get("__name__", "").partition(".")[0] == "penult":
+            raise  # which says it all
         first = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{what} raised {type(error).__name__}: {first}") from error
 
@@ -145,8 +151,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"--weights {path} is no safetensors file ({error}). penult reads no pickles: load a .pt or .pth file in "
-            "a factory of your own"
+            f"--weights {path} is no safetensors file, and penult reads no pickles. Convert a .pt or .pth file once: "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
+            f"{path.with_suffix('.safetensors').name!r}); or load it in a factory of your own"
         ) from error
     found = model.load_state_dict(state, strict=False)
     if found.missing_keys or found.unexpected_keys:
@@ -200,6 +207,11 @@ def _is_penults(path: str | Path) -> bool:
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist")
     if Path(path).is_dir():
+        if (Path(path) / "config.json").exists():
+            raise ValueError(
+                f"{path} is a folder of a Hugging Face model: name a factory that loads it, package.module:factory; or "
+                f"give {Path(path) / 'model.safetensors'} for the head alone"
+            )
         raise ValueError(f"{path} is a folder; a pair is a file, which penult fit makes of a folder of activations")
     if not Path(path).is_file():  # a pipe would be waited for
         raise ValueError(f"{path} is a device or pipe; write it to a file first")

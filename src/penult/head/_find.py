@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,8 @@ def find_head(
     Raises:
         HeadNotFoundError: Nothing reproduces the logits, or no softmax reads them (one logit, multi-label); the three
             nearest candidates are named with their residuals, and the likely cause.
-        TypeError: `model` is no module or cannot be watched (TorchScript, FSDP), or its output holds no logits.
+        TypeError: `model` is no module or cannot be watched (TorchScript, FSDP), its output holds no logits, or it
+            takes no mapping by position, and is given one.
         ValueError: `path` names no module of the model, the logits are not finite, or the layer found
             is no softmax head (see `Head`).
 
@@ -76,7 +78,16 @@ def find_head(
     wanted = None if path is None else submodule(model, path)
     with untouched(model), compiled_parts_eager(model):
         with Recorder(model) as recorder:
-            logits = logits_of(model(*args, **kwargs))
+            try:
+                output = model(*args, **kwargs)
+            except Exception as error:
+                if not any(isinstance(value, Mapping) for value in args):
+                    raise
+                raise TypeError(
+                    f"the model takes no mapping by position ({type(error).__name__}: {error}); "
+                    "what a processor or tokeniser gives goes by keyword: find_head(model, **batch), without labels"
+                ) from error
+            logits = logits_of(output)
         squashed_by = recorder.squashed_by(logits) or ("a softmax" if are_probabilities(logits) else None)
         logits = logits.detach()
         refuse_other_tasks(model, logits)

@@ -33,9 +33,8 @@ _COLOURS = 8  # classes in colour where there are more than ten
 
 
 def label(name: str, letters: int = 24) -> str:
-    """A name that fits into a figure, its dollars not taken for mathematics there."""
-    short = name if len(name) <= letters else name[: letters - 1] + "…"
-    return short.replace("$", r"\$")
+    """A name that fits into a figure."""
+    return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
 def labels_of(names: Iterable[str], letters: int = 28) -> dict[str, str]:

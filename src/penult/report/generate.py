@@ -41,7 +41,7 @@ def image_rows(images: Any, names: Sequence[str], cell: float = 56) -> Figure:
         raise ValueError(f"{len(names)} names don't fit {shape[0]} rows of images")
     flat = images.reshape(-1, *shape[2:])
     pixels = flat[:, 0] if shape[2] == 1 else flat.permute(0, 2, 3, 1)
-    return plots.image_grid(pixels, columns=shape[1], row_labels=[_plain(name) for name in names], cell=cell)
+    return plots.image_grid(pixels, columns=shape[1], row_labels=[_short(name) for name in names], cell=cell)
 
 
 def losses(history: Sequence[Mapping[str, float]], size: tuple[float, float] | None = None) -> Figure:
@@ -95,7 +95,6 @@ def _over_epochs(
     return figure
 
 
-def _plain(name: str) -> str:
-    """A name that fits beside a row, its dollars not taken for mathematics."""
-    short = name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"
-    return short.replace("$", r"\$")
+def _short(name: str) -> str:
+    """A name that fits beside a row."""
+    return name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"
