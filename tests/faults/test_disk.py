@@ -185,7 +185,7 @@ def held(runner, arguments, file):
         run.signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize("command", [extract, distill, pytest.param(generate, **LONG)])
+@pytest.mark.parametrize("command", [extract, pytest.param(distill, **LONG), pytest.param(generate, **LONG)])
 def test_an_interrupt_from_the_keyboard_keeps_what_is_done(runner, tmp_path, command):
     out, net = tmp_path / "run", HELD[command]
     with held(runner, command(out, net), out / KEPT[command]) as run:

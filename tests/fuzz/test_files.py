@@ -351,7 +351,7 @@ def test_pickles_are_refused(tmp_path, name, form):
         with pytest.raises(io.FileFormatError, match=f"{name} .*pickle or zip.*load it yourself, then penult.Head"):
             read(path)
     assert sources.is_file(str(path))
-    with pytest.raises(ValueError, match=f"{name} is no safetensors file .*penult reads no pickles"):
+    with pytest.raises(ValueError, match=f"{name} is no safetensors file, and penult reads no pickles"):
         sources._load_weights(torch.nn.Linear(2, 2), path)
     assert not (tmp_path / "sprung").exists()
 
@@ -397,6 +397,9 @@ def test_a_head_that_makes_no_pair(tmp_path):
 SOURCE = sorted(Path(penult.__file__).parent.rglob("*.py"))
 
 
+RETURNED = "pickle.loads", "pickle.dumps(law)"  # of a law at hand, to see whether it comes back
+
+
 @pytest.mark.parametrize("path", SOURCE, ids=lambda path: str(path.relative_to(Path(penult.__file__).parent)))
 def test_nothing_in_the_source_runs_what_a_file_holds(path):
     tree = ast.parse(path.read_text("utf-8"))
@@ -405,12 +408,26 @@ def test_nothing_in_the_source_runs_what_a_file_holds(path):
             names = {alias.name.partition(".")[0] for alias in node.names} | {
                 (getattr(node, "module", "") or "").partition(".")[0]
             }
-            assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "subprocess"}
+            assert getattr(node, "module", "") != "pickle"
+            assert all(alias.asname is None for alias in node.names if alias.name == "pickle")
+            assert not names & {
+                "_pickle",
+                "cPickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "marshal",
+                "shelve",
+                "subprocess",
+            }
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), called
+        if called.startswith("pickle."):
+            own = called == "pickle.dumps" or (called, *map(ast.unparse, node.args)) == RETURNED
+            assert own, f"line {node.lineno}: {called}"
         if called in ("torch.load", "load_from_checkpoint"):
             assert given.get("weights_only") == "True", f"line {node.lineno}"
         if called.endswith(("numpy.load", "np.load", "read_array")):

@@ -133,6 +133,7 @@ def test_gradients_of_graphs(problem, close):
     close(found, expected, 10 * problem.tolerance)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_inductor_gives_the_same_numbers(problem, close):

@@ -31,6 +31,7 @@ def test_what_is_not_there_is_a_usage_error(options, message, pytestconfig):
         conftest._device(options)
 
 
+@pytest.mark.long
 def test_the_command_says_so_in_one_line(pytestconfig):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "meta", "tests/heads.py"]
     done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)

@@ -146,6 +146,7 @@ def test_torchrun_says_how_many_there_are(here):
     same(Activations.open(here / "run"), Activations.open(here / "alone"))
 
 
+@pytest.mark.long
 def test_a_student_of_two_processes(here):
     command = ("distill", "alone.penult.safetensors", "--student", "teamnets:student", "--data", "digits")
     facts = json.loads(penult(here, *command, "--epochs", 2, "--out", "student", "--devices", 2, "--json"))
