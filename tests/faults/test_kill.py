@@ -9,7 +9,10 @@ KILLS = {"extract": 2, "fit": 1, "save": 2, "distill": 2, "generate": 1}
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(name, marks=pytest.mark.long) if name in ("fit", "generate") else name for name in COMMANDS],
+    [
+        pytest.param(name, marks=pytest.mark.long) if name in ("fit", "distill", "generate") else name
+        for name in COMMANDS
+    ],
 )
 def test_a_killed_command_leaves_nothing_torn_and_completes_when_run_again(runner, command):
     happened = Killer(runner, seed=0).trial(command, 0, KILLS[command])
