@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many, the first is compared with")
-    parser.add_argument("--images", type=int, default=10_000, help="images to extract from")
+    parser.add_argument("--images", type=int, default=2000, help="images to extract from")
     parser.add_argument("--rows", type=int, default=100_000, help="activations to fit to")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "scaling.json", help="results file")

@@ -122,10 +122,11 @@ class InputsReader:
             dataset.labels = None
         with of_one_size(source):
             first = sources.first_images(dataset, _FEW)
-            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), sources.running(tuple(first.shape)):
-                torch.manual_seed(self.seed)
-                tap = self._tapped(first)
-                loader = sources.batches_of(dataset, self.options["batch_size"], self.options["workers"])
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), sources.running(tuple(first.shape)):
+            torch.manual_seed(self.seed)
+            tap = self._tapped(first)
+            loader = sources.batches_of(dataset, self.options["batch_size"], self.options["workers"])
+            with of_one_size(source):  # inside, since it is no fault of the model
                 acts = extract(tap, loader, class_names=dataset.class_names if known else None, progress=True)
         plain = sources.load_images(source, size=size, mode=mode, mean=None, std=None)
         return Inputs(source, acts, plain)
