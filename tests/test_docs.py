@@ -26,6 +26,7 @@ import torch
 import typer
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import ViTConfig, ViTForImageClassification
 
 import penult
 from penult.cli import app
@@ -284,6 +285,12 @@ def place(tmp_path_factory):
             path = folder / name / str(row % 10) / f"{row}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[row]).save(path)
+    shutil.copytree(folder / "new", folder / "photos")
+    (factory,) = (code for code in blocks(DOCS / "guides" / "your-model.md", {"python"}) if "def vit" in code)
+    (folder / "mymodels.py").write_text(factory)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(patch_size=56, num_labels=10, **small)
+    ViTForImageClassification(config).save_pretrained(folder / "my-checkpoint")
     parquet(folder / "train-0.parquet", pixels[:250])
     parquet(folder / "photos-0.parquet", pixels[:250])
     return folder

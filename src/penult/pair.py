@@ -129,7 +129,7 @@ class GenerativePair(nn.Module):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Joint draws: y from the prior, then h from p(h|y).
+        """Joint draws: y from the prior, then h from p(h|y); of a :class:`Marginal` h ~ p(h), then y from softmax(h).
 
         Args:
             sample_shape: Shape (*S,) of the draws.
@@ -141,14 +141,17 @@ class GenerativePair(nn.Module):
         shape = Size(sample_shape)
         weights = self._log_evidence().softmax(-1)
         count = shape.numel()
-        y = (
-            torch.multinomial(weights, count, replacement=True, generator=generator)
-            if count
-            else (torch.empty(0, dtype=torch.long, device=weights.device))
-        )
-        classes, index = y.unique(return_inverse=True)
         with in_full(weights.device):
-            h = self.base.draw(self.head.centered_weight(classes), index, generator)
+            if count and isinstance(self.base, Marginal) and self.base.implies(self.head):
+                h, y = self.base.draw_joint(count, generator)  # either order is the same law, and here no draw is lost
+            else:
+                y = (
+                    torch.multinomial(weights, count, replacement=True, generator=generator)
+                    if count
+                    else torch.empty(0, dtype=torch.long, device=weights.device)
+                )
+                classes, index = y.unique(return_inverse=True)
+                h = self.base.draw(self.head.centered_weight(classes), index, generator)
         return h.to(self.head.weight.dtype).reshape(*shape, self.head.in_features), y.reshape(shape)
 
     def with_prior(self, prior: Tensor | Categorical) -> GenerativePair:

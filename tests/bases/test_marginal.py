@@ -51,7 +51,7 @@ def test_laws(kind, k, d, dtype):
 
 
 def test_laws_of_many_classes():
-    head, h = problem(1000, 16, n=20_000, scale=3.0)
+    head, h = problem(300, 16, n=10_000, scale=3.0)
     check_base(Marginal.fit(head, h, kind="bank"), head, samples=3_000)
     check_base(Marginal(head, Marginal.fit(head, h, components=10).distribution, samples=20_000), head, samples=2_000)
 
@@ -144,6 +144,33 @@ def test_class_draws_follow_the_joint_stream():
         for f in (lambda h: h[:, 0], lambda h: h[:, 1], lambda h: h.square().sum(-1)):
             truth, off = float((share * f(x)).mean()), f(drawn[:, y])
             assert abs(float(off.mean()) - truth) < 4.5 * float(off.std()) / 4000**0.5 + 0.01 * abs(truth)
+
+
+def test_joint_draws_lose_none_and_are_those_of_either_order():
+    class Counting:
+        drawn = 0
+
+        def sample(self, shape):
+            self.drawn += shape.numel()
+            return torch.randn(*shape, 2)
+
+    head = Head(torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 1.0]]), torch.tensor([0.0, -9.0, 1.0]))
+    law = Counting()
+    pair = GenerativePair(head, Marginal(head, law))
+    before = law.drawn
+    h, y = pair.sample((2, 50_000), generator=seeded())
+    assert (h.shape, y.shape, law.drawn - before) == ((2, 50_000, 2), (2, 50_000), 100_000)
+    torch.testing.assert_close(y.flatten().bincount(minlength=3) / 1e5, pair.prior.probs, atol=0.006, rtol=0)
+    for c in (0, 2):
+        torch.testing.assert_close(h[y == c].mean(0), pair.given(c).sample((50_000,)).mean(0), atol=0.03, rtol=0)
+
+    other = pair.with_prior(torch.tensor([0.45, 0.1, 0.45]))  # its marginal is not p, so that classes come first
+    before = law.drawn
+    h, y = other.sample((1000,), generator=seeded())
+    assert law.drawn - before > 10_000
+    assert abs(float((y == 1).double().mean()) - 0.1) < 0.04
+    moved = GenerativePair(head.with_bias(head.full_bias + 2.5), pair.base)  # the same softmax
+    assert torch.equal(moved.sample((9,), generator=seeded())[1], pair.sample((9,), generator=seeded())[1])
 
 
 def test_rows_in_any_order_and_repeated():

@@ -177,7 +177,9 @@ def test_labels_that_are_missing_are_drawn_from_the_head(truth, real, quick):
 def test_given_labels_come_before_stored_ones(truth, real, quick):
     real = real[:1200]
     wrong = (real.labels + 1) % 3
-    result = compare(truth, real, wrong)
+    with pytest.warns(UserWarning, match=r"gives \d+\.\d% of the labels, as by guessing: .* 3 classes") as said:
+        result = compare(truth, real, wrong)
+    assert said[0].filename == __file__
     assert result.labels == "given"
     assert result.calibration.real_accuracy < 0.5
     assert result.auc["logistic"] > 0.8  # p(h|y) of another class

@@ -67,7 +67,7 @@ def accept(
                 f"{drawn} draws gave too few of class {int(classes[wanted[0]])}, which should have prior "
                 f"{float(prior[wanted[0]]):.2g}: the prior of this base is not that of its law; fit the base anew"
             )
-        h = draw(min(size, math.ceil(1.05 * likely) + 32))
+        h = draw(min(size, max(math.ceil(1.05 * likely) + 32, drawn // 16)))  # more, where they were long in vain
         drawn += len(h)
         p = _posterior(head, h, classes[wanted]).cumsum(-1)
         u = torch.rand(len(h), 1, dtype=p.dtype, device=p.device, generator=generator)

@@ -298,6 +298,27 @@ class Marginal(Base):
         grouped[inverse.argsort(stable=True)] = h
         return grouped.to(torch.promote_types(weight.dtype, torch.float32))
 
+    def implies(self, head: Head) -> bool:
+        """Whether the pair of ``head`` and this base has p itself for its marginal: its bias is that of this head."""
+        shift = head.full_bias - self.head.full_bias
+        return bool((shift == shift[0]).all())
+
+    def draws_for(self, y: Tensor) -> float:
+        """About how many activations have to be drawn for one of each of the classes ``y`` (N,)."""
+        if isinstance(self.distribution, Bank):
+            return float(len(y))
+        return float((y.bincount(minlength=self.head.num_classes) / self.log_prior.exp()).max())
+
+    def draw_joint(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Activations h ~ p (N, d) with classes y ~ softmax(h) (N,), whatever their classes: none is drawn in vain."""
+        law, size = self._draws(generator), block_size(self.head)
+        h = law(count)
+        labels = [
+            torch.multinomial(self.head.centered_logits(rows).softmax(-1), 1, generator=generator).squeeze(-1)
+            for rows in h.split(size)
+        ]
+        return h, torch.cat(labels)
+
     def config(self) -> dict[str, Any]:
         """JSON facts that, with the buffers and the head, rebuild this base."""
         return {"law": self.law.describe(), "samples": self._samples, "seed": self._seed}

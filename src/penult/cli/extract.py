@@ -135,10 +135,11 @@ def _warn_of_labels(acts: Activations, labels: Tensor, out: Path) -> None:
     """Say so where a network is right no more often than by guessing."""
     import torch
 
+    from penult.head._checks import as_by_guessing
+
     places = torch.linspace(0, len(acts) - 1, min(len(acts), _LOOKED_AT), dtype=torch.float64).long()
     some = acts[places].predicted.eq(labels[places]).double()
-    right, guess = float(some.mean()), 1 / acts.num_classes
-    if right <= guess + 3 * (guess * (1 - guess) / len(some)) ** 0.5:
+    if as_by_guessing(right := float(some.mean()), len(some), acts.num_classes):
         tell(
             f"warning: the network gives {right:.1%} of the labels in {out}, as by guessing: are they numbers of its "
             f"own {acts.num_classes} classes, and is it trained? Without labels all of this works too"

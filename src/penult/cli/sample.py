@@ -14,6 +14,8 @@ from penult.cli.extract import HEAD_FILE
 
 __all__ = ["sample"]
 
+_MANY = 1_000_000  # draws, seconds of them
+
 
 def sample(
     pair: Annotated[str, typer.Argument(metavar="PAIR", help="A *.penult.safetensors, or a file that holds a head.")],
@@ -36,12 +38,15 @@ def sample(
     import torch
 
     from penult.activations import Activations
+    from penult.bases import Marginal
 
     reporter = RichReporter(stderr=as_json)
     law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
     generator = torch.Generator(sources.device_of(device)).manual_seed(seed)
     if classes:
         labels = torch.tensor(classes, device=sources.device_of(device)).repeat_interleave(count)
+        if isinstance(law.base, Marginal) and (needed := law.base.draws_for(labels)) > _MANY:
+            reporter.line(f"these classes are rare: some {needed:.2g} activations are drawn to find them")
         h = law.given(labels).sample((), generator=generator)
     else:
         h, labels = law.sample((count,), generator=generator)

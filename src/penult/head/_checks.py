@@ -9,7 +9,13 @@ from torch import Tensor
 
 from penult.head._rows import blocks
 
-__all__ = ["check_bias", "check_finite", "check_labels", "check_positive", "check_weight"]
+__all__ = ["as_by_guessing", "check_bias", "check_finite", "check_labels", "check_positive", "check_weight"]
+
+
+def as_by_guessing(right: float, count: int, classes: int) -> bool:
+    """Whether a share of right answers among so many is no more than guessing gives, but for three standard errors."""
+    guess = 1 / classes
+    return right <= guess + 3 * math.sqrt(guess * (1 - guess) / count)
 
 
 def check_labels(labels: Tensor, logits_shape: torch.Size, offset: int = 0) -> None:

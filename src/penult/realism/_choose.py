@@ -55,6 +55,9 @@ def choose(
         max_per_class: Rows of a class to compare, at most.
         progress: True for a bar on stderr, or what to call with the number of candidates done and of all.
 
+    Warns:
+        UserWarning: If the head gives the labels no more often than by guessing.
+
     Raises:
         ImportError: If scikit-learn is not installed (``pip install "penult[data]"``).
         TypeError: If an argument is of a wrong kind.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from penult.activations import Activations
+from penult.head._checks import as_by_guessing
 from penult.realism._collapse import collapse
 from penult.realism._distances import energy_coefficient, expected_calibration_error
 from penult.realism._result import Collapse, Comparison, TiltIdentity
@@ -92,14 +94,22 @@ def examine(
         correct.append((top.indices == y).cpu())
         posterior += p.cpu().double().sum(0)
     trust, right = torch.cat(confidence), torch.cat(correct)
-    known = source != "drawn"
+    known, answered = source != "drawn", float(right.double().mean())
+    if known and as_by_guessing(answered, len(right), head.num_classes):
+        warnings.warn(
+            f"the head gives {answered:.1%} of the labels, as by guessing: are they numbers of its own "
+            f"{head.num_classes} classes? If not, draws of each class are compared with real ones of another; pass "
+            "the activations without labels (activations.activations), which believes the head",
+            UserWarning,
+            stacklevel=4,  # the caller of compare or choose, which torch.no_grad wraps
+        )
     names = held.source.class_names if isinstance(held.source, Activations) else None
     return Examined(
         held,
         source,
         names or tuple(map(str, range(head.num_classes))),
         rows,
-        float(right.double().mean()) if known else None,
+        answered if known else None,
         float(trust.double().mean()),
         expected_calibration_error(trust, right) if known else None,
         posterior / len(held),
