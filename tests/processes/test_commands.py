@@ -91,6 +91,12 @@ def extraction(out, *more):
     return "extract", "teamnets:net", "digits", "--out", out, "--batch-size", "120", "--shard-size", "0.01", *more
 
 
+def running(pid):
+    """Whether there is such a process, that is no zombie whose parent does not look."""
+    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return state.strip() not in ("", "Z")
+
+
 def until(found):
     """Wait until something is there."""
     end = time.monotonic() + 300
@@ -126,6 +132,26 @@ def test_the_next_run_resumes_and_says_everything_once(here, killed):
     facts = json.loads(penult(here, *extraction("two", "--devices", 2, "--strategy", "ddp", "--json")))
     assert facts["resumed_after_shards"] == len(killed[2])
     same(Activations.open(here / "two"), Activations.open(here / "alone"))
+
+
+@pytest.mark.long
+def test_without_the_first_process_the_others_end_and_the_next_run_resumes(here, killed):
+    """Nobody is left to say so, to the shell but its own "Killed"."""
+    (here / "slowly").touch()
+    for path in here.glob("seen-*"):
+        path.unlink()
+    process = start(here, *extraction("first", "--devices", 2, "--json"))
+    until(lambda: len(list(here.glob("seen-*"))) == 2 and list((here / "first").glob("activations-00001-of-00002-*")))
+    (other,) = {int(path.name.removeprefix("seen-")) for path in here.glob("seen-*")} - {process.pid}
+    process.kill()
+    until(lambda: not running(other))  # before the pipes are read: the other holds them as well
+    _, error = process.communicate(timeout=600)
+    assert "Traceback" not in error
+    (here / "slowly").unlink()
+    shards = list((here / "first").glob("activations-*"))
+    facts = json.loads(penult(here, *extraction("first", "--devices", 2, "--json")))
+    assert facts["resumed_after_shards"] == len(shards) > 0
+    same(Activations.open(here / "first"), Activations.open(here / "alone"))
 
 
 @pytest.mark.long
