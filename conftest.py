@@ -75,6 +75,10 @@ def _seed() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _doctest_names(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> None:
+def _doctests(
+    request: pytest.FixtureRequest, doctest_namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if isinstance(request.node, pytest.DoctestItem):
         doctest_namespace.update(math=math, nn=nn, penult=penult, torch=torch)
+        if "realism" in request.node.name:  # whose examples are not about what a network of a test can tell
+            monkeypatch.setattr("penult.realism._tests._STEPS", 3)

@@ -54,8 +54,13 @@ def test_posterior_is_the_softmax(classes, features, dtype, bias, unequal):
         assert pair.log_joint(h).dtype == pair.log_prob(h).dtype == dtype
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
-@pytest.mark.parametrize("features", [2, 64])
+@pytest.mark.parametrize(
+    ("classes", "features"),
+    [
+        *((classes, features) for classes in (2, 3, 10) for features in (2, 64)),
+        *(pytest.param(1000, features, marks=pytest.mark.long) for features in (2, 64)),
+    ],
+)
 def test_pairs_follow_their_laws(classes, features):
     head = random_head(classes, features, seed=1, unequal=True, norm=2.0)
     check_pair(GenerativePair(head, sphere()), samples=20_000)

@@ -33,7 +33,10 @@ def charted(dim, m, seed=0, radii=3, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("radii", [1, 3])
-@pytest.mark.parametrize(("dim", "m"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (5, 3), (64, 9), (1280, 20)])
+@pytest.mark.parametrize(
+    ("dim", "m"),
+    [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (5, 3), (64, 9), pytest.param(1280, 20, marks=pytest.mark.long)],
+)
 def test_laws_through_every_chart(dim, m, radii):
     report = check_base(
         charted(dim, m, seed=m, radii=radii),
@@ -45,8 +48,13 @@ def test_laws_through_every_chart(dim, m, radii):
     assert ("radii" in names) == (radii > 1)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
-@pytest.mark.parametrize("dim", [2, 64, 1280])
+@pytest.mark.parametrize(
+    ("classes", "dim"),
+    [
+        *((classes, dim) for classes in (2, 3, 10) for dim in (2, 64, 1280)),
+        *((1000, 2), (1000, 64), pytest.param(1000, 1280, marks=pytest.mark.long)),
+    ],
+)
 def test_laws_of_the_data_free_sphere(classes, dim):
     head = random_head(classes, dim, seed=classes, norm=3.0)
     base = quiet_from_head(head, confidence=0.95 if classes < 1000 or dim > 2 else 0.3)
@@ -80,7 +88,13 @@ class Miscounted(Sphere):
 
 
 @pytest.mark.parametrize("norm", [0.5, 5.0])
-@pytest.mark.parametrize(("classes", "dim"), [(2, 2), (3, 2), (3, 3), (10, 64), (1000, 64), (2, 1280)])
+@pytest.mark.parametrize(
+    ("classes", "dim"),
+    [
+        *((2, 2), (3, 2), (3, 3), (10, 64)),
+        *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((1000, 64), (2, 1280))),
+    ],
+)
 def test_a_base_whose_log_m_is_off_by_one_per_cent_fails(classes, dim, norm):
     head = random_head(classes, dim, norm=norm)
     samples = 10_000 if classes * dim < 1000 else 3_000

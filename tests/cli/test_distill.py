@@ -224,11 +224,17 @@ def test_images_without_labels(refused, place):
 FRAGILE = ("--student", "distillnets:fragile", "--val", "val.npz", "--epochs", "4")  # 5 batches an epoch
 
 
-@pytest.mark.parametrize("way", ["signal", "error"])
-@pytest.mark.parametrize("kind", ["soft", "activation"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("soft", "error"),
+        pytest.param("activation", "error", marks=pytest.mark.long),
+        pytest.param("soft", "signal", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_that_was_killed(penult_json, refused, place, monkeypatch, kind, way):
-    if way == "signal" and (kind == "activation" or not hasattr(signal, "SIGKILL")):
-        pytest.skip("once is enough, where there are such signals")
+    if way == "signal" and not hasattr(signal, "SIGKILL"):
+        pytest.skip("there are no such signals here")
     command = (*FILE, *FRAGILE, "--kind", kind)
     whole = penult_json(*command, "--out", "whole")
     if way == "signal":

@@ -183,7 +183,11 @@ FRAGILE = ("generate", "net.penult.safetensors", "--model", "gennets:fragile", "
 
 @pytest.mark.parametrize(
     ("kind", "condition", "way"),
-    [("vae", "activation", "error"), ("vae", "label", "error"), ("gan", "activation", "hand")],
+    [
+        pytest.param("vae", "activation", "error", marks=pytest.mark.long),
+        ("vae", "label", "error"),
+        pytest.param("gan", "activation", "hand", marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_was_killed(penult_json, refused, place, monkeypatch, kind, condition, way):
     handler = signal.getsignal(signal.SIGINT)

@@ -8,12 +8,17 @@ from faults.runs import Runner, make_place
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory):
-    """Starts commands in a folder that has networks, images, activations and a pair."""
+def place(tmp_path_factory):
+    """A folder that has networks, images, activations and a pair."""
+    return make_place(tmp_path_factory.mktemp("faults") / "place")
+
+
+@pytest.fixture(scope="session")
+def runner(place):
+    """Starts commands there."""
     if not hasattr(os, "fork") or sys.platform == "darwin":
         pytest.skip("processes are forked here, which is safe on Linux alone")
-    folder = tmp_path_factory.mktemp("faults")
-    with Runner(make_place(folder / "place"), folder) as runner:
+    with Runner(place, place.parent) as runner:
         runner.ready()
         yield runner
 

@@ -1,7 +1,6 @@
 """Heads and activations of any size, next to each other, and at the ends of what a dtype holds."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -68,16 +67,24 @@ def test_few_and_many_classes_and_dimensions(problem, classes, dim, laws_of, clo
     assert bool(((y >= 0) & (y < classes)).all())
 
 
-@pytest.mark.parametrize(("classes", "dim"), [(50_000, 512), (1000, 16384)])
-def test_large_heads_take_seconds(problem, classes, dim, close):
-    """A head of 60 to 100 MB; what would need a second W for every activation would not fit, nor end."""
+@pytest.mark.parametrize(
+    ("classes", "dim"),
+    [
+        (50_000, 512),
+        (1000, 16384),
+        pytest.param(100_000, 2000, marks=pytest.mark.long),
+        pytest.param(12_000, 16384, marks=pytest.mark.long),
+    ],
+)
+def test_large_heads(problem, classes, dim, close):
+    """Heads of 60 to 800 MB; what would need a second W for every activation would not fit, nor end."""
     if problem.dtype == torch.float64:
         pytest.skip("float32 is enough to see it")
     g = torch.Generator().manual_seed(0)
     block = torch.randn(1000, dim, generator=g) / dim**0.5
     factors = torch.linspace(0.5, 1.5, classes // 1000)
     weight = torch.cat([block * factor for factor in factors]).to(problem.device, problem.dtype)
-    head, start = penult.Head(weight), time.process_time()
+    head = penult.Head(weight)
     pair = penult.GenerativePair(head, penult.Sphere(float(dim**0.5)))
     h, y = pair.sample((32,), generator=problem.generator())
     logits = torch.nn.functional.linear(h.double().cpu(), weight[::997].double().cpu())
@@ -87,7 +94,6 @@ def test_large_heads_take_seconds(problem, classes, dim, close):
         assert bool(penult.scores.directional(pair, h).isfinite().all())
     assert bool(pair.log_prob(h.float()).isfinite().all())
     assert bool(pair.given(y[:4]).log_prob(h[:4].float()).isfinite().all())
-    assert time.process_time() - start < 60
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e15])

@@ -180,7 +180,8 @@ def test_a_student_of_two_processes(here):
     assert facts["accuracy"] > facts["start_accuracy"]
 
 
-@pytest.mark.parametrize("kind", ["vae", pytest.param("gan", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["vae", "gan"])
 def test_a_generator_of_two_processes(here, kind):
     command = ("generate", "alone.penult.safetensors", "--model", "teamnets:net", "--images", "digits", "--kind", kind)
     facts = json.loads(penult(here, *command, "--epochs", 1, "--out", kind, "--devices", 2, "--json"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from penult.head import Head
-from penult.special import working_dtype
+from penult.special import in_double, working_dtype
 
 __all__ = ["MOST_DRAWS", "accept", "block_size", "class_means", "expected_posterior", "pick"]
 
@@ -47,7 +47,7 @@ def accept(
         ValueError: If the draws of a class are expected to take more than `MOST_DRAWS` of the law.
         RuntimeError: If they take a hundred times what was expected, so that the prior cannot be right.
     """
-    expected = counts.double() / prior.double()
+    expected = in_double(counts) / in_double(prior)
     if float(expected.max()) > MOST_DRAWS:
         worst = int(expected.argmax())
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from penult.bases._pool import Pool
 from penult.head import Head
+from penult.special import in_double
 
 __all__ = ["CovarianceType", "tilted_gaussian"]
 
@@ -73,7 +74,7 @@ def tilted_gaussian(
 
 def _row_moments(head: Head, posterior: Tensor, subspace: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean w̄ and covariance C of the centered rows under class probabilities, without a second W."""
-    p, total, square = posterior.double(), None, None
+    p, total, square = in_double(posterior), None, None
     for part, block in head.centered_blocks():
         rows = _read(block, subspace)
         weighted = p[part].unsqueeze(-1) * rows
@@ -85,4 +86,4 @@ def _row_moments(head: Head, posterior: Tensor, subspace: Tensor | None) -> tupl
 
 
 def _read(x: Tensor, subspace: Tensor | None) -> Tensor:
-    return x.double() if subspace is None else x.double() @ subspace.T
+    return in_double(x) if subspace is None else in_double(x) @ subspace.T

@@ -130,14 +130,14 @@ class Pool:
 
     def mean(self) -> Tensor:
         """Mean activation (d,), float64."""
-        total = torch.zeros(self._head.in_features, dtype=torch.float64, device=self._head.weight.device)
+        total = in_double(self._head.weight.new_zeros(self._head.in_features))
         for rows in self:
-            total += rows.sum(0, dtype=torch.float64)
+            total += in_double(rows).sum(0)
         return self.processes.sum(total) / len(self)
 
     def mean_posterior(self) -> Tensor:
         """Mean class probabilities (K,) of the head, float64."""
-        total = torch.zeros(self._head.num_classes, dtype=torch.float64, device=self._head.weight.device)
+        total = in_double(self._head.weight.new_zeros(self._head.num_classes))
         for rows in self.stored:
             total += self.posterior(rows).sum(0)
         return self.processes.sum(total) / len(self)

@@ -13,6 +13,7 @@ from penult.bases._moments import CovarianceType, tilted_gaussian
 from penult.bases._pool import Pool
 from penult.bases.base import Base, BaseInfo
 from penult.head import Head
+from penult.special import in_double
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -98,8 +99,8 @@ class Gaussian(Base):
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in [0, 1]; got {shrinkage}")
         loc, covariance = tilted_gaussian(head, Pool(head, activations, group), covariance_type, shrinkage)
-        dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        return cls(loc, covariance if covariance_type == "full" else covariance.diagonal()).to(dtype)
+        base = cls(loc, covariance if covariance_type == "full" else covariance.diagonal())
+        return base.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
 
     @property
     def info(self) -> BaseInfo:
@@ -156,11 +157,11 @@ class Gaussian(Base):
         step = 24 / per_axis
         line = (torch.arange(per_axis, dtype=torch.float64) + 0.5) * step - 12
         z = torch.cartesian_prod(*[line] * d).reshape(-1, d)
-        scale = self.scale_tril.double()
+        scale = in_double(self.scale_tril).cpu()
         spread = z * scale if scale.ndim == 1 else z @ scale.T
         log_volume = (scale if scale.ndim == 1 else scale.diagonal()).log().sum() + d * math.log(step)
-        points = (self.loc.double() + spread).to(self.loc.dtype)
-        return points, log_volume.to(self.loc.dtype).expand(len(points))
+        points = (in_double(self.loc).cpu() + spread).to(self.loc)
+        return points, log_volume.to(self.loc).expand(len(points))
 
     def extra_repr(self) -> str:
         """Shapes, for ``print``."""
@@ -187,11 +188,11 @@ def _cholesky(covariance: Tensor) -> Tensor:
     asymmetry = float((covariance - covariance.T).abs().max())
     if asymmetry > 1e-4 * float(covariance.abs().max()):
         raise ValueError(f"covariance_matrix is not symmetric (off by {asymmetry:.2g})")
-    scale, failed = torch.linalg.cholesky_ex(covariance.double())
+    scale, failed = torch.linalg.cholesky_ex(in_double(covariance))
     if int(failed):
         raise ValueError(
             f"covariance_matrix of shape {tuple(covariance.shape)} is not positive definite; fit with a larger "
             "shrinkage, or with more activations"
         )
-    root: Tensor = scale.to(covariance.dtype)
+    root: Tensor = scale.to(covariance)
     return root

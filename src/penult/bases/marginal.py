@@ -18,7 +18,7 @@ from penult.bases.base import Base, BaseInfo
 from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
 from penult.head import Head
 from penult.head._rows import mean_row_of
-from penult.special import traced
+from penult.special import in_double, traced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -342,7 +342,7 @@ class Marginal(Base):
                     f"{name} is {value.dtype} of shape {tuple(value.shape)}; expected {head.num_classes} finite numbers"
                 )
             base.register_buffer(name, value)
-        if abs(float(base.log_prior.double().logsumexp(-1))) > 1e-3 or bool((base.standard_error < 0).any()):
+        if abs(float(in_double(base.log_prior).logsumexp(-1))) > 1e-3 or bool((base.standard_error < 0).any()):
             raise ValueError("log_prior is no normalised prior, or standard_error is negative")
         return base
 
