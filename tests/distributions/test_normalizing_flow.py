@@ -79,9 +79,9 @@ def test_density_by_the_jacobian_of_the_draws():
     z = p.base.sample((6,), generator=seeded())
 
     def forward(h):
-        from penult.distributions.normalizing_flow import _splines
+        from penult.distributions._splines import splines
 
-        return _splines(p.knots)((h - p.loc) / p.scale)
+        return splines(p.knots)((h - p.loc) / p.scale)
 
     assert torch.allclose(forward(x), z, atol=1e-8)
     jacobian = torch.stack([torch.autograd.functional.jacobian(forward, row) for row in x])
@@ -128,7 +128,7 @@ def test_small_blocks_give_the_same(monkeypatch):
     p = law(4, 2, 3)
     x = p.sample((50,), generator=seeded())
     density = p.log_prob(x)
-    monkeypatch.setattr("penult.distributions.normalizing_flow._ELEMENTS", 12)
+    monkeypatch.setattr("penult.distributions.normalizing_flow.ELEMENTS", 12)
     assert torch.allclose(p.log_prob(x), density)
     assert torch.allclose(p.sample((50,), generator=seeded()), x)
 
@@ -289,9 +289,9 @@ def test_fit_streams(monkeypatch):
     parts = NormalizingFlow.fit(x.split([0, 1, 199, 300]), **QUICK)
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, parts.state_dict()[name], atol=1e-4), name
-    monkeypatch.setattr("penult.distributions.normalizing_flow._KEPT", 800)
-    monkeypatch.setattr("penult.distributions.normalizing_flow._ELEMENTS", 100)
-    monkeypatch.setattr("penult.distributions.normalizing_flow._COLUMNS", 3)
+    monkeypatch.setattr("penult.distributions._flow_fit._KEPT", 800)
+    monkeypatch.setattr("penult.distributions._flow_fit.ELEMENTS", 100)
+    monkeypatch.setattr("penult.distributions._flow_fit._COLUMNS", 3)
     few = NormalizingFlow.fit(x.split(200), **QUICK)  # on 200 rows, but for the mixture
     assert float(few.log_prob(x).mean()) > float(PrincipalMixture.fit(x, components=3, dims=4).log_prob(x).mean())
 

@@ -326,7 +326,7 @@ def test_batches_equal_the_whole(monkeypatch, keep):
 def test_start_on_a_sample(monkeypatch):
     x = law(10, 4, 6, apart=5.0).sample((3000,), generator=seeded())
     single = PrincipalMixture.fit(x, components=1, dims=4).log_prob(x).mean()
-    monkeypatch.setattr("penult.distributions.principal_mixture._SAMPLE", 300)
+    monkeypatch.setattr("penult.distributions._principal_fit._SAMPLE", 300)
     p = PrincipalMixture.fit(x.split(700), components=6, dims=4)
     assert float(p.log_prob(x).mean() - single) > 0.5
     assert float((p.mean - x.mean(0)).abs().max()) < 0.01  # all rows took part in the updates

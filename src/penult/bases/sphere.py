@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from penult import special
 from penult.activations import Activations
+from penult.bases._chart import Chart
 from penult.bases._confidence import implied_radius, unit
-from penult.bases._moments import tilted_gaussian
 from penult.bases._pool import Pool
-from penult.bases._radial_mass import log_mass
 from penult.bases._radial_table import log_mass_at, radial_table
-from penult.bases._radii import RadialHistogram
+from penult.bases._sphere_fit import Shape, fit_sphere
 from penult.bases._trimming import trimmed
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import _sampling
@@ -91,41 +90,8 @@ class Sphere(Base):
             )
         self.register_buffer("radius", radius)
         self.register_buffer("log_weights", log_weights.log_softmax(-1))
-        for name, part in (("loc", loc), ("scale_tril", scale_tril), ("subspace", subspace)):
-            self.register_buffer(name, None if part is None else part.detach().contiguous())
-        self._check_chart()
-
-    def _check_chart(self) -> None:
-        loc, tril, rows = self.loc, self.scale_tril, self.subspace
-        for name, part in (("loc", loc), ("scale_tril", tril), ("subspace", rows)):
-            if part is not None and not bool(part.isfinite().all()):
-                raise ValueError(f"{name} of shape {tuple(part.shape)} holds NaN or infinity")
-            if part is not None and part.numel() == 0:
-                raise ValueError(
-                    f"{name} of shape {tuple(part.shape)} is empty; a head whose rows are all equal spans nothing"
-                )
-        if loc is not None and loc.dim() != 1:
-            raise ValueError(f"loc must have shape (d,); got {tuple(loc.shape)}")
-        if rows is not None:
-            if rows.dim() != 2 or not 1 <= rows.shape[0] <= rows.shape[1]:
-                raise ValueError(f"subspace must hold m <= d rows (m, d); got {tuple(rows.shape)}")
-            if loc is not None and loc.shape[0] != rows.shape[1]:
-                raise ValueError(f"loc has dimension {loc.shape[0]}, but subspace lies in dimension {rows.shape[1]}")
-            gram = rows.double() @ rows.double().T
-            off = float((gram - torch.eye(rows.shape[0]).to(gram)).abs().max())
-            if not off < 1e-4:
-                raise ValueError(
-                    f"the rows of subspace are not orthonormal (off by {off:.2g}); take them from "
-                    "Head.span() or torch.linalg.qr"
-                )
-        if tril is not None:
-            m = rows.shape[0] if rows is not None else loc.shape[0] if loc is not None else tril.shape[0]
-            if tril.shape != (m, m):
-                raise ValueError(f"scale_tril must have shape {(m, m)} here; got {tuple(tril.shape)}")
-            if not bool((tril.diagonal() > 0).all()) or bool((tril.triu(1) != 0).any()):
-                raise ValueError(
-                    "scale_tril must be lower triangular with a positive diagonal: see torch.linalg.cholesky"
-                )
+        for name, part in Chart.of(loc, scale_tril, subspace)._asdict().items():
+            self.register_buffer(name, part)
 
     # --- construction ---------------------------------------------------------------------------------------
 
@@ -170,7 +136,7 @@ class Sphere(Base):
         cls,
         head: Head,
         activations: Tensor | Activations,
-        shape: Literal["round", "centered", "elliptic"] = "round",
+        shape: Shape = "round",
         ambient: bool = True,
         shrinkage: float = 0.02,
         radii: int = 256,
@@ -215,58 +181,21 @@ class Sphere(Base):
         if not 0 <= trim < 0.5 or (trim and shape != "elliptic"):
             raise ValueError(f"trim must lie in [0, 0.5), and needs shape='elliptic'; got {trim} with {shape!r}")
         pool = Pool(head, activations, group)
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+
+        def fitted(part: Pool, radii: int) -> Sphere:
+            chart, radius, log_weights = fit_sphere(head, part, shape, ambient, shrinkage, radii)
+            return cls(radius, log_weights=log_weights, **chart._asdict()).to(head.weight.device, dtype)
+
         if trim:
 
-            def fitted(part: Pool) -> Callable[[Tensor], Tensor]:
-                base = cls._fit(head, part, shape, ambient, shrinkage, radii=1)
+            def strangeness(part: Pool) -> Callable[[Tensor], Tensor]:
+                base = fitted(part, radii=1)
                 table = radial_table(*base.seen(head), halvings=0)  # ranks need no more
-                return lambda rows: -base.direction_log_prob(head, base.project(rows.to(base.radius.dtype)), table)
+                return lambda rows: -base.direction_log_prob(head, base.project(rows.to(dtype)), table)
 
-            pool = trimmed(pool, trim, fitted)
-        return cls._fit(head, pool, shape, ambient, shrinkage, radii)
-
-    @classmethod
-    def _fit(
-        cls,
-        head: Head,
-        pool: Pool,
-        shape: Literal["round", "centered", "elliptic"],
-        ambient: bool,
-        shrinkage: float,
-        radii: int,
-    ) -> Sphere:
-        device = head.weight.device
-        outside: Tensor | None = None
-        subspace = None
-        if not ambient:
-            subspace = head.span().double()
-            mean = pool.mean()
-            outside = mean - subspace.T @ (subspace @ mean)
-        loc = scale_tril = None
-        if shape != "round":
-            kind: Literal["full", "spherical"] = "full" if shape == "elliptic" else "spherical"
-            loc, covariance = tilted_gaussian(head, pool, kind, shrinkage, subspace)
-            if shape == "elliptic":
-                scale_tril, failed = torch.linalg.cholesky_ex(covariance)
-                if int(failed):
-                    raise ValueError(
-                        f"the covariance of {len(pool)} activations in {len(covariance)} dimensions is singular; "
-                        f"pass more activations or a shrinkage above {shrinkage}"
-                    )
-        if subspace is not None and outside is not None:
-            loc = outside if loc is None else outside + subspace.T @ loc
-        dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        chart = {"loc": loc, "scale_tril": scale_tril, "subspace": subspace}
-        base = cls(torch.ones(1, device=device).double(), **chart)
-        histogram = RadialHistogram()
-        for rows in pool:
-            histogram.update(torch.linalg.vector_norm(base.read(rows.double()), dim=-1).clamp_min(1e-18))
-        histogram.counts, histogram.sums = (pool.processes.sum(part) for part in (histogram.counts, histogram.sums))
-        radius, share = (a.to(device) for a in histogram.atoms(radii))
-        if float(radius.max()) <= 1e-15:
-            raise ValueError(f"all {len(pool)} activations lie at the centre, so there is no radius to fit")
-        log_weights = share.log() - log_mass(*base.seen(head), radius)
-        return cls(radius, log_weights=log_weights.log_softmax(-1), **chart).to(dtype)
+            pool = trimmed(pool, trim, strangeness)
+        return fitted(pool, radii)
 
     # --- the base's contract --------------------------------------------------------------------------------
 
@@ -287,10 +216,7 @@ class Sphere(Base):
     @property
     def in_features(self) -> int | None:
         """The dimension d of activations; None without a chart, when any d ≥ 1 serves."""
-        for part in (self.subspace, self.loc, self.scale_tril):
-            if part is not None:
-                return part.shape[-1]
-        return None
+        return self._chart.in_features()
 
     def log_mgf(self, weight: Tensor) -> Tensor:
         """Log M(w) for rows (*B, d), shape (*B,)."""
@@ -299,7 +225,7 @@ class Sphere(Base):
         step = max(1, _PAIRS // self.radius.numel())
         parts = []
         for block in rows.split(step):
-            pulled, offset = self._pull(block)
+            pulled, offset = self._chart.pull(block)
             norms = torch.linalg.vector_norm(pulled, dim=-1)
             parts.append(offset + self._log_radial(norms, block.shape[-1])[0])
         result = torch.cat(parts) if parts else rows.new_zeros(0)
@@ -307,38 +233,24 @@ class Sphere(Base):
 
     def log_prob(self, h: Tensor) -> Tensor:
         """Log m(h) = −log area − (m − 1) log r at h's own radius, (*S, d) → (*S,)."""
-        m = self._dim(h)
+        m = self._chart.dim() or h.shape[-1]
         u = self.read(h)
         r = torch.linalg.vector_norm(u, dim=-1, dtype=special.working_dtype(u.device))  # squares could overflow
         return (-special.log_sphere_area(m) - ((m - 1) * r.log() if m > 1 else torch.zeros_like(r))).to(u.dtype)
 
     def project(self, h: Tensor) -> Tensor:
         """H without its deviation from ``loc`` outside the subspace, (*S, d)."""
-        if self.subspace is None:
-            return h
-        rows = self.subspace.to(h.dtype)
-        if self.loc is None:
-            return h @ rows.T @ rows
-        return self.loc.to(h.dtype) + (h - self.loc.to(h.dtype)) @ rows.T @ rows
+        return self._chart.project(h)
 
     def read(self, h: Tensor) -> Tensor:
         """Chart coordinates u = L⁻¹U(h − loc) of activations (*S, d), shape (*S, m)."""
         self._check_features(h, "h")
-        u = h.to(torch.promote_types(h.dtype, torch.float32))
-        u = u if self.loc is None else u - self.loc.to(u.dtype)
-        if self.subspace is not None:
-            u = u @ self.subspace.T.to(u.dtype)
-        if self.scale_tril is not None:
-            flat = u.reshape(-1, u.shape[-1])
-            u = torch.linalg.solve_triangular(self.scale_tril.T.to(u.dtype), flat, upper=True, left=False).reshape(
-                u.shape
-            )
-        return u
+        return self._chart.read(h)
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """One activation for each i of ``index`` (N,): a radius, then von Mises-Fisher around L'U weight[i]."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        pulled, _ = self._pull(weight.to(dtype))
+        pulled, _ = self._chart.pull(weight.to(dtype))
         norms, mean = torch.linalg.vector_norm(pulled, dim=-1), unit(pulled)
         radius = self.radius.to(dtype)
         if radius.numel() == 1:
@@ -354,7 +266,7 @@ class Sphere(Base):
         alone = len(weight) == 1
         y = _sampling.cosine_complement(mean.shape[-1], r * (norms if alone else norms[index]), dtype, generator)
         u = _sampling.around(mean[0] if alone else mean[index], y, generator) * r.unsqueeze(-1)
-        return self._push(u).to(weight.dtype)
+        return self._chart.push(u).to(weight.dtype)
 
     def radial_law(self, weight: Tensor) -> Tensor:
         """The share of each radius under the tilts by rows (B, d): ω_r e^{F(r ρ)}, normalised, (B, R)."""
@@ -363,17 +275,11 @@ class Sphere(Base):
 
     def seen(self, head: Head) -> tuple[int, Tensor, Tensor]:
         """A head in the chart: its dimension m, norms ‖L'U w_y‖ (K,) of the centered rows, and b_y + w_y·loc (K,)."""
-        work = special.working_dtype(head.weight.device)
-        norms, offsets = head.full_bias.to(work, copy=True), head.full_bias.to(work, copy=True)
-        for part, rows in head.centered_blocks():  # in place: what is kept between blocks would keep their memory, too
-            pulled, offset = self._pull(rows.to(work))
-            norms[part] = torch.linalg.vector_norm(pulled, dim=-1)
-            offsets[part] += offset
-        return self.seen_dim(head), norms, offsets
+        return self._chart.seen(head)
 
     def seen_dim(self, head: Head) -> int:
         """The dimension m of the chart, d of a head where there is none."""
-        return self._chart_dim() or head.in_features
+        return self._chart.dim() or head.in_features
 
     def radial_table(self, head: Head) -> Tensor:
         """The mass that a head's classes put at each radius, for :meth:`direction_log_prob`."""
@@ -404,14 +310,14 @@ class Sphere(Base):
     def cosine(self, h: Tensor, weight: Tensor) -> Tensor:
         """The cosine of activations to rows in the chart, u·w' / (‖u‖ ‖w'‖): (N, d), (N, d) → (N,)."""
         self._check_features(weight, "weight")
-        pulled, _ = self._pull(weight)
+        pulled, _ = self._chart.pull(weight)
         u = self.read(h)
         cosine: Tensor = torch.cosine_similarity(u, pulled.to(u.dtype), dim=-1)
         return cosine
 
     def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
         """A product rule on the sphere in chart dimension at most 3, at every radius."""
-        m = self._chart_dim()
+        m = self._chart.dim()
         if m is None or m > 3:
             return None
         turn = 2 * math.pi * torch.arange(nodes, dtype=torch.float64) / nodes
@@ -426,10 +332,12 @@ class Sphere(Base):
             ring = circle.expand(nodes, nodes, 2) * (1 - t * t).sqrt()
             unit = torch.cat([t, ring], dim=-1).reshape(-1, 3)
             log_area = (2 * weight * 2 * math.pi / nodes).log().repeat_interleave(nodes)
-        radius, log_weights = self.radius.double(), self.log_weights.double()
-        points = unit.to(radius) * radius[:, None, None]
-        logs = log_area.to(radius) + (log_weights + (m - 1) * radius.log()).unsqueeze(-1)
-        return self._push(points.reshape(-1, m).to(self.radius.dtype)), logs.reshape(-1)
+        radius, log_weights = self.radius.cpu().double(), self.log_weights.cpu().double()
+        points = unit * radius[:, None, None]
+        logs = log_area + (log_weights + (m - 1) * radius.log()).unsqueeze(-1)
+        device = self.radius.device
+        h = self._chart.push(points.reshape(-1, m).to(self.radius))
+        return h, logs.reshape(-1).to(device, special.working_dtype(device))
 
     def extra_repr(self) -> str:
         """Radii and chart, for ``print``."""
@@ -439,48 +347,23 @@ class Sphere(Base):
             if self.radius.numel() == 1
             else f"radii={self.radius.numel()} in [{low:.4g}, {high:.4g}]"
         ]
-        parts += [
-            f"{name}={tuple(part.shape)}"
-            for name, part in (
-                ("loc", self.loc),
-                ("scale_tril", self.scale_tril),
-                ("subspace", self.subspace),
-            )
-            if part is not None
-        ]
+        parts += [f"{name}={tuple(part.shape)}" for name, part in self._chart._asdict().items() if part is not None]
         return ", ".join(parts)
 
     # --- the chart ------------------------------------------------------------------------------------------
 
-    def _chart_dim(self) -> int | None:
-        return self.subspace.shape[0] if self.subspace is not None else self.in_features
-
-    def _dim(self, h: Tensor) -> int:
-        m = self._chart_dim()
-        return h.shape[-1] if m is None else m
-
-    def _pull(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B, d) as w' = L'U w (B, m), and their products with ``loc`` (B,)."""
-        offset = weight.new_zeros(len(weight)) if self.loc is None else weight @ self.loc.to(weight.dtype)
-        pulled = weight if self.subspace is None else weight @ self.subspace.T.to(weight.dtype)
-        if self.scale_tril is not None:
-            pulled = pulled @ self.scale_tril.to(weight.dtype)
-        return pulled, offset
+    @property
+    def _chart(self) -> Chart:
+        return Chart(self.loc, self.scale_tril, self.subspace)
 
     def _norms(self, weight: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self._pull(weight)[0], dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(self._chart.pull(weight)[0], dim=-1)
         return norms
-
-    def _push(self, u: Tensor) -> Tensor:
-        """Activations h = loc + U'L u of chart coordinates (*S, m)."""
-        h = u if self.scale_tril is None else u @ self.scale_tril.T.to(u.dtype)
-        h = h if self.subspace is None else h @ self.subspace.to(u.dtype)
-        return h if self.loc is None else h + self.loc.to(u.dtype)
 
     def _log_radial(self, norms: Tensor, features: int) -> tuple[Tensor, Tensor]:
         """Log Σ_r ω_r e^{F(r ρ)} for norms ρ (B,), and its terms (B, R), in working precision."""
         work = special.working_dtype(norms.device)
-        m = self._chart_dim() or features
+        m = self._chart.dim() or features
         growth = special.log_sphere_mgf(m, norms.to(work).unsqueeze(-1) * self.radius.to(work))
         terms = self.log_weights.to(work) + growth
         return terms.logsumexp(-1), terms

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from penult import io
 from penult.activations import Tap, extract
@@ -21,17 +19,17 @@ from penult.activations._resume import checksum
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines
+from penult.cli.generation_images import Normalized, Share, first_images
+from penult.cli.generation_judged import JUDGED, evaluator_of, judged
 from penult.cli.generation_told import (
     COLUMNS,
     GENERATOR_FILE,
     PILLOW,
-    Pictures,
     class_rows,
     contents,
     evenly,
     grid,
     page,
-    pictures_of,
     seeded,
     summary,
 )
@@ -55,8 +53,7 @@ from penult.cli.training import (
 )
 from penult.data import ImageDataset
 from penult.data._extra import extra
-from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE, Judge
-from penult.head import find_head
+from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE
 from penult.pair import GenerativePair
 from penult.processes import Processes
 
@@ -69,9 +66,6 @@ CLASSES: dict[str, type[ActivationGenerator]] = {"vae": ActivationVAE, "gan": Ac
 # What can be told anew without training.
 _FREE = "confident", "judge", "judge_weights", "judge_content", "store_activations"
 _ROWS = 10  # classes of a grid
-_JUDGED, _COMPARED = 2000, 10_000  # images of either side, and training images that they are compared with
-_MEMORY = 1 << 30  # bytes of these
-_EVENLY = 200  # images of all classes together, where no real ones say how many of each
 
 
 @dataclass(frozen=True)
@@ -121,48 +115,6 @@ class Order:
         return {"batch_size": self.batch_size, "num_workers": self.workers}
 
 
-@dataclass(frozen=True)
-class Share:
-    """Images to train on, or to judge by, with numbers of those that are used and labels of all, if there are."""
-
-    dataset: ImageDataset
-    places: Tensor
-
-    @property
-    def images(self) -> Any:
-        """The images as a data set."""
-        return Subset(self.dataset, self.places.tolist())
-
-    def some(self, most: int, seed: int, loading: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Images (N, C, H, W) and labels (N,) of a random part, as much as there is memory for."""
-        nbytes = 4 * first_images(self.dataset, 1).numel()
-        count = min(most, max(1, _MEMORY // nbytes), len(self.places))
-        order = torch.randperm(len(self.places), generator=torch.Generator().manual_seed(seed))[:count]
-        part = replace(self, places=self.places[order.sort().values])
-        batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in loader_of(part.images, **loading)]
-        return torch.cat(batches), None if self.dataset.labels is None else self.dataset.labels[part.places]
-
-
-class Normalized(nn.Module):
-    """Images in [0, 1] as a classifier takes them."""
-
-    def __init__(self, by: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.by = by
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to images of the same shape."""
-        return self.by(x)
-
-
-def first_images(dataset: ImageDataset, count: int) -> Tensor:
-    """The first images, which have to be of one size."""
-    try:
-        return sources.first_images(dataset, count)
-    except RuntimeError as error:
-        raise ValueError(f"images are not all of one size ({error}); give --size, --mode") from error
-
-
 def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
     """Train a generator, or go on with it; then judge it, and write its file, page and log."""
     from penult.report import Page  # noqa: F401  a missing extra is better said before the work
@@ -187,7 +139,16 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
         network = sources.load_model(order.model, order.weights).to(where)
         seen = (first if normalize is None else normalize(first)).to(where)
         pair, tap = watched(order.model, network, seen, pair, order.source, order.path, order.fold, reporter)
-        evaluator = _evaluator(order, network, normalize, first.to(where), pair)
+        evaluator = evaluator_of(
+            network,
+            normalize,
+            first.to(where),
+            pair.head.num_classes,
+            order.judge,
+            order.judge_weights,
+            order.path,
+            order.fold,
+        )
         settings = order.settings | {"head": checksum(pair.head), "count": len(dataset)}
         settings["content"] = digest(
             first,
@@ -244,7 +205,7 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
         generator = learnt.with_pair(law.to(where))
         generator.save(out / GENERATOR_FILE, order.store_activations)
         with reporter.waiting("judging the images"):
-            facts, pictures = _judged(order, generator, evaluator, trained, held)
+            facts, pictures = judged(generator, evaluator, trained, held, order.confident, order.seed, order.loading)
 
     facts = {
         "out": str(out),
@@ -286,30 +247,6 @@ def _check_shape(order: Order, first: Tensor, other: ImageDataset | None) -> Non
         )
 
 
-def _evaluator(
-    order: Order, network: nn.Module, normalize: nn.Module | None, images: Tensor, pair: GenerativePair
-) -> Tap:
-    """The classifier, or an independent one, as a judge of images in [0, 1]."""
-    own = order.judge is None
-    judge = network
-    if order.judge is not None:
-        try:
-            judge = sources.load_model(order.judge, order.judge_weights).to(images.device)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--weights", "--judge-weights").replace("MODEL", "--judge")) from error
-    path = order.path if own else None
-    if normalize is not None:
-        judge, path = nn.Sequential(normalize, judge), None if path is None else f"1.{path}"
-    with nullcontext() if own else sources.users_code(f"--judge {order.judge}, given images {tuple(images.shape)},"):
-        head = find_head(judge, images, path=path, fold=order.fold)
-    if head.num_classes != pair.head.num_classes:
-        raise ValueError(
-            f"--judge {order.judge} has {head.num_classes} classes, but the head has {pair.head.num_classes}: it must "
-            "know the same"
-        )
-    return Tap(judge, head)
-
-
 def _made(
     order: Order, pair: GenerativePair, tap: Tap, normalize: nn.Module | None, shape: tuple[int, ...], trained: Share
 ) -> ActivationGenerator:
@@ -325,7 +262,7 @@ def _made(
             UserWarning,
             stacklevel=2,
         )
-        images, _ = trained.some(_JUDGED, order.seed, order.loading)
+        images, _ = trained.some(JUDGED, order.seed, order.loading)
         # Draws would not tell what real activations are like.
         activations = extract(tap, [x if normalize is None else normalize(x) for x in images.split(500)])
     torch.manual_seed(order.seed)  # of the first weights
@@ -368,65 +305,3 @@ def _sampling(order: Order, law: GenerativePair) -> Any:
 
 def _figure(figures: dict[str, float]) -> str:
     return "".join(f", {name} {figures[name]:.4g}" for name in ("loss", "cosine") if name in figures)
-
-
-def _judged(
-    order: Order, generator: ActivationGenerator, evaluator: Tap, trained: Share, held: Share
-) -> tuple[dict[str, Any], Pictures]:
-    """Figures of quality with what they lack, and pictures for the page."""
-    loading, seed, k = order.loading, order.seed, generator.pair.head.num_classes
-    real, labels = held.some(_JUDGED, seed, loading)
-    known, known_labels = trained.some(_COMPARED, seed, loading)
-    facts: dict[str, Any] = {"labels": "given" if labels is not None else "judge", "skipped": []}
-    labels = _read(evaluator, real) if labels is None else labels
-    known_labels = _read(evaluator, known) if known_labels is None else known_labels
-
-    single = labels.bincount(minlength=k) == 1
-    if bool(single.any()):
-        facts["skipped"].append(
-            f"classes {single.nonzero().flatten().tolist()} are not judged: there is one image of each to judge by"
-        )
-    kept = ~single[labels]
-    enough = bool((known_labels.bincount(minlength=k)[labels[kept]] >= 2).all())
-    if not bool(kept.any()):
-        judge = None
-        facts["skipped"].append("there is nothing but accuracy: too few images are left to judge by")
-    else:
-        try:
-            judge = Judge(evaluator, (real[kept], labels[kept]), (known, known_labels) if enough else known, seed=seed)
-        except ValueError as error:
-            judge = None
-            facts["skipped"].append(f"there is nothing but accuracy: {error}")
-    y = torch.arange(k).repeat_interleave(max(1, _EVENLY // k)) if judge is None else labels[kept]
-    asked = {"generated": None} | ({} if order.confident is None else {"confident": order.confident})
-    metrics: dict[str, Any] = {}
-    for name, confident in asked.items():
-        try:
-            images = generator.generate(y, confident, generator=seeded(generator, seed)).float().cpu()
-            metrics[name] = (
-                {"accuracy": float((_read(evaluator, images) == y).double().mean()), "count": len(y)}
-                if judge is None
-                else judge(images, y).to_dict()
-            )
-        except ValueError as error:
-            facts["skipped"].append(f"{name} images are not judged: {error}")
-    if judge is not None:
-        try:
-            metrics["real"] = judge.reference.to_dict()
-        except ValueError as error:
-            facts["skipped"].append(f"there are no figures of real images to compare with: {error}")
-    for row in metrics.values():
-        row.pop("reference", None)
-    try:
-        pictures = pictures_of(generator, real, labels, seed, order.confident)
-    except ValueError as error:
-        facts["skipped"].append(f"there are no pictures of confident draws: {error}")
-        pictures = pictures_of(generator, real, labels, seed, None)
-    return facts | {"metrics": metrics}, pictures
-
-
-@torch.no_grad()
-def _read(evaluator: Tap, images: Tensor) -> Tensor:
-    """What the judge takes images for, (N,)."""
-    acts = extract(evaluator, list(images.split(500)))
-    return acts.logits.argmax(-1).cpu()

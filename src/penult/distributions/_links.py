@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["NEXT_TO_ZERO", "rectified_moments", "square", "unsquare"]
+__all__ = ["NEXT_TO_ZERO", "positive_moments", "rectified_moments", "square", "unsquare"]
 
 NEXT_TO_ZERO = 0.09  # of the softness: activations below are moved there before a fit
 
@@ -40,3 +40,13 @@ def rectified_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     first = scale * (a * upper + bell)
     share = upper + a.square() * upper * lower + a * bell * (lower - upper) - bell.square()
     return torch.where(random, first, mean.clamp_min(0)), torch.where(random, variance * share, 0.0)
+
+
+def positive_moments(mean: Tensor, variance: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of `square` of normal x, by the trapezoidal rule."""
+    first, second, total = torch.zeros_like(mean), torch.zeros_like(mean), 0.0
+    for z in torch.linspace(-8, 8, 257, dtype=torch.float64).tolist():  # smooth, so that the rule is exact
+        bell = math.exp(-0.5 * z * z)
+        h = square(mean + z * variance.sqrt(), b.to(mean))
+        first, second, total = first + bell * h, second + bell * h.square(), total + bell
+    return first / total, (second / total - (first / total).square()).clamp_min(0)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from penult.distributions import _expectation_maximisation as em
-from penult.distributions._links import NEXT_TO_ZERO, rectified_moments, square, unsquare
-from penult.distributions._rows import Rows
-from penult.processes import Processes
+from penult.distributions._links import positive_moments, rectified_moments, square, unsquare
+from penult.distributions._parameters import check_parameters, check_values
+from penult.distributions._principal_fit import by_maximisation, by_posterior
 from penult.special import in_full, traced, working_dtype
 
 if TYPE_CHECKING:
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["PrincipalMixture"]
 
 _ELEMENTS = 1 << 21  # handled at a time by log_prob
-_SAMPLE = 1 << 14  # rows that the start is found on, where there are more
-_SOFTNESS = 0.01  # of the mean of a coordinate; where that is 0, of a hundredth of the mean of all
-_STRENGTH = 0.5  # rows that the prior of a covariance counts for, for each dimension, see fit
-_ROWS = 20  # for each component, at least
 
 
 class PrincipalMixture(Distribution):
@@ -112,17 +107,10 @@ class PrincipalMixture(Distribution):
         }
         if softness is not None:
             given["softness"] = softness
-        for name, value in given.items():
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a floating tensor, got {kind}; use torch.tensor(..., dtype=...)")
-        if len({value.dtype for value in given.values()}) > 1:
-            kinds = ", ".join(f"{name} {value.dtype}" for name, value in given.items())
-            raise TypeError(f"the parameters must have one dtype, got {kinds}")
-        _check_shapes(given)
+        check_parameters(given)
         validate = self._validate_args if validate_args is None else validate_args
         if validate:
-            _check_values(given)
+            check_values(given)
         self.loc = loc
         self.components = components
         self.logits = logits
@@ -187,28 +175,8 @@ class PrincipalMixture(Distribution):
             >>> p, bool((p.mean - rows.mean(0)).abs().max() < 1e-4)
             (PrincipalMixture(2 components in 3 of 8 dimensions, 53 floats), True)
         """
-        for name, number in (("components", components), ("dims", dims), ("iterations", iterations)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name} must be a positive integer, got {number!r}")
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
-        rows, softness = _read(activations, rectified, positive, Processes(group))
-        plane, across = rows.plane(dims)
-        generator = torch.Generator().manual_seed(seed)
-        sample = torch.arange(rows.count)
-        if rows.count > _SAMPLE:
-            sample = torch.randint(rows.count, (_SAMPLE,), generator=generator).unique()
-        projected = rows.project(plane)
-        first = projected.take(sample)
-        mixture, prior = em.start(
-            first, min(components, max(1, rows.count // _ROWS)), _STRENGTH * len(plane), generator
-        )
-        # Machines round differently, and a start that differs in the last digit may end elsewhere.
-        mixture, prior = rows.processes.first((mixture, prior))
-        mixture = em.Components(*(part.to(rows.work) for part in mixture))
-        prior = em.Prior(prior.covariance.to(rows.work), prior.strength)
-        mixture, _ = em.maximise(mixture, prior, lambda: projected, iterations, tolerance, rows.processes)
-        return cls._of(rows, plane, across, mixture, rectified, softness)
+        fitted = by_maximisation(activations, components, dims, rectified, positive, seed, iterations, tolerance, group)
+        return cls(**fitted._asdict(), rectified=rectified)
 
     @classmethod
     def from_posterior(
@@ -249,46 +217,8 @@ class PrincipalMixture(Distribution):
             >>> p, p.logits.exp()
             (PrincipalMixture(2 components in 3 of 8 dimensions, 53 floats), tensor([0.5000, 0.5000]))
         """
-        if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-            raise ValueError(f"dims must be a positive integer, got {dims!r}")
-        rows, softness = _read(activations, rectified, positive, Processes(group))
-        plane, across = rows.plane(dims)
-
-        def parts() -> Iterator[tuple[Tensor, Tensor]]:
-            for batch in rows.given():
-                p = posterior(batch)
-                if p.dim() != 2 or len(p) != len(batch):
-                    raise ValueError(f"posterior gave {tuple(p.shape)} for {len(batch)} rows; expected (n, C)")
-                yield (rows.wide(batch) - rows.mean) @ plane.mT, p.detach().to(plane)
-
-        mixture = em.of_responsibilities(parts(), _STRENGTH * len(plane), rows.processes)
-        return cls._of(rows, plane, across, mixture, rectified, softness)
-
-    @classmethod
-    def _of(
-        cls,
-        rows: Rows,
-        plane: Tensor,
-        across: float,
-        mixture: em.Components,
-        rectified: bool,
-        softness: Tensor | None,
-    ) -> PrincipalMixture:
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-
-        def cast(part: Tensor) -> Tensor:
-            return part.to(dtype).to(rows.device)
-
-        return cls(
-            cast(rows.mean),
-            cast(plane),
-            cast(mixture.logits.log_softmax(-1)),
-            cast(mixture.means),
-            cast(mixture.scale_tril),
-            torch.tensor(across, dtype=dtype, device=rows.device),
-            rectified=rectified,
-            softness=None if softness is None else cast(softness),
-        )
+        fitted = by_posterior(activations, posterior, dims, rectified, positive, group)
+        return cls(**fitted._asdict(), rectified=rectified)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PrincipalMixture:
         """The same law with a batch shape; its parameters are shared and keep their shapes."""
@@ -419,12 +349,7 @@ class PrincipalMixture(Distribution):
             return weight, *rectified_moments(centre, variance)
         if self.softness is None:
             return weight, centre, variance
-        first, second, total = torch.zeros_like(centre), torch.zeros_like(centre), 0.0
-        for z in torch.linspace(-8, 8, 257, dtype=torch.float64).tolist():  # smooth, so that the rule is exact
-            bell = math.exp(-0.5 * z * z)
-            h = square(centre + z * variance.sqrt(), self.softness.to(centre))
-            first, second, total = first + bell * h, second + bell * h.square(), total + bell
-        return weight, first / total, (second / total - (first / total).square()).clamp_min(0)
+        return weight, *positive_moments(centre, variance, self.softness)
 
     def _coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights (C,), and mean and variance of each coordinate of x in each component (C, d)."""
@@ -450,59 +375,4 @@ class PrincipalMixture(Distribution):
         return (
             f"PrincipalMixture({c} component{'s' * (c != 1)} in {m} of {d} dimensions, {size} floats"
             f"{', rectified' * self.rectified}{', positive' * (self.softness is not None)}{batch})"
-        )
-
-
-def _read(
-    activations: Tensor | Iterable[Tensor], rectified: bool, positive: bool, processes: Processes
-) -> tuple[Rows, Tensor | None]:
-    """The rows x that a law of h = activations is fitted to, and its softness."""
-    rows = Rows(activations, processes=processes)
-    if not positive:
-        return rows, None
-    if rectified:
-        raise ValueError("a law is rectified or positive, not both")
-    least, mean = min((float(batch.min()) for batch in rows.given() if len(batch)), default=math.inf), rows.mean
-    least = processes.least(least)
-    if least < 0 or not bool((mean > 0).any()):
-        raise ValueError(f"positive=True is for activations that are not negative; the least of these is {least:.4g}")
-    b = _SOFTNESS * torch.where(mean > 0, mean, 0.01 * mean.mean())
-    return Rows(activations, lambda h: unsquare(torch.maximum(h, NEXT_TO_ZERO * b), b)[0], processes), b
-
-
-def _check_shapes(given: dict[str, Tensor]) -> None:
-    m, d = given["components"].shape if given["components"].dim() == 2 else (0, 0)
-    c = len(given["logits"]) if given["logits"].dim() == 1 else 0
-    expected = {
-        "loc": (d,),
-        "components": (m, d),
-        "logits": (c,),
-        "means": (c, m),
-        "scale_tril": (c, m, m),
-        "residual_scale": (),
-        "softness": (d,),
-    }
-    if not 1 <= m <= d or c < 1 or any(tuple(value.shape) != expected[name] for name, value in given.items()):
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
-        raise ValueError(
-            f"the shapes do not agree: {shapes}; expected loc (d,), components (m, d), logits (C,), means (C, m), "
-            "scale_tril (C, m, m), residual_scale () and softness (d,) with 1 <= m <= d and C >= 1"
-        )
-
-
-def _check_values(given: dict[str, Tensor]) -> None:
-    for name, value in given.items():
-        if not bool((value.isfinite() | (value.isneginf() if name == "logits" else False)).all()):
-            raise ValueError(f"{name} holds NaN or infinity")
-    if not bool((given["logits"] > -math.inf).any()):
-        raise ValueError("logits leave every component out: all are -inf")
-    if "softness" in given and not bool((given["softness"] > 0).all()):
-        raise ValueError(f"softness must be positive, or None; its least is {float(given['softness'].min()):.4g}")
-    plane = given["components"].detach().to(working_dtype(given["components"].device))
-    error = float((plane @ plane.mT - torch.eye(len(plane), dtype=plane.dtype, device=plane.device)).abs().max())
-    tolerance = max(1e-6, 20 * torch.finfo(given["components"].dtype).eps)
-    if error > tolerance:
-        raise ValueError(
-            f"components must have orthonormal rows; their products differ from the identity by {error:.4g}: "
-            "torch.linalg.qr(components.mT).Q.mT spans the same plane"
         )

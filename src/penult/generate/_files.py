@@ -7,7 +7,8 @@ from typing import Any
 
 from penult import io
 from penult.generate._gan import ActivationGAN
-from penult.generate._generator import KIND, ActivationGenerator
+from penult.generate._generator import ActivationGenerator
+from penult.generate._stored import KIND
 from penult.generate._vae import ActivationVAE
 
 __all__ = ["load"]

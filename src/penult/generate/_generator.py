@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,40 +10,29 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from penult import io
 from penult.activations import Activations, Tap
 from penult.bases import Base
+from penult.generate import _stored as stored
 from penult.generate._conditions import Standardizer, bank_of, draw, without_data
 from penult.generate._networks import check_image_shape
 from penult.generate._sight import Sight, moving
+from penult.generate._training import Recorded
 from penult.head._checks import check_positive
 from penult.head._model import untouched
-from penult.pair import GenerativePair, from_parts, to_parts
+from penult.pair import GenerativePair
 
-try:
-    from lightning.pytorch import LightningModule
-except ImportError as error:
-    raise ImportError(
-        'generators of penult.generate need lightning: pip install "penult[train]"', name=error.name
-    ) from error
-
-__all__ = ["AT_ONCE", "KIND", "ActivationGenerator", "Condition", "scheduled"]
+__all__ = ["AT_ONCE", "ActivationGenerator", "Condition"]
 
 Condition = Literal["activation", "label"]
 Self = TypeVar("Self", bound="ActivationGenerator")
 
-KIND = "generator"  # of files
 AT_ONCE = 500  # images that a network is shown
 _CANDIDATES = 256  # draws of a class that an edited image may go to
 _ROUNDS = 100  # tries for an image that the classifier puts into its class
-_RECORD = "penult"  # the entry of a checkpoint
-_OUTSIDE = "sight.", "pair."  # parts that are not trained, and that no checkpoint holds
 
 
-class ActivationGenerator(LightningModule, ABC):
+class ActivationGenerator(Recorded, ABC):
     """A network G(z, h) that makes images of activations; subclasses say how it is trained.
 
     Args:
@@ -59,6 +47,7 @@ class ActivationGenerator(LightningModule, ABC):
 
     networks: ClassVar[tuple[str, ...]]  # names of the parts that files hold
     beside: ClassVar[tuple[str, ...]] = ()  # of those that training alone needs, and no file holds
+    _outside = "sight.", "pair."  # the classifier and the law
 
     def __init__(
         self,
@@ -81,8 +70,6 @@ class ActivationGenerator(LightningModule, ABC):
         self.pair = pair
         self.sight = Sight(tap, preprocess, pair.head)
         self.standardize = Standardizer.of_pair(pair, activations)
-        self.history: list[dict[str, float]] = []
-        self._validated = False
 
     @property
     def tap(self) -> Tap | None:
@@ -301,12 +288,8 @@ class ActivationGenerator(LightningModule, ABC):
         """
         if not store_activations and self.stored_activations:
             return self.without_data().save(path)
-        tensors, facts = to_parts(self.pair)
-        parts = {f"pair.{name}": tensor for name, tensor in tensors.items()}
-        for name in (*self.networks, "standardize"):
-            parts |= {f"{name}.{key}": tensor for key, tensor in getattr(self, name).state_dict().items()}
-        told = {"class": type(self).__name__, "config": self.config(), "stored_activations": self.stored_activations}
-        return io.write(path, parts, KIND, told | {"pair": facts})
+        modules = {name: getattr(self, name) for name in (*self.networks, "standardize")}
+        return stored.write(path, type(self).__name__, self.config(), self.pair, modules, self.stored_activations)
 
     @classmethod
     def load(
@@ -334,35 +317,14 @@ class ActivationGenerator(LightningModule, ABC):
             penult.io.FileFormatError: The file is damaged, foreign, or of another kind of generator.
             ValueError: It was made with networks of your own, and these are not given.
         """
-        file = io.read(path, kind=KIND, device=device)
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in file.tensors.items():
-            room, _, rest = key.partition(".")
-            parts.setdefault(room, {})[rest] = tensor
-        name = file.metadata.get("class")
-        if name != cls.__name__:
-            raise io.FileFormatError(f"{path} holds a {name}, not a {cls.__name__}; penult.generate.load reads both")
-        try:
-            config, facts = file.metadata["config"], file.metadata["pair"]
-        except KeyError as error:
-            raise io.FileFormatError(f"{path}: the generator lacks {error}; the file is damaged") from error
-        names = *cls.networks, *cls.beside
-        if strange := set(networks) - set(names):
-            raise TypeError(f"{sorted(strange)} are no networks of a {cls.__name__}; it has {', '.join(names)}")
-        if isinstance(config, dict) and config.get("own_networks") and not set(cls.networks) <= set(networks):
-            raise ValueError(
-                f"{path} was made with networks of your own, of which a file holds the weights alone: give "
-                f"load(path, {', '.join(f'{name}=...' for name in cls.networks)})"
-            )
-        pair = from_parts(path, parts.get("pair", {}), facts, bases)
+        file = stored.read(path, cls.__name__, device)
+        file.check_networks(networks, cls.networks, cls.beside)
+        pair = file.pair(bases)
         sight = Sight(tap, preprocess, pair.head)
-        try:
-            with torch.random.fork_rng(devices=[]):  # layers draw first weights, which are overwritten
-                made = cls.from_config(config, pair, **networks)
+        with file.rebuilding():
+            made = cls.from_config(file.config, pair, **networks)
             for part in (*cls.networks, "standardize"):
-                getattr(made, part).load_state_dict(parts.get(part, {}))
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise io.FileFormatError(f"{path}: the generator cannot be rebuilt from the file: {error}") from error
+                getattr(made, part).load_state_dict(file.states.get(part, {}))
         made.sight = sight
         return made.to(device).eval()
 
@@ -371,41 +333,6 @@ class ActivationGenerator(LightningModule, ABC):
     def forward(self, y: Tensor) -> Tensor:
         """Images of classes (B,), see `generate`."""
         return self.generate(y)
-
-    def on_train_epoch_end(self) -> None:
-        """Keep the figures of the epoch."""
-        logged = self.trainer.callback_metrics
-        fresh = (name for name in logged if not name.startswith("val_") or self._validated)  # Lightning keeps old ones
-        figures: dict[str, float] = {name: float(logged[name]) for name in fresh}
-        if strange := {name: value for name, value in figures.items() if not math.isfinite(value)}:
-            raise ValueError(
-                f"the training diverged in epoch {self.current_epoch + 1}: {strange}. Take a smaller rate; what it was "
-                "before is in the last checkpoint, if there is one"
-            )
-        self.history.append({"epoch": self.current_epoch + 1} | figures)
-        self._validated = False
-
-    def on_validation_epoch_end(self) -> None:
-        """Note that the figures are of this epoch."""
-        self._validated = not self.trainer.sanity_checking
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is not trained, and add the history."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(_OUTSIDE)}
-        checkpoint[_RECORD] = {"history": [dict(figures) for figures in self.history]}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Complete it by what this generator has."""
-        own = {name: value for name, value in self.state_dict().items() if name.startswith(_OUTSIDE)}
-        checkpoint["state_dict"] = own | checkpoint["state_dict"]
-        self.history = [dict(figures) for figures in checkpoint.get(_RECORD, {}).get("history", ())]
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Where DistributedDataParallel looks: the classifier gets no gradients, and nothing outside is sent about."""
-        named = (*self.named_parameters(), *self.named_buffers())
-        return [name for name, _ in named if name.startswith(_OUTSIDE)]
 
     def read_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Images of a batch, the activations that they are conditioned on, and labels with ``condition="label"``.
@@ -441,9 +368,6 @@ class ActivationGenerator(LightningModule, ABC):
         return torch.cosine_similarity(self.standardize(seen), self.standardize(h), dim=-1).mean()
 
     # --- inside -----------------------------------------------------------------------------------------------
-
-    def _log(self, name: str, value: Tensor, count: int) -> None:
-        self.log(name, value.detach(), on_step=False, on_epoch=True, batch_size=count, sync_dist=True, prog_bar=True)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts are for what is trained: the pair moves with it, and keeps its precision, as the classifier does."""
@@ -485,11 +409,3 @@ class ActivationGenerator(LightningModule, ABC):
                 f"images go from {low:.4g} to {high:.4g}; a generator makes images in [0, 1]. Give them so, and what "
                 "the classifier needs, such as a normalisation, as preprocess"
             )
-
-
-def scheduled(optimizer: Optimizer, scheduler: Callable[[Optimizer], LRScheduler] | None) -> Any:
-    """An optimiser as Lightning takes it, with a scheduler of the user's, if there is one, stepped once an epoch."""
-    if scheduler is None:
-        return optimizer
-    schedule = {"scheduler": scheduler(optimizer), "interval": "epoch", "monitor": "loss"}
-    return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-import abc
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from penult.activations import Activations
 from penult.head import Head
-from penult.scores._blocks import blocks_of, check_integers, labelled_blocks
+from penult.scores._blocks import blocks_of
+from penult.scores._class_moments import class_moments, labels_of, least_distance, whitener_of
 from penult.scores._of_pairs import raw_logits
-from penult.scores._state import drop_missing, resize
+from penult.scores._score import Score
 from penult.special import in_double, in_full, working_dtype
 
-__all__ = ["KNN", "Mahalanobis", "RelativeMahalanobis", "Score", "ViM"]
-
-
-class Score(nn.Module, abc.ABC):
-    """An outlier score with a fit of its own: `score`, which calling it does as well.
-
-    Scores are computed in at least float32, under torch.autocast as well. A state dict is loaded by a score of the same
-    kind and dimension, however many rows or classes the two were fitted to.
-    """
-
-    _sizes: ClassVar[dict[str, int]] = {}  # buffers, and the axis along which a fit decides on their size
-
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, axis in self._sizes.items():
-            found, own = state.get(prefix + name), getattr(self, name)
-            if found is not None and found.dim() == own.dim() and found.shape[1 - axis] == own.shape[1 - axis]:
-                resize(self, name, found, like=own)
-        super()._load_from_state_dict(state, prefix, *args)
-        drop_missing(args, f"{prefix}_extra_state")
-
-    @abc.abstractmethod
-    def score(self, h: Tensor) -> Tensor:
-        """How strange activations (B, d) are, (B,): higher is stranger."""
-
-    @property
-    @abc.abstractmethod
-    def in_features(self) -> int:
-        """The dimension d of activations."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        """As `score`."""
-        return self.score(h)
-
-    def _read(self, h: Tensor) -> Tensor:
-        """Activations in at least float32, or an error."""
-        if not h.is_floating_point() or h.dim() != 2 or h.shape[1] != self.in_features:
-            raise ValueError(
-                f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations (B, {self.in_features})"
-            )
-        return h.to(torch.promote_types(h.dtype, torch.float32))
+__all__ = ["KNN", "Mahalanobis", "RelativeMahalanobis", "ViM"]
 
 
 @final
@@ -91,7 +52,7 @@ class Mahalanobis(Score):
                 f"means (K, d) and covariance (d, d) have shapes {tuple(means.shape)} and {tuple(covariance.shape)}"
             )
         self.register_buffer("means", means.detach())
-        self.register_buffer("whitener", _whitener(covariance))
+        self.register_buffer("whitener", whitener_of(covariance))
 
     @classmethod
     def fit(
@@ -108,7 +69,7 @@ class Mahalanobis(Score):
             TypeError: As for other fits; labels are no integers.
             ValueError: There are no labels, shapes do not fit, or the covariance is singular.
         """
-        means, within, _, _ = _moments(activations, _labels(activations, labels), shrinkage)
+        means, within, _, _ = class_moments(activations, labels_of(activations, labels), shrinkage)
         return cls(means, within)
 
     @property
@@ -120,7 +81,7 @@ class Mahalanobis(Score):
         """Squared distances (B,) of activations (B, d) to the nearest mean."""
         h = self._read(h)
         with in_full(h.device):
-            return _least_distance(h, self.means, self.whitener)
+            return least_distance(h, self.means, self.whitener)
 
 
 @final
@@ -163,16 +124,16 @@ class RelativeMahalanobis(Score):
                 f"{tuple(covariance.shape)}, {tuple(mean.shape)} and {tuple(total.shape)}"
             )
         self.register_buffer("means", means.detach())
-        self.register_buffer("whitener", _whitener(covariance))
+        self.register_buffer("whitener", whitener_of(covariance))
         self.register_buffer("mean", mean.detach())
-        self.register_buffer("total_whitener", _whitener(total))
+        self.register_buffer("total_whitener", whitener_of(total))
 
     @classmethod
     def fit(
         cls, activations: Tensor | Activations, labels: Tensor | None = None, *, shrinkage: float = 1e-3
     ) -> RelativeMahalanobis:
         """Class means and both covariances of labelled activations; arguments and errors as `Mahalanobis.fit`."""
-        return cls(*_moments(activations, _labels(activations, labels), shrinkage))
+        return cls(*class_moments(activations, labels_of(activations, labels), shrinkage))
 
     @property
     def in_features(self) -> int:
@@ -183,8 +144,8 @@ class RelativeMahalanobis(Score):
         """Differences of squared distances (B,) of activations (B, d)."""
         h = self._read(h)
         with in_full(h.device):
-            own = _least_distance(h, self.means, self.whitener)
-            return own - _least_distance(h, self.mean[None], self.total_whitener)
+            own = least_distance(h, self.means, self.whitener)
+            return own - least_distance(h, self.mean[None], self.total_whitener)
 
 
 @final
@@ -380,69 +341,6 @@ class ViM(Score):
     def extra_repr(self) -> str:
         """The principal space, for ``print``."""
         return f"dims={self.in_features - self.residual.shape[1]}, alpha={float(self.alpha):.4g}"
-
-
-def _labels(activations: Tensor | Activations, labels: Tensor | None) -> Tensor:
-    if labels is None and isinstance(activations, Activations):
-        labels = activations.labels
-    if labels is None:
-        raise ValueError(
-            "class means need labels (N,), and there are none; the head's predictions will do: labels=acts.predicted"
-        )
-    check_integers(labels)
-    return labels
-
-
-def _moments(activations: Tensor | Activations, labels: Tensor, shrinkage: float) -> tuple[Tensor, ...]:
-    """Means (K, d) of classes that have rows, covariance within classes, mean (d,) and covariance of all."""
-    classes, index = labels.unique(return_inverse=True)
-    sums: Any = None
-    for rows, y in labelled_blocks(activations, index):
-        wide = in_double(rows)
-        if sums is None:
-            sums = wide.new_zeros(len(classes), rows.shape[1])
-        sums.index_add_(0, y.to(wide.device), wide)
-    counts = index.bincount(minlength=len(classes)).to(sums)
-    means, mean = sums / counts.unsqueeze(-1), sums.sum(0) / counts.sum()
-    within = sums.new_zeros(sums.shape[1], sums.shape[1])
-    for rows, y in labelled_blocks(activations, index):
-        apart = in_double(rows) - means[y.to(means.device)]
-        within += apart.T @ apart
-    apart = means - mean
-    total = (within + (apart * counts.unsqueeze(-1)).T @ apart) / counts.sum()
-    found = means, _shrunk(within / counts.sum(), shrinkage), mean, _shrunk(total, shrinkage)
-    return tuple(part.to(rows) for part in found)
-
-
-def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage must lie in [0, 1]; got {shrinkage}")
-    d = len(covariance)
-    return (1 - shrinkage) * covariance + shrinkage * covariance.trace() / d * torch.eye(d).to(covariance)
-
-
-def _whitener(covariance: Tensor) -> Tensor:
-    """L⁻ᵀ (d, d) of Σ = LL', so that ‖x'L⁻ᵀ‖² is the squared distance."""
-    root, failed = torch.linalg.cholesky_ex(in_double(covariance.detach()))
-    if int(failed):
-        raise ValueError(
-            f"the covariance of shape {tuple(covariance.shape)} is not positive definite; give more activations than "
-            "dimensions, or a shrinkage above 0"
-        )
-    eye = torch.eye(len(root)).to(root)
-    inverse: Tensor = torch.linalg.solve_triangular(root, eye, upper=False)
-    return inverse.T.contiguous().to(covariance)
-
-
-def _least_distance(h: Tensor, means: Tensor, whitener: Tensor) -> Tensor:
-    """Least squared distance (B,) of rows (B, d) to means (K, d)."""
-    middle = means.mean(0)  # near to all, so that products lose few digits
-    rows = (h - middle.to(h.dtype)) @ whitener.to(h.dtype)
-    centres = ((means - middle) @ whitener).to(h.dtype)
-    nearest = (centres.square().sum(-1) - 2 * rows @ centres.T).argmin(-1)
-    # Anew, since products lose digits where means are many deviations apart.
-    apart: Tensor = (h - means.to(h.dtype)[nearest]) @ whitener.to(h.dtype)
-    return apart.square().sum(-1)
 
 
 def _origin(head: Head) -> Tensor:
