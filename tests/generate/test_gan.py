@@ -113,9 +113,9 @@ def test_hinge_loss_bounds_its_layers(trained):
         assert 0.9 < torch.linalg.matrix_norm(layer.weight.flatten(1), 2) < 1.1  # power iterations are near
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(5, 3), nn.Conv2d(2, 4, 3, 2, 1)])
-def test_bounded_layers_are_those_of_torch(layer):
-    layer = copy.deepcopy(layer).double()
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_bounded_layers_are_those_of_torch(kind):
+    layer = kind(*((5, 3) if kind is nn.Linear else (2, 4, 3, 2, 1))).double()
     ours, theirs = Bounded(copy.deepcopy(layer)), spectral_norm(copy.deepcopy(layer))
     x = torch.randn((6, 5) if isinstance(layer, nn.Linear) else (6, 2, 8, 8), dtype=torch.float64)
     for module in (ours, theirs):  # until all iterations have come to the same
@@ -618,10 +618,10 @@ def test_rejection_interpolation_and_editing(trained, setting):
     assert ways.shape == (40, 5, *SHAPE)
     assert right(setting, ways[:, 0], y0) > 0.85
     assert right(setting, ways[:, -1], y1) > 0.85
-    images, goal = setting.test.images[:60], torch.full((60,), 8)
+    images, goal = setting.test.images[:60], torch.arange(10).repeat(6)
     edited = trained.edit(images, goal, torch.tensor([0.0, 0.5, 1.0]), confident=0.9, generator=seeded())
     assert edited.shape == (60, 3, *SHAPE)
-    assert right(setting, edited[:, 2], goal) > 0.75
+    assert right(setting, edited[:, 2], goal) > 0.85
     assert right(setting, edited[:, 0], setting.test.labels[:60]) > 0.8  # of the same activation, with another code
 
 
