@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from penult.distill import ClassTrust, GateSummary
-from penult.report import distill
+from penult.report import distill, plots
 from penult.report.figures import svg
 
 
@@ -50,6 +50,22 @@ def test_accuracy_over_epochs():
     assert figure.axes[0].get_ylabel() == "loss"
     with pytest.raises(ValueError, match="no epoch"):
         distill.accuracy([])
+
+
+def test_names_that_no_font_takes_are_shown_as_what_they_are():
+    """Of folders that are no UTF-8, or written to trick a reader."""
+    name, images = "a\ud800\u202eb", torch.rand(2, 4, 4)
+    for figure in (
+        plots.heatmap(torch.eye(2), [name, "c"], ["c", name]),
+        plots.histograms({name: torch.rand(50), "c": torch.rand(50)}),
+        plots.bars({name: 0.5, "c": 0.4}),
+        plots.curves([0.0, 1.0], {name: [0.0, 1.0]}, "x", "y"),
+        plots.image_grid(images, columns=2, captions=[name, name]),
+        plots.image_grid(images, columns=1, row_labels=[name, name]),
+    ):
+        picture = svg(figure, alt="names")
+        assert not set("\ud800\u202e") & set(picture)
+        assert "a\ufffd\ufffdb" in picture
 
 
 def test_names_are_no_formulas():

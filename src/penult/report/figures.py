@@ -28,6 +28,7 @@ from matplotlib.textpath import text_to_path
 
 from penult import io
 from penult.report import inline
+from penult.report.markup import seen
 from penult.report.palette import DIVERGING, LIGHT, SEQUENTIAL, SERIES, THEMES, Theme, recolour
 
 __all__ = [
@@ -144,7 +145,7 @@ def text_width(texts: Iterable[str], size: float = 13) -> float:
         True
     """
     font = FontProperties(family="DejaVu Sans", size=size)
-    return max(float(text_to_path.get_text_width_height_descent(text, font, False)[0]) for text in texts)
+    return max(float(text_to_path.get_text_width_height_descent(seen(text), font, False)[0]) for text in texts)
 
 
 def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
@@ -158,7 +159,7 @@ def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
     lines = -(-len(handles) // columns)
     with style():
         box = figure.legend(
-            list(handles.values()), list(handles), loc="outside upper left", ncols=-(-len(handles) // lines)
+            list(handles.values()), list(map(seen, handles)), loc="outside upper left", ncols=-(-len(handles) // lines)
         )
     box.set_gid("above")
 

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from penult.report.figures import FIXED, legend, new_figure, style, text_width
+from penult.report.markup import seen
 from penult.report.palette import DIVERGING, LEVELS, LIGHT, SEQUENTIAL, SERIES, STRONG
 
 __all__ = ["bars", "curves", "heatmap", "histograms", "image_grid", "scatter"]
@@ -160,7 +161,7 @@ def bars(
                 )
         axes.set_xlim(1.04 * min(ends), max(ends) or None)
         axes.set_ylim(len(groups) - 0.5, -0.5)
-        axes.set_yticks(range(len(groups)), [fill(name, 22) for name in groups])
+        axes.set_yticks(range(len(groups)), [fill(seen(name), 22) for name in groups])
         axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
         axes.grid(False, axis="y")
         axes.grid(True, axis="x")
@@ -227,8 +228,8 @@ def heatmap(
         mesh = axes.pcolormesh(cells, cmap=colours, vmin=low, vmax=high, edgecolor="face", linewidth=1)
         if max(rows, columns) <= 24:
             mesh.set(edgecolor=LIGHT["paper"], linewidth=1.5)
-        axes.set_xticks(np.arange(columns) + 0.5, list(col_labels))
-        axes.set_yticks(np.arange(rows) + 0.5, list(row_labels))
+        axes.set_xticks(np.arange(columns) + 0.5, list(map(seen, col_labels)))
+        axes.set_yticks(np.arange(rows) + 0.5, list(map(seen, row_labels)))
         if steep:
             for label in axes.get_xticklabels():
                 label.set(rotation=45, ha="right", rotation_mode="anchor")
@@ -348,9 +349,9 @@ def image_grid(
             x, y = left + position % columns * across, position // columns * down
             axes.imshow(image, extent=(x, x + cell, y + tall, y), interpolation="none", aspect="auto")
             if captions:
-                axes.text(x + cell / 2, y + tall + 5, captions[position], ha="center", va="top", fontsize=13)
+                axes.text(x + cell / 2, y + tall + 5, seen(captions[position]), ha="center", va="top", fontsize=13)
         for row, label in enumerate(row_labels or ()):
-            axes.text(left - 12, row * down + tall / 2, label, ha="right", va="center", fontsize=13)
+            axes.text(left - 12, row * down + tall / 2, seen(label), ha="right", va="center", fontsize=13)
         axes.set(xlim=(0, width), ylim=(height, 0))
     return figure
 

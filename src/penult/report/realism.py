@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from penult.realism import Ranking, Realism, Spread
 from penult.report import plots
 from penult.report.figures import legend, new_figure, style
+from penult.report.markup import seen
 from penult.report.palette import LIGHT, SERIES
 
 __all__ = ["aucs", "cosines", "norms", "ranking"]
@@ -120,7 +121,7 @@ def _names(axes: Axes, points: dict[str, tuple[float, float]], floor: float) -> 
         place: dict[str, Any] = {"xytext": (12, 0), "ha": "left", "va": "center"}
         if crowded or y - floor < 0.03:
             place = {"xytext": (0, 12 if up else -12), "ha": "center", "va": "bottom" if up else "top"}
-        axes.annotate(name, (x, y), textcoords="offset points", fontsize=13, **place)
+        axes.annotate(seen(name), (x, y), textcoords="offset points", fontsize=13, **place)
 
 
 def _histogram(spread: Spread, xlabel: str, size: tuple[float, float] | None) -> Figure:
