@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from penult.cli import sources
-from penult.cli.console import show_cursor, tell
+from penult.cli.console import quiet, show_cursor, tell
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +101,6 @@ class Launch:
         except ImportError as error:
             raise ImportError('several processes need Lightning: pip install "penult[train]"') from error
         from torch import distributed
-
-        from penult.cli.training import quiet
 
         with quiet():
             fabric = Fabric(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from penult.cli import sources
-from penult.cli.console import RichReporter
+from penult.cli.console import RichReporter, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT", "FEW", "LOG_FILE", "PAGE_FILE", "SETTINGS_FILE", "class_names", "digest", "fit", "held_out",
-    "is_complete", "loader_of", "plain", "quiet", "say_complete", "trainer_of", "watched",
+    "is_complete", "loader_of", "plain", "say_complete", "trainer_of", "watched",
 ]  # fmt: skip
 
 SETTINGS_FILE, LOG_FILE, PAGE_FILE = "settings.json", "log.json", "index.html"
@@ -319,20 +316,3 @@ def fit(
             f"the training was interrupted after epoch {len(module.history)} of {epochs}; the same command continues it"
         )
     return before
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without Lightning's tips and remarks, which are about its own options."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*does not have many workers", category=UserWarning)
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.WARNING)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
