@@ -168,7 +168,11 @@ def score_of(pair: GenerativePair, name: ScoreName | None) -> tuple[Callable[[Ge
     if name is not None:
         why = f"{name.value}, as asked"
     elif scores.usual(pair) is scores.energy:
-        reason = "and gives no law of directions" if sphere is None else "in one dimension, which has two directions"
+        reason = (
+            "without a law of directions: penult fit --base elliptic gives one, and mostly tells more"
+            if sphere is None
+            else "in one dimension, which has two directions"
+        )
         name, why = ScoreName.energy, f"energy, since the base is {what} {reason}"
     else:
         name, why = ScoreName.directional, f"directional, since the base is {what}"
