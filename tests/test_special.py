@@ -253,6 +253,7 @@ def test_cosine_shift_against_mpmath(dim, kappa):
             assert got == pytest.approx(truth, rel=1e-9)
 
 
+@pytest.mark.long
 def test_setup_of_a_dimension_is_quick():
     code = (
         "import time; from penult.special._debye import expansion\n"

@@ -25,7 +25,7 @@ def some(dim, seed=0, diagonal=False, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
-@pytest.mark.parametrize("dim", [1, 2, 3, 64, 1280])
+@pytest.mark.parametrize("dim", [1, 2, 3, 64, pytest.param(1280, marks=pytest.mark.long)])
 def test_laws(dim, diagonal):
     base = some(dim, seed=dim, diagonal=diagonal)
     report = check_base(base, random_head(3, dim, seed=dim, norm=1.5), samples=50_000 if dim < 1000 else 1_000)

@@ -186,12 +186,12 @@ def test_activations(penult_json, refused, place):
     assert facts["accuracy"] == pytest.approx(accuracy(exported(lambda: DigitsNet(width=16), "run")), abs=1e-6)
     assert facts["accuracy"] > facts["start_accuracy"] + 0.3
 
-    facts = penult_json(*command, "--student", "distillnets:features", "--out", "features")
+    facts = penult_json(*command, "--student", "distillnets:features", "--out", "features", "--epochs", "2")
     assert facts["loads_into"].startswith("torch.nn.Sequential(student, torch.nn.Linear(16, 10))")
     net = exported(lambda: nn.Sequential(DigitsNet(width=16).features, nn.Linear(16, 10)), "features")
     assert facts["accuracy"] == pytest.approx(accuracy(net), abs=1e-6)
 
-    facts = penult_json(*command, "--student", "distillnets:biasless", "--out", "biasless")
+    facts = penult_json(*command, "--student", "distillnets:biasless", "--out", "biasless", "--epochs", "2")
     assert facts["loads_into"] == "distillnets:biasless, with torch.nn.Linear(16, 10) at fc"
     assert facts["accuracy"] == pytest.approx(accuracy(exported(lambda: DigitsNet(width=16), "biasless")), abs=1e-6)
 

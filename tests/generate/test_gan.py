@@ -727,6 +727,7 @@ def test_a_rectified_bank_without_negative_numbers_is_written(setting, seen, tmp
     assert load(gan.save(tmp_path / "digits.safetensors")).stored_activations == 0
 
 
+@pytest.mark.long
 def test_a_saved_generator_draws_in_a_fresh_process(trained, tmp_path):
     path = trained.save(tmp_path / "digits.safetensors")
     code = (

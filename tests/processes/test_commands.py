@@ -105,9 +105,7 @@ def until(found):
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def killed(here):
-    """An extraction by two processes of which one was killed: exit code, stderr, shards that it left."""
+def test_a_killed_process_ends_the_run_with_one_clear_line_and_the_next_run_resumes(here):
     (here / "slowly").touch()
     process = start(here, *extraction("two", "--devices", 2, "--strategy", "ddp", "--json"))
     until(lambda: len(list(here.glob("seen-*"))) == 2 and list((here / "two").glob("activations-00000-of-00002-*")))
@@ -116,26 +114,19 @@ def killed(here):
     os.kill(other, signal.SIGKILL)
     _, error = process.communicate(timeout=600)
     (here / "slowly").unlink()
-    return process.returncode, error, sorted(path.name for path in (here / "two").glob("activations-*"))
-
-
-def test_a_killed_process_ends_the_run_with_one_clear_line(killed):
-    code, error, shards = killed
-    assert code == 2
+    shards = list((here / "two").glob("activations-*"))
+    assert process.returncode == 2
     assert "penult: process 1 of 2 was killed (signal 9)" in error
     assert "give the same command again to continue" in error
     assert "Traceback" not in error
     assert shards
-
-
-def test_the_next_run_resumes_and_says_everything_once(here, killed):
     facts = json.loads(penult(here, *extraction("two", "--devices", 2, "--strategy", "ddp", "--json")))
-    assert facts["resumed_after_shards"] == len(killed[2])
+    assert facts["resumed_after_shards"] == len(shards)
     same(Activations.open(here / "two"), Activations.open(here / "alone"))
 
 
 @pytest.mark.long
-def test_without_the_first_process_the_others_end_and_the_next_run_resumes(here, killed):
+def test_without_the_first_process_the_others_end_and_the_next_run_resumes(here):
     """Nobody is left to say so, to the shell but its own "Killed"."""
     (here / "slowly").touch()
     for path in here.glob("seen-*"):
