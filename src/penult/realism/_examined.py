@@ -98,8 +98,8 @@ def examine(
     if known and as_by_guessing(answered, len(right), head.num_classes):
         warnings.warn(
             f"the head gives {answered:.1%} of the labels, as by guessing: are they numbers of its own "
-            f"{head.num_classes} classes, and is it trained? If not, draws of each class are compared with real ones of another; "
-            "pass the activations without labels (activations.activations), which believes the head",
+            f"{head.num_classes} classes, and is it trained? If not, draws of each class are set beside real ones of "
+            "another; pass the activations without labels (activations.activations), which believes the head",
             UserWarning,
             stacklevel=4,  # the caller of compare or choose, which torch.no_grad wraps
         )
