@@ -221,6 +221,14 @@ def test_images_without_labels(refused, place):
     assert "give labelled images, or the teacher's network" in line
 
 
+def test_labels_of_other_classes_are_warned_of(place):
+    arrays = numpy.load(place / "data.npz")
+    numpy.savez(place / "others.npz", images=arrays["images"], labels=(arrays["labels"] + 1) % 10)
+    command = [*NETWORK, "--data", "others.npz", *SMALL, "--out", "run", "--epochs", "1"]
+    line = " ".join(CliRunner().invoke(app, command).stderr.split())
+    assert "of the labels, as by guessing: are they numbers of its own 10 classes, is it trained" in line
+
+
 FRAGILE = ("--student", "distillnets:fragile", "--val", "val.npz", "--epochs", "4")  # 5 batches an epoch
 
 

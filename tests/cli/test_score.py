@@ -176,6 +176,25 @@ def test_a_pair_without_density_is_refused(place, refused, monkeypatch):
         score_of(pair, ScoreName.density)
 
 
+def test_classes_are_called_as_those_of_the_network_and_not_as_strange_inputs():
+    """CIFAR-10 has as many classes as MNIST."""
+    from penult.cli.score import _names
+
+    h = torch.eye(10).repeat(20, 1)
+    digits = tuple("0123456789")
+    own = penult.Activations(h, 5 * h, torch.arange(10).repeat(20), digits)
+    strange = penult.Activations(h, 5 * h, torch.arange(10).repeat_interleave(20), tuple("abcdefghij"))
+    assert _names(own, strange) == _names(None, own) == digits
+    assert _names(None, strange) is None
+
+
+def test_what_takes_its_time_is_said_where_nobody_sees_it_turn(capsys):
+    from penult.cli.console import RichReporter
+
+    with RichReporter().waiting("fitting the [mixture] base"):
+        assert capsys.readouterr().err == "fitting the [mixture] base ...\n"
+
+
 def test_help_has_examples():
     shown = CliRunner().invoke(app, ["score", "--help"], env={"TERMINAL_WIDTH": "100"}).stdout
     assert shown.count("Example: penult score") == 2

@@ -46,6 +46,7 @@ def test_a_ranking_is_drawn_with_its_names(truth, real, quick):
     few = {name: CANDIDATES[name] for name in ("sphere", "gaussian", "elliptic")} | {"broken": broken}
     found = choose(truth.head, real[:900], candidates=few)
     figure = realism.ranking(found)
+    assert "mathdefault" not in figures.svg(figure, alt="ranking")  # which is how matplotlib says 10³ in a formula
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == [row.name for row in found.rows if row.error is None]
     assert axes.get_xscale() == "log"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 __all__ = ["Progress", "reporting"]
 
 Progress = Callable[[int, int | None], object]
+
+_EVERY = 10  # seconds
 
 
 @contextmanager
@@ -44,6 +47,15 @@ def _bar(unit: str) -> Iterator[Progress]:
     )
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    console, said = Console(stderr=True), time.monotonic()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(unit, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def report(done: int, total: int | None) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - said >= _EVERY:  # no bar is drawn there before the end
+                said = time.monotonic()
+                console.print(f"{unit} {done}" + ("" if total is None else f"/{total}"), highlight=False)
+
+        yield report

@@ -82,8 +82,11 @@ class RichReporter:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Say on stderr what is being done while it takes its time; nothing where stderr is no terminal."""
-        with Console(stderr=True, highlight=False, quiet=self.console.quiet).status(_text(text)):
+        """Say on stderr what is being done while it takes its time: a line that stays where that is no terminal."""
+        console = Console(stderr=True, highlight=False, quiet=self.console.quiet)
+        if not console.is_terminal:
+            console.print(_text(f"{text} ..."), soft_wrap=True)
+        with console.status(_text(text)):
             yield
 
 

@@ -11,17 +11,13 @@ import typer
 
 from penult.cli import sources
 from penult.cli.console import RichReporter, tell
-from penult.cli.inputs import labels_fit, of_one_size
+from penult.cli.inputs import labels_fit, of_one_size, right_answers
 from penult.cli.processes import Devices, Launch, NumNodes, Strategy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from penult.activations import Activations
 
 __all__ = ["HEAD_FILE", "extract"]
-
-_LOOKED_AT = 1000  # labels that are compared with what the network says
 
 HEAD_FILE = "head.penult.safetensors"
 
@@ -121,7 +117,7 @@ def extract(
     GenerativePair(head).save(out / HEAD_FILE)
     reporter.line(f"{out}: {acts}")
     if acts.labels is not None:
-        _warn_of_labels(acts, acts.labels, out)
+        _tell_accuracy(acts, out, reporter)
     rectified = head.certificate is not None and head.certificate.rectified
     if rectified and not pre_activation:
         reporter.line("a ReLU stands right before the head: for penult fit, --pre-activation stores what it reads")
@@ -131,16 +127,14 @@ def extract(
         typer.echo(json.dumps(facts | {"resumed_after_shards": len(before), "was_complete": complete}, indent=2))
 
 
-def _warn_of_labels(acts: Activations, labels: Tensor, out: Path) -> None:
-    """Say so where a network is right no more often than by guessing."""
-    import torch
-
-    from penult.head._checks import as_by_guessing
-
-    places = torch.linspace(0, len(acts) - 1, min(len(acts), _LOOKED_AT), dtype=torch.float64).long()
-    some = acts[places].predicted.eq(labels[places]).double()
-    if as_by_guessing(right := float(some.mean()), len(some), acts.num_classes):
+def _tell_accuracy(acts: Activations, out: Path, reporter: RichReporter) -> None:
+    """Say how often a network gives the labels, and warn where that is no more often than by guessing."""
+    right, guessed = right_answers(acts)
+    if guessed:
         tell(
             f"warning: the network gives {right:.1%} of the labels in {out}, as by guessing: are they numbers of its "
-            f"own {acts.num_classes} classes, and is it trained? Without labels all of this works too"
+            f"own {acts.num_classes} classes, is it trained (--weights), and are the images as in its training "
+            "(--mean, --std, --size)? Without labels all of this works too"
         )
+    else:
+        reporter.line(f"the network gives {right:.1%} of the labels")

@@ -258,7 +258,8 @@ def _made(
         warnings.warn(
             f"{order.source} has a law of which images will be poor ({pair.base}): its draws are not like activations. "
             f"A law that works: penult extract {order.model} {order.images} --out acts/{rectified}, and then "
-            "penult fit acts/ --base mixture --out pair.penult.safetensors",
+            "penult fit acts/ --base mixture --out pair.penult.safetensors; with the --weights, --size, --mode, --mean "
+            "and --std that are given here",
             UserWarning,
             stacklevel=2,
         )

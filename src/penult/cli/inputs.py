@@ -35,6 +35,7 @@ OPTIONS = ("weights", "path", "fold", "size", "mode", "mean", "std", "batch_size
 """Options of a command that say how a network reads images."""
 
 _FEW = 16  # images that the head is found with
+_LOOKED_AT = 1000  # labels that are compared with what the network says
 _CHECKED = 1000  # activations whose logits the pair's head has to make
 
 Pair = Annotated[
@@ -196,6 +197,19 @@ def labels_fit(dataset: ImageDataset, source: str, classes: int, reporter: RichR
         f"{source} has {count} classes, but the head has {classes}: its labels mean other things and are left out"
     )
     return False
+
+
+def right_answers(acts: Activations) -> tuple[float, bool]:
+    """How often a network gives the labels of activations, by some of them, and whether that is as by guessing."""
+    import torch
+
+    from penult.head._checks import as_by_guessing
+
+    places = torch.linspace(0, len(acts) - 1, min(len(acts), _LOOKED_AT), dtype=torch.float64).long()
+    some = acts[places]
+    assert some.labels is not None
+    right = float(some.predicted.eq(some.labels).double().mean())
+    return right, as_by_guessing(right, len(places), acts.num_classes)
 
 
 @contextmanager

@@ -71,6 +71,7 @@ def lesson_of(
     from penult.activations import extract
     from penult.distill import Gate, TargetDataset, pseudo_labels, targets
     from penult.distill._targets import SHARPNESS
+    from penult.head._checks import as_by_guessing
 
     if tap is None:
         if kind == "hinted":
@@ -80,7 +81,16 @@ def lesson_of(
     reporter.line(f"running the teacher over {len(share.train)} images, once")
     acts = extract(tap, loader_of(share.train, **loading), progress=True)
     gate = Gate.fit(pair, acts, sharpness=SHARPNESS[kind], class_names=names)
-    labels = share.labels
+    labels, believed = share.labels, gate.summary
+    assert believed is not None
+    if believed.accuracy is not None and as_by_guessing(believed.accuracy, len(acts), pair.head.num_classes):
+        warnings.warn(
+            f"the teacher gives {believed.accuracy:.1%} of the labels, as by guessing: are they numbers of its own "
+            f"{pair.head.num_classes} classes, is it trained (--weights), and are the images as in its training "
+            "(--mean, --std, --size)?",
+            UserWarning,
+            stacklevel=2,
+        )
     if labels is None:
         warnings.warn(
             "the images have no labels, so they get those that the teacher gives them. Where it is wrong the student "

@@ -23,6 +23,7 @@ from penult.cli.inputs import (
     NetworkWeights,
     Pair,
     Workers,
+    right_answers,
 )
 
 if TYPE_CHECKING:
@@ -128,9 +129,9 @@ def score(
         reporter.line(f"score: {why}; higher is stranger")
         options = {each: context.params[each] for each in OPTIONS}
         reader = InputsReader(law, pair, reporter, model, options, seed)
-        threshold = None
+        threshold = familiar = None
         if calibrate is not None:
-            familiar = reader.read(calibrate).activations
+            familiar = reader.read(calibrate, labels=True).activations
             with reporter.waiting(f"scoring {len(familiar)} familiar activations"):
                 usual = _Scored.of(law, function, familiar, None).score
             threshold = Threshold(_itself, usual, alarm)  # of scores, which are computed once
@@ -138,7 +139,7 @@ def score(
         with reporter.waiting(f"scoring {len(acts)} activations"):
             found = _Scored.of(law, function, acts, threshold)
     facts = _facts(found, data, calibrate, threshold, why, function)
-    _tell(found, facts, acts.class_names, threshold, calibrate, reporter)
+    _tell(found, facts, _names(familiar, acts), threshold, calibrate, reporter)
     if out is not None:
         facts["out"] = str(_write(out, found))
         reporter.line(f"{out}: {len(acts)} rows")
@@ -249,6 +250,14 @@ def _itself(scores: Tensor) -> Tensor:
 def same_source(one: str, other: str) -> bool:
     """Whether two sources of inputs are one."""
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+
+
+def _names(familiar: Activations | None, acts: Activations) -> tuple[str, ...] | None:
+    """Names of the classes of the network: strange inputs may have as many classes, and be none of them."""
+    for each in (familiar, acts):
+        if each is not None and each.class_names is not None and (each.labels is None or not right_answers(each)[1]):
+            return each.class_names
+    return None
 
 
 def _facts(

@@ -9,6 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from penult.realism import Ranking, Realism, Spread
 from penult.report import plots
@@ -102,6 +103,8 @@ def ranking(found: Ranking, size: tuple[float, float] | None = None) -> Figure:
                 zorder=3,
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda floats, _: f"{floats:,.0f}"))  # and no formula
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="floats that the base keeps", ylabel="AUC of the best test")
         costs = [float(row.floats or 1) for row in rows]
         axes.set_xlim(min(costs) / 2.5, max(costs) * 4)
