@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fuzz import guided
 
 GUIDED = Path(guided.__file__)
 
 
+@pytest.mark.long
 def test_a_kept_input_is_run_again(tmp_path):
     """In a process of its own, since it watches all that is opened, and for good."""
     (tmp_path / "input").write_bytes(guided.EDITS + bytes(64))

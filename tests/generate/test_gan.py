@@ -131,6 +131,7 @@ def test_bounded_layers_are_those_of_torch(kind):
     assert all(torch.equal(a, b) for a, b in zip(held, ours.buffers(), strict=True))
 
 
+@pytest.mark.long
 def test_the_other_loss_learns_digits_too(setting, seen):
     gan = fit(make(setting, loss="non-saturating"), setting.images, seen, epochs=20)
     y = labels(40)

@@ -14,7 +14,7 @@ from penult.processes import Processes
 from processes import worker
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.long), 3])
 def together(request, tmp_path_factory):
     """The folder that processes shared, and what each of them found."""
     folder = tmp_path_factory.mktemp("together")
