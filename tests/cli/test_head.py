@@ -57,7 +57,7 @@ def test_heads_in_files(penult_json):
         (["usernets:trained"], "give --data, or --shape"),
         (["usernets"], "neither a .safetensors file nor of the form package.module:factory"),
         (["nothere:factory", "--shape", "4"], "no module 'nothere'"),
-        (["usernets:missing", "--shape", "4"], "has no attribute 'missing'"),
+        (["usernets:missing", "--shape", "4"], "has no attribute 'missing'; it has "),
         (["usernets:nothing", "--shape", "4"], "gave int, which is no nn.Module"),
         (["usernets:none", "--shape", "4"], "is a NoneType, not a factory"),
         (["usernets:broken", "--shape", "4"], "raised KeyError: 'layer4'"),

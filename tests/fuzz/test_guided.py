@@ -22,9 +22,8 @@ def test_a_kept_input_is_run_again(tmp_path):
     assert done.stdout.startswith("its files are in "), done.stdout  # and no traceback before
 
 
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is not None, reason="atheris is installed")
 def test_without_atheris_it_says_what_to_install(tmp_path):
-    if importlib.util.find_spec("atheris"):
-        return
     command = [sys.executable, str(GUIDED), "--out", str(tmp_path / "results.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1

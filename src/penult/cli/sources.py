@@ -106,7 +106,8 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
             f"MODEL {name!r}: there is no module {error.name!r} on the Python path or in {os.getcwd()}"
         ) from error
     except AttributeError as error:
-        its = [each for each, value in vars(factory).items() if getattr(value, "__module__", None) == module_name]
+        held = getattr(factory, "__dict__", {})  # of a module or a class; a number has none
+        its = [each for each, value in held.items() if getattr(value, "__module__", None) == module_name]
         raise ValueError(f"MODEL {name!r}: {error}" + (f"; it has {', '.join(its[:8])}" if its else "")) from error
     if not callable(factory):
         raise ValueError(f"MODEL {name!r} is a {type(factory).__name__}, not a factory that takes no arguments")
