@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from penult import special
-from penult.special import _inputs
-from penult.special._debye import expansion
+from penult.special import _precision
+from penult.special._bessel import expansion
 from truth import log_area, relative, sphere
 
 DIMS = [1, 2, 3, 4, 5, 10, 41, 42, 64, 512, 2048, 8192]
@@ -77,7 +77,7 @@ def test_half_precision_is_rounded_once(dtype):
 
 @pytest.mark.parametrize("dim", [2, 3, 10, 41, 64, 512])
 def test_route_without_float64(dim, monkeypatch):
-    monkeypatch.setattr(_inputs, "SINGLE_ONLY", frozenset({"cpu"}))
+    monkeypatch.setattr(_precision, "SINGLE_ONLY", frozenset({"cpu"}))
     k = torch.tensor([1e-3, 0.1, 1.0, 10.0, 100.0, 1e4, 1e6])
     exact = [sphere(dim, x) for x in k.tolist()]
     for function, at, bar in (
@@ -256,7 +256,7 @@ def test_cosine_shift_against_mpmath(dim, kappa):
 @pytest.mark.long
 def test_setup_of_a_dimension_is_quick():
     code = (
-        "import time; from penult.special._debye import expansion\n"
+        "import time; from penult.special._bessel import expansion\n"
         "start = time.perf_counter(); expansion(777); print(time.perf_counter() - start)"
     )
     seconds = min(

@@ -14,7 +14,6 @@ without float64 takes a float32 route (F to 3e-6, A to 4e-7).
 """
 
 from penult.special._cosine import cosine_cdf, cosine_log_prob, cosine_shift, gauss_legendre
-from penult.special._inputs import in_double, in_full, outside_transforms, traced, working_dtype
 from penult.special._moments import (
     concentration,
     cosine_variance,
@@ -24,6 +23,7 @@ from penult.special._moments import (
     mean_resultant_deficit,
     mean_resultant_length,
 )
+from penult.special._precision import in_double, in_full, outside_transforms, traced, working_dtype
 
 __all__ = [
     "concentration",

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from penult.special._inputs import check_floating, working_dtype
 from penult.special._moments import log_sphere_mgf_deficit, mean_resultant_deficit
+from penult.special._precision import check_floating, working_dtype
 
 __all__ = ["cosine_cdf", "cosine_log_prob", "cosine_shift", "gauss_legendre"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from penult.special import _bessel
-from penult.special._inputs import check_dim, check_floating, traced, working_dtype
+from penult.special._precision import check_dim, check_floating, traced, working_dtype
 
 __all__ = [
     "concentration",
