@@ -10,24 +10,52 @@ A classifier's last linear layer already defines the density of the activations 
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from penult import bases, distributions, io, scores, special
-from penult.activations import Activations, Tap, extract
-from penult.bases import Gaussian, Marginal, Sphere
-from penult.distributions import VonMisesFisher
-from penult.head import Head, HeadCertificate, HeadNotFoundError, find_head
-from penult.pair import GenerativePair, load
+from penult._version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from penult import bases, distributions, io, scores, special
+    from penult.activations import Activations, Tap, extract
+    from penult.bases import Gaussian, Marginal, Sphere
+    from penult.distributions import VonMisesFisher
+    from penult.head import Head, HeadCertificate, HeadNotFoundError, find_head
+    from penult.pair import GenerativePair, load
 
-_ROOMS = ("data", "demo", "distill", "generate", "realism", "report", "testing")  # loaded when they are first asked for
+# Rooms and names are imported on first use, so that `import penult` and `penult --help` stay quick.
+_ROOMS = (
+    "activations", "bases", "data", "demo", "distill", "distributions", "generate", "head", "io", "pair", "processes",
+    "realism", "report", "scores", "special", "testing",
+)  # fmt: skip
+_NAMES = {
+    "Activations": "activations",
+    "Gaussian": "bases",
+    "GenerativePair": "pair",
+    "Head": "head",
+    "HeadCertificate": "head",
+    "HeadNotFoundError": "head",
+    "Marginal": "bases",
+    "Sphere": "bases",
+    "Tap": "activations",
+    "VonMisesFisher": "distributions",
+    "extract": "activations",
+    "find_head": "head",
+    "load": "pair",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"penult.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"penult.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'penult' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS, *_NAMES})
 
 
 __all__ = [

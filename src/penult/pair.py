@@ -12,12 +12,12 @@ from torch import Size, Tensor, nn
 from torch.distributions import Categorical
 
 from penult import io
+from penult._row_blocks import version_of
 from penult.activations import Activations
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.bases._pool import Pool
 from penult.distributions import Tilt
 from penult.head import Head
-from penult.head._rows import version_of
 from penult.special import in_full, outside_transforms, working_dtype
 
 __all__ = ["GenerativePair", "load"]

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from penult import io
-from penult.io._tensors import _NAMES
+from penult.io._file import _NAMES
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"text": 'κ\n"{}\x01'}])

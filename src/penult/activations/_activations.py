@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from penult._checks import check_labels
 from penult.activations._blocks import Block, Memory, Shard, load, one
 from penult.activations._folder import finished, shards_in, unfinished, writing
 from penult.activations._writer import SHARD_SIZE, Writer, write_index
-from penult.head._checks import check_labels
 from penult.processes import Processes
 
 __all__ = ["Activations"]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from penult._checks import check_labels
 from penult.activations._blocks import Memory
 from penult.activations._tap import Tap
-from penult.head._checks import check_labels
 
 __all__ = ["Reader"]
 

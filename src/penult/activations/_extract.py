@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from penult import io
+from penult._progress import Progress, reporting
 from penult.activations._activations import Activations
 from penult.activations._batch import Reader
 from penult.activations._blocks import Memory
 from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
-from penult.activations._progress import Progress, reporting
 from penult.activations._resume import check_batch, check_record, checksum, refusal
 from penult.activations._share import share_of
 from penult.activations._tap import Tap

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from penult._row_blocks import blocks
 from penult.activations._blocks import Block, Memory, load
 from penult.head import Head
-from penult.head._rows import blocks
 
 __all__ = ["check_batch", "check_record", "checksum", "refusal"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from penult import special
+from penult._row_blocks import rows_in_double
 from penult.distributions import _sampling
 from penult.head import Head
-from penult.head._rows import rows_in_double
 
 __all__ = ["implied_radius", "unit"]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from penult._row_blocks import mean_row_of
 from penult.activations import Activations
 from penult.bases._acceptance import accept, block_size, class_means, expected_posterior, pick
 from penult.bases._laws import Law, Sampler
@@ -17,7 +18,6 @@ from penult.bases._rows import RowIndex
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
 from penult.head import Head
-from penult.head._rows import mean_row_of
 from penult.special import in_double, traced
 
 if TYPE_CHECKING:

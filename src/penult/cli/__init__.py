@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-import penult
+from penult._version import __version__
 from penult.cli import demo, distill, extract, fit, generate, head, report, sample, score
 from penult.cli.console import fail, tell
 from penult.cli.processes import lost, own_rank
@@ -38,7 +38,7 @@ for command in (
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"penult {penult.__version__}")
+        typer.echo(f"penult {__version__}")
         raise typer.Exit
 
 

@@ -14,6 +14,7 @@ import typer
 from torch import Tensor, nn
 
 from penult import io
+from penult._extras import extra
 from penult.activations import Tap, extract
 from penult.activations._resume import checksum
 from penult.bases import Gaussian, Marginal, Sphere
@@ -52,7 +53,6 @@ from penult.cli.training import (
     watched,
 )
 from penult.data import ImageDataset
-from penult.data._extra import extra
 from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE
 from penult.pair import GenerativePair
 from penult.processes import Processes

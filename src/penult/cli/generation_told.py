@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from penult import io
+from penult._extras import extra
 from penult.cli import sources
 from penult.cli.console import RichReporter
 from penult.cli.training import SETTINGS_FILE
-from penult.data._extra import extra
 from penult.generate import load
 
 if TYPE_CHECKING:

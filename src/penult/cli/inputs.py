@@ -203,7 +203,7 @@ def right_answers(acts: Activations) -> tuple[float, bool]:
     """How often a network gives the labels of activations, by some of them, and whether that is as by guessing."""
     import torch
 
-    from penult.head._checks import as_by_guessing
+    from penult._checks import as_by_guessing
 
     places = torch.linspace(0, len(acts) - 1, min(len(acts), _LOOKED_AT), dtype=torch.float64).long()
     some = acts[places]

@@ -68,10 +68,10 @@ def lesson_of(
     reporter: RichReporter,
 ) -> Lesson:
     """Targets of all images; a network sees them, and is then sent away."""
+    from penult._checks import as_by_guessing
     from penult.activations import extract
     from penult.distill import Gate, TargetDataset, pseudo_labels, targets
     from penult.distill._targets import SHARPNESS
-    from penult.head._checks import as_by_guessing
 
     if tap is None:
         if kind == "hinted":

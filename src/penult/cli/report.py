@@ -67,7 +67,7 @@ def report(
 
     Example: penult report net.penult.safetensors --data test.parquet --ood other/ --model mynets:net --out page.html
     """
-    from penult.data._extra import extra
+    from penult._extras import extra
     from penult.report.pair import FAMILIAR, build  # a missing extra is better said before the work
 
     extra("sklearn.metrics", "a page on a pair is measured with scikit-learn")

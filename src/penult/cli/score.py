@@ -346,7 +346,7 @@ def _write(out: Path, found: _Scored) -> Path:
 
     if out.suffix == ".csv":
         return io.write_bytes(out, _csv(found))
-    from penult.data._extra import extra
+    from penult._extras import extra
 
     numpy = extra("numpy", f"--out {out} is written by NumPy")
     buffer = memory.BytesIO()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
-from penult.data._extra import extra
 
 __all__ = ["Arrays", "npz"]
 

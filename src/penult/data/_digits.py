@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from penult.data._extra import extra
+from penult._extras import extra
 from penult.data._images import Images
 
 __all__ = ["digits"]

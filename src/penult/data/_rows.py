@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from penult.data._extra import extra
+from penult._extras import extra
 
 __all__ = ["Rows", "open_parquet", "reading"]
 

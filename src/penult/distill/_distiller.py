@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from penult._checks import check_positive
 from penult.distill._losses import ActivationLoss
 from penult.head import HeadCertificate, HeadNotFoundError, find_head
 from penult.head._capture import capture
-from penult.head._checks import check_positive
 from penult.head._model import logits_of, untouched, unwrap
 
 try:

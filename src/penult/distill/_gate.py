@@ -9,10 +9,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from penult._checks import check_labels
 from penult.activations import Activations
 from penult.bases._pool import Pool
 from penult.distill._canonical import Canonical
-from penult.head._checks import check_labels
 from penult.pair import GenerativePair
 
 __all__ = ["ClassTrust", "Gate", "GateSummary", "answers", "labels_of"]

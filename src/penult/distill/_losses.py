@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penult._checks import check_labels, check_positive
 from penult.distill._canonical import Canonical
-from penult.head._checks import check_labels, check_positive
 from penult.pair import GenerativePair
 
 __all__ = ["ActivationLoss", "SoftTargetLoss"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from penult._checks import check_labels, check_positive
 from penult.activations import Activations
 from penult.bases._pool import Pool
 from penult.distill._canonical import Canonical, check_pair
 from penult.distill._gate import Gate, answers
-from penult.head._checks import check_labels, check_positive
 from penult.pair import GenerativePair
 
 __all__ = ["SHARPNESS", "TargetDataset", "class_soft_targets", "pseudo_labels", "targets"]

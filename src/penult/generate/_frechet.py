@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penult.head._checks import check_finite
+from penult._checks import check_finite
 
 __all__ = ["Normal", "frechet_distance"]
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from penult._checks import check_positive
 from penult.activations import Activations, Tap
 from penult.generate._generator import ActivationGenerator, Condition
 from penult.generate._networks import adversaries
 from penult.generate._sight import frozen
 from penult.generate._training import scheduled
-from penult.head._checks import check_positive
 from penult.pair import GenerativePair
 
 __all__ = ["ActivationGAN", "Adversarial"]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from penult._checks import check_positive
 from penult.activations import Activations, Tap
 from penult.bases import Base
 from penult.generate import _stored as stored
@@ -18,7 +19,6 @@ from penult.generate._conditions import Standardizer, bank_of, draw, without_dat
 from penult.generate._networks import check_image_shape
 from penult.generate._sight import Sight, moving
 from penult.generate._training import Recorded
-from penult.head._checks import check_positive
 from penult.head._model import untouched
 from penult.pair import GenerativePair
 

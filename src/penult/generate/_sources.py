@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from penult.head._checks import check_finite
+from penult._checks import check_finite
 
 __all__ = ["Source", "check_images", "read_source", "shuffled"]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from penult._checks import check_finite
+from penult._row_blocks import blocks, rows_in_double
 from penult.head._capture import capture
 from penult.head._certificate import HeadCertificate, Support
-from penult.head._checks import check_finite
 from penult.head._head import Head
 from penult.head._layout import axes_of
 from penult.head._match import Match, matches, relative_error
@@ -20,7 +21,6 @@ from penult.head._model import compiled_parts_eager, logits_of, submodule, untou
 from penult.head._origin import Norm, Origin, gains, invertible, without_gain
 from penult.head._record import Candidate, Recorder
 from penult.head._refusal import are_probabilities, not_confirmed, not_found, refuse_other_tasks
-from penult.head._rows import blocks, rows_in_double
 
 __all__ = ["find_head"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from penult.head._rows import version_of
+from penult._row_blocks import version_of
 
 __all__ = [
     "PASS_THROUGH",

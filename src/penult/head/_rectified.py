@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from penult._row_blocks import version_of
 from penult.head._certificate import HeadCertificate
 from penult.head._model import first_input
 from penult.head._origin import PASS_THROUGH
 from penult.head._products import Product, products
-from penult.head._rows import version_of
 
 __all__ = ["Rectifiers", "check_rectified", "is_rectified", "refuse_unrectified"]
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from penult.head._rows import rows_in_double
+from penult._row_blocks import rows_in_double
 
 __all__ = ["best_inverse_temperature"]
 

@@ -4,11 +4,9 @@ One file holds tensors, a kind and metadata (`write`, `read`). What is too large
 its shards, with a JSON index that is written last (`write_index`, `read_index`).
 """
 
-from penult.io._aside import aside, leftovers, sweep, write_bytes
-from penult.io._file import File, read, write
+from penult.io._atomic import aside, leftovers, sweep, write_bytes
+from penult.io._file import SCHEMA_VERSION, File, FileFormatError, read, save_file, write
 from penult.io._index import INDEX_NAME, Index, read_index, write_index
-from penult.io._record import SCHEMA_VERSION, FileFormatError
-from penult.io._tensors import save_file
 
 __all__ = [
     "INDEX_NAME",

@@ -1,22 +1,24 @@
-"""One file of tensors and metadata."""
+"""One file of tensors and metadata: reading and writing, its JSON record, and its bytes."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from penult.io._aside import aside
-from penult.io._record import FileFormatError, decode, encode
-from penult.io._tensors import save_file
+from penult._version import __version__
+from penult.io._atomic import aside
 
-__all__ = ["File", "read", "write"]
+__all__ = ["SCHEMA_VERSION", "File", "FileFormatError", "Record", "decode", "encode", "read", "save_file", "write"]
 
 _METADATA_KEY = "penult"
 
@@ -167,3 +169,140 @@ def _damaged(path: Path, error: SafetensorError) -> str:
             "holds the head, which it names"
         )
     return f"{path} is not a safetensors file, or only the first bytes of one ({error})"
+
+
+# --- The JSON record that says what a file or a folder is ---------------------------------------------------
+
+
+SCHEMA_VERSION = 1
+"""Version of the metadata layout that this penult writes, and the newest that it reads."""
+
+_RESERVED = ("schema", "kind", "versions")
+
+
+class FileFormatError(ValueError):
+    """A file is not what it should be: damaged, foreign, of another kind or from a newer penult."""
+
+
+class Record(NamedTuple):
+    """What a record says."""
+
+    kind: str
+    metadata: dict[str, Any]
+    versions: dict[str, str]
+
+
+def encode(kind: str, metadata: Mapping[str, Any], indent: int | None = None, **own: Any) -> str:
+    """The record as JSON. `own` are further entries of penult's, whose names `metadata` may not use."""
+    taken = sorted({*_RESERVED, *own} & set(metadata))
+    if taken:
+        raise ValueError(f"metadata may not use the names {', '.join(taken)}: penult writes them itself")
+    versions = {"penult": __version__, "torch": torch.__version__}
+    record = {"schema": SCHEMA_VERSION, "kind": kind, **metadata, **own, "versions": versions}
+    try:
+        return json.dumps(record, allow_nan=False, indent=indent)
+    except TypeError as error:
+        raise TypeError(
+            f"metadata must be made of JSON values (dict, list, str, number, bool, None): {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"metadata must be plain JSON without NaN, infinity or cycles: {error}") from error
+
+
+def decode(path: Path, text: str | bytes, kind: str | Collection[str] | None) -> Record:
+    """The record of a file, which is of that kind or one of those kinds."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path}: the penult metadata is not valid JSON ({error}); write the file again"
+        ) from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise FileFormatError(f"{path}: the penult metadata has no schema number; write the file again")
+    if schema > SCHEMA_VERSION:
+        raise FileFormatError(
+            f"{path} was written by schema {schema}, this penult reads up to {SCHEMA_VERSION}: "
+            "upgrade penult with pip install -U penult"
+        )
+    found, versions = record.get("kind"), record.get("versions", {})
+    if not isinstance(found, str) or not isinstance(versions, dict):
+        raise FileFormatError(f"{path}: the penult metadata has no kind or no versions; write the file again")
+    wanted = (kind,) if isinstance(kind, str) else kind
+    if wanted is not None and found not in wanted:
+        names = " or ".join(repr(name) for name in sorted(wanted))
+        raise FileFormatError(f"{path} holds a {found!r}, but {names} was wanted")
+    return Record(found, {name: value for name, value in record.items() if name not in _RESERVED}, versions)
+
+
+# --- The bytes of a safetensors file ------------------------------------------------------------------------
+
+
+_NAMES = {  # in the order of safetensors
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+_RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+
+
+def save_file(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, straight to its path and without a copy of them.
+
+    ``safetensors.torch.save_file`` writes to a file of another name beside the path first, which a writer that is
+    killed leaves behind under a name that says nothing; and it calls a full disk a SafetensorError.
+
+    Args:
+        tensors: Tensors by name, of any device.
+        path: Where to write, over what is there; see :func:`aside` for a file that is whole or not there.
+        metadata: Text by name.
+
+    Raises:
+        OSError: The file cannot be written.
+        TypeError: A dtype has no name in such files.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"x": torch.ones(2)}, f"{folder}/x.safetensors")
+        ...     safetensors.torch.load_file(f"{folder}/x.safetensors")
+        {'x': tensor([1., 1.])}
+    """
+    for name, value in tensors.items():
+        if value.dtype not in _NAMES:
+            raise TypeError(f"tensors[{name!r}] is of {value.dtype}, which is not written to files")
+    if sys.byteorder == "big":  # the file's is the other one
+        held = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        with open(path, "wb") as file:
+            file.write(safetensors.torch.save(held, None if metadata is None else dict(metadata)))
+        return
+    # As safetensors does: wide numbers first, so that each lies at a multiple of its own size.
+    names = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        value = tensors[name]
+        start, end = end, end + value.numel() * value.dtype.itemsize
+        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            plain = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
+            file.write(plain.view(-1).view(torch.uint8).numpy().data)

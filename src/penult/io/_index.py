@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penult.io._aside import write_bytes
-from penult.io._record import FileFormatError, decode, encode
+from penult.io._atomic import write_bytes
+from penult.io._file import FileFormatError, decode, encode
 
 __all__ = ["INDEX_NAME", "Index", "read_index", "write_index"]
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from penult._progress import Progress, reporting
 from penult.activations import Activations
-from penult.activations._progress import Progress, reporting
 from penult.bases import Base
 from penult.head import Head
 from penult.pair import GenerativePair

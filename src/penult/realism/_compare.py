@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from penult._progress import Progress, reporting
 from penult.activations import Activations
-from penult.activations._progress import Progress, reporting
 from penult.bases import Base, Marginal, Sphere
 from penult.distributions import Bank
 from penult.head import Head

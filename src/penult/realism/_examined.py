@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penult._checks import as_by_guessing
 from penult.activations import Activations
-from penult.head._checks import as_by_guessing
 from penult.realism._collapse import collapse
 from penult.realism._distances import energy_coefficient, expected_calibration_error
 from penult.realism._result import Collapse, Comparison, TiltIdentity

@@ -9,9 +9,9 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from penult._checks import check_labels
 from penult.activations import Activations
 from penult.head import Head
-from penult.head._checks import check_labels
 
 __all__ = ["LabelSource", "Labelled", "Matched", "halves", "matched", "read_labels"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from penult import scores
+from penult._extras import extra
 from penult.activations import Activations
-from penult.data._extra import extra
 from penult.pair import GenerativePair
 from penult.report import _pair_sections as sections
 from penult.report._pair_scores import FAMILIAR, Images, ScoredSet, familiarity, pictured

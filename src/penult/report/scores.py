@@ -12,7 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from penult.data._extra import extra
+from penult._extras import extra
 from penult.report import plots
 from penult.report.figures import legend, new_figure, style
 from penult.report.palette import LIGHT, SERIES

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from penult.head._rows import blocks
+from penult._row_blocks import blocks
 
 __all__ = ["as_by_guessing", "check_bias", "check_finite", "check_labels", "check_positive", "check_weight"]
 
