@@ -79,7 +79,7 @@ def test_density_by_the_jacobian_of_the_draws():
     z = p.base.sample((6,), generator=seeded())
 
     def forward(h):
-        from penult.distributions._splines import splines
+        from penult.distributions._flow_fit import splines
 
         return splines(p.knots)((h - p.loc) / p.scale)
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from penult.distributions import PrincipalMixture
-from penult.distributions import _expectation_maximisation as em
+from penult.distributions import PrincipalMixture, _mixture_fit
 from penult.processes import Processes
 from penult.testing import check_distribution
 
@@ -288,15 +287,15 @@ def test_more_components_fit_better_than_one():
 @pytest.mark.parametrize("strength", [0.5, 8.0])
 def test_updates_never_lower_the_objective(strength):
     u = law(6, 6, 5).sample((600,), generator=seeded())
-    first, prior = em.start(u, 12, strength, seeded())
-    fitted, history = em.maximise(first, prior, lambda: u.split(100), 40, 0.0, Processes())
+    first, prior = _mixture_fit.start(u, 12, strength, seeded())
+    fitted, history = _mixture_fit.maximise(first, prior, lambda: u.split(100), 40, 0.0, Processes())
     assert len(history) > 20
     assert min(b - a for a, b in pairwise(history)) > -1e-11
     law_of = MixtureSameFamily(
         Categorical(logits=fitted.logits), MultivariateNormal(fitted.means, scale_tril=fitted.scale_tril)
     )
-    natural = em._natural(fitted)
-    assert torch.allclose((em._statistics(u) @ natural.mT).logsumexp(-1), law_of.log_prob(u))
+    natural = _mixture_fit._natural(fitted)
+    assert torch.allclose((_mixture_fit._statistics(u) @ natural.mT).logsumexp(-1), law_of.log_prob(u))
 
 
 class Batches:
@@ -315,7 +314,7 @@ def test_batches_equal_the_whole(monkeypatch, keep):
     x = law(10, 4, 6).sample((1000,), generator=seeded())
     whole = PrincipalMixture.fit(x, components=6, dims=4, iterations=20)
     if not keep:
-        monkeypatch.setattr("penult.distributions._rows._KEPT", 0)
+        monkeypatch.setattr("penult.distributions._principal_components._KEPT", 0)
     batches = Batches(x, [0, 1, 399, 600])
     parts = PrincipalMixture.fit(batches, components=6, dims=4, iterations=20)
     assert (batches.passes == 3) is keep
@@ -326,7 +325,7 @@ def test_batches_equal_the_whole(monkeypatch, keep):
 def test_start_on_a_sample(monkeypatch):
     x = law(10, 4, 6, apart=5.0).sample((3000,), generator=seeded())
     single = PrincipalMixture.fit(x, components=1, dims=4).log_prob(x).mean()
-    monkeypatch.setattr("penult.distributions._principal_fit._SAMPLE", 300)
+    monkeypatch.setattr("penult.distributions._mixture_fit._SAMPLE", 300)
     p = PrincipalMixture.fit(x.split(700), components=6, dims=4)
     assert float(p.log_prob(x).mean() - single) > 0.5
     assert float((p.mean - x.mean(0)).abs().max()) < 0.01  # all rows took part in the updates
@@ -400,13 +399,13 @@ def test_a_rectified_fit_is_the_fit_of_the_pre_activations():
 
 def test_empty_components_are_left_out():
     u = torch.cat([torch.zeros(50, 2), torch.ones(50, 2)]).double() + 0.1 * torch.randn(100, 2, generator=seeded())
-    first, prior = em.start(u, 2, 1.0, seeded())
-    far = em.Components(
+    first, prior = _mixture_fit.start(u, 2, 1.0, seeded())
+    far = _mixture_fit.Components(
         torch.full((3,), -math.log(3)).double(),
         torch.cat([first.means, torch.full((1, 2), 1e4).double()]),
         torch.cat([first.scale_tril, first.scale_tril[:1]]),
     )
-    fitted, history = em.maximise(far, prior, lambda: [u], 20, 0.0, Processes())
+    fitted, history = _mixture_fit.maximise(far, prior, lambda: [u], 20, 0.0, Processes())
     assert len(fitted.logits) == 2
     assert all(math.isfinite(value) for value in history)
     assert float(fitted.logits.exp().sum()) == pytest.approx(1)

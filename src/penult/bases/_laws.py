@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
-from penult.distributions._links import NEXT_TO_ZERO
+from penult.distributions._positive import NEXT_TO_ZERO
 
 __all__ = ["Law", "Sampler"]
 

@@ -9,8 +9,18 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from penult.distributions._flow_fit import Progress, fit_flow
-from penult.distributions._splines import BOUND, ELEMENTS, PARTS, SLOPE, log_density, mixture_of, splines, zuko
+from penult.distributions._flow_fit import (
+    BOUND,
+    ELEMENTS,
+    PARTS,
+    SLOPE,
+    Progress,
+    fit_flow,
+    log_density,
+    mixture_of,
+    splines,
+    zuko,
+)
 from penult.distributions.principal_mixture import PrincipalMixture
 from penult.special import traced, working_dtype
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from penult.head._certificate import HeadCertificate
-from penult.head._layout import Layout
+from penult.head._match import Layout
 from penult.head._model import compiled_parts_eager, has_compiled_parts, logits_of, tensor_at
 from penult.head._origin import gains, without_gain
 from penult.head._products import products

@@ -6,10 +6,24 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from penult.head._layout import Positions
-from penult.head._products import Kind
+__all__ = ["HeadCertificate", "HeadNotFoundError", "Kind", "Positions", "Support"]
 
-__all__ = ["HeadCertificate", "HeadNotFoundError", "Support"]
+Kind = Literal["linear", "matmul", "einsum", "conv", "cosine"]
+
+
+Positions = Literal[
+    "same",
+    "swapped",
+    "mean",
+    "picked",
+    "nearest",
+    "linear",
+    "bilinear",
+    "bilinear aligned",
+    "bicubic",
+    "bicubic aligned",
+]  # fmt: skip
+
 
 Support = Literal["orthant", "sphere", "ball", "cube", "box", "reals"]
 

@@ -15,8 +15,7 @@ from penult._row_blocks import blocks, rows_in_double
 from penult.head._capture import capture
 from penult.head._certificate import HeadCertificate, Support
 from penult.head._head import Head
-from penult.head._layout import axes_of
-from penult.head._match import Match, matches, relative_error
+from penult.head._match import Match, axes_of, matches, relative_error
 from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
 from penult.head._origin import Norm, Origin, gains, invertible, without_gain
 from penult.head._record import Candidate, Recorder

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from penult._checks import check_bias, check_finite, check_labels, check_positive, check_weight
 from penult._row_blocks import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of
+from penult.head._calibration import best_inverse_temperature
 from penult.head._certificate import HeadCertificate
-from penult.head._temperature import best_inverse_temperature
 from penult.special import in_full, outside_transforms
 
 __all__ = ["Head"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Kind", "Product", "products"]
+from penult.head._certificate import Kind
 
-Kind = Literal["linear", "matmul", "einsum", "conv", "cosine"]
+__all__ = ["Product", "products"]
 
 
 class Product(NamedTuple):
