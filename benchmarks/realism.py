@@ -41,7 +41,7 @@ import networks
 import penult
 import tables
 from penult.bases import Base, Gaussian, Marginal, Sphere
-from penult.bases._radii import RadialHistogram
+from penult.bases._sphere_fit import RadialHistogram
 from penult.distributions import Bank, PrincipalMixture
 from penult.realism._compare import measure
 from penult.realism._examined import Examined, examine

@@ -14,8 +14,8 @@ from torch.distributions import Categorical
 from penult import io
 from penult._row_blocks import version_of
 from penult.activations import Activations
+from penult.activations._source import Pool
 from penult.bases import Base, Gaussian, Marginal, Sphere
-from penult.bases._pool import Pool
 from penult.distributions import Tilt
 from penult.head import Head
 from penult.special import in_full, outside_transforms, working_dtype

@@ -10,7 +10,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import penult
 from penult.bases import Base, Marginal
-from penult.bases._rows import RowIndex
+from penult.bases._class_samples import RowIndex
 from penult.distributions import Bank, PrincipalMixture
 from penult.head import Head
 from penult.pair import GenerativePair

@@ -362,7 +362,7 @@ def test_fit_takes_floating_tensors(bad):
 
 
 def test_radii_histograms_merge():
-    from penult.bases._radii import RadialHistogram
+    from penult.bases._sphere_fit import RadialHistogram
 
     r = torch.rand(1000, generator=seeded()) * 10 + 1e-3
     whole, left, right = RadialHistogram(), RadialHistogram(), RadialHistogram()

@@ -224,7 +224,7 @@ def test_activations_in_memory_and_on_disk(tmp_path, monkeypatch, pair, shown):
     for kind in ("soft", "activation"):
         want = targets(pair, y, kind, activations=h)
         assert torch.equal(targets(pair, kind=kind, activations=acts), want)
-        monkeypatch.setattr("penult.bases._pool._ROWS", 70)  # several looks
+        monkeypatch.setattr("penult.activations._source._ROWS", 70)  # several looks
         assert torch.allclose(targets(pair, kind=kind, activations=stored), want, atol=1e-9)
         other = (y + 1) % 5
         assert torch.allclose(

@@ -13,8 +13,7 @@ from torch.func import vmap
 
 import penult
 from penult import scores
-from penult.bases._radial_mass import log_mass
-from penult.bases._radial_table import log_mass_at, radial_table
+from penult.bases._radial import log_mass, log_mass_at, radial_table
 from penult.scores import density, directional, energy, max_logit, msp
 
 FUNCTIONS = (directional, energy, max_logit, msp, density)

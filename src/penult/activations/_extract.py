@@ -13,13 +13,11 @@ import torch
 from penult import io
 from penult._progress import Progress, reporting
 from penult.activations._activations import Activations
-from penult.activations._batch import Reader
+from penult.activations._batch import Reader, share_of
 from penult.activations._blocks import Memory
 from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
-from penult.activations._resume import check_batch, check_record, checksum, refusal
-from penult.activations._share import share_of
 from penult.activations._tap import Tap
-from penult.activations._writer import SHARD_SIZE, Writer, write_index
+from penult.activations._writer import SHARD_SIZE, Writer, check_batch, check_record, checksum, refusal, write_index
 from penult.head._model import evaluating
 from penult.head._rectified import refuse_unrectified
 from penult.processes import Processes

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from penult.activations._source import Pool
 from penult.bases._chart import Chart
-from penult.bases._moments import tilted_gaussian
-from penult.bases._pool import Pool
-from penult.bases._radial_mass import log_mass
-from penult.bases._radii import RadialHistogram
+from penult.bases._radial import log_mass
+from penult.bases._tilted_gaussian import tilted_gaussian
 from penult.head import Head
 from penult.special import in_double, working_dtype
 
-__all__ = ["Shape", "fit_sphere"]
+__all__ = ["RadialHistogram", "Shape", "fit_sphere", "trimmed"]
 
 Shape = Literal["round", "centered", "elliptic"]
 
@@ -64,3 +65,73 @@ def _radial_law(head: Head, pool: Pool, chart: Chart, radii: int) -> tuple[Tenso
     there = Chart(*(None if part is None else part.to(device, dtype) for part in chart))
     log_weights = share.log() - log_mass(*there.seen(head), radius)
     return radius, log_weights.log_softmax(-1)
+
+
+# --- A mergeable histogram of radii -------------------------------------------------------------------------
+
+
+_PER_OCTAVE = 256  # bins between r and 2r: 0.27 % wide, and each keeps the mean of what fell in
+_OCTAVES = 128  # from 2^-64 to 2^64
+
+
+class RadialHistogram:
+    """Counts and sums of radii on a fixed logarithmic grid, so that parts of a data set add up.
+
+    Example:
+        >>> histogram = RadialHistogram()
+        >>> histogram.update(torch.tensor([1.0, 2.0, 2.0, 4.0]))
+        >>> histogram.atoms(2)
+        (tensor([1.0000, 2.6667], dtype=torch.float64), tensor([0.2500, 0.7500], dtype=torch.float64))
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(_PER_OCTAVE * _OCTAVES, dtype=torch.float64)
+        self.sums = torch.zeros_like(self.counts)
+
+    def update(self, radii: Tensor) -> None:
+        """Add radii (N,), all positive and finite."""
+        r = radii.detach().double().cpu()
+        bins = ((r.log2() + _OCTAVES / 2) * _PER_OCTAVE).floor().long().clamp(0, len(self.counts) - 1)
+        self.counts.index_add_(0, bins, torch.ones_like(r))
+        self.sums.index_add_(0, bins, r)
+
+    def merge(self, other: RadialHistogram) -> None:
+        """Add what another histogram holds."""
+        self.counts += other.counts
+        self.sums += other.sums
+
+    def atoms(self, count: int) -> tuple[Tensor, Tensor]:
+        """At most ``count`` radii, the means of groups of equal mass, and the share of each group."""
+        filled = self.counts > 0
+        counts, sums = self.counts[filled], self.sums[filled]
+        total = counts.sum()
+        middle = (counts.cumsum(0) - 0.5 * counts) / total
+        group = (middle * count).floor().long().clamp_max(count - 1)
+        _, group = group.unique(return_inverse=True)
+        mass = counts.new_zeros(int(group.max()) + 1).index_add_(0, group, counts)
+        return mass.new_zeros(len(mass)).index_add_(0, group, sums) / mass, mass / total
+
+
+# --- Fits that survive outliers in what they are fitted to --------------------------------------------------
+
+
+_GROWTH = (0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1)  # from half of the rows to all that are to be kept
+
+
+def trimmed(pool: Pool, trim: float, fitted: Callable[[Pool], Callable[[Tensor], Tensor]]) -> Pool:
+    """The rows that are least strange to a fit to them: from half of all, growing to a share 1 − trim.
+
+    Each step fits to what was kept and keeps what is then least strange (Rousseeuw and Van Driessen, "A Fast Algorithm
+    for the Minimum Covariance Determinant Estimator", Technometrics 1999, call it a concentration step).
+
+    Args:
+        pool: Activations.
+        trim: The share to leave out, in (0, 0.5).
+        fitted: From a pool to what tells how strange rows (n, d) are to a fit to it, (n,).
+    """
+    rest = pool
+    for share in _GROWTH:
+        strangeness = fitted(rest)
+        order = pool.processes.gather(torch.cat([strangeness(rows) for rows in pool])).argsort(stable=True)
+        rest = pool.only(order[: max(2, math.ceil(len(pool) * (0.5 + share * (0.5 - trim))))])
+    return rest

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from penult.activations import Activations
-from penult.bases._moments import CovarianceType, tilted_gaussian
-from penult.bases._pool import Pool
+from penult.activations._source import Pool
+from penult.bases._tilted_gaussian import CovarianceType, tilted_gaussian
 from penult.bases.base import Base, BaseInfo
 from penult.head import Head
 from penult.special import in_double

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from penult._row_blocks import mean_row_of
 from penult.activations import Activations
-from penult.bases._acceptance import accept, block_size, class_means, expected_posterior, pick
-from penult.bases._laws import Law, Sampler
-from penult.bases._pool import Pool
-from penult.bases._rows import RowIndex
+from penult.activations._source import Pool
+from penult.bases._class_samples import RowIndex, accept, block_size, class_means, expected_posterior, pick
+from penult.bases._distribution_module import Law, Sampler
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
 from penult.head import Head

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from penult import special
 from penult.activations import Activations
+from penult.activations._source import Pool
 from penult.bases._chart import Chart
-from penult.bases._confidence import implied_radius, unit
-from penult.bases._pool import Pool
-from penult.bases._radial_table import log_mass_at, radial_table
-from penult.bases._sphere_fit import Shape, fit_sphere
-from penult.bases._trimming import trimmed
+from penult.bases._implied_radius import implied_radius, unit
+from penult.bases._radial import log_mass_at, radial_table
+from penult.bases._sphere_fit import Shape, fit_sphere, trimmed
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import _sampling
 from penult.head import Head

@@ -121,7 +121,7 @@ def distill(
 
     settings = {name: plain(value) for name, value in locals().items() if name in _RECORDED}
     from penult import io
-    from penult.activations._resume import checksum
+    from penult.activations._writer import checksum
     from penult.distill import Distiller
     from penult.pair import load
     from penult.processes import Processes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from penult import io
 from penult._extras import extra
 from penult.activations import Tap, extract
-from penult.activations._resume import checksum
+from penult.activations._writer import checksum
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli import sources
 from penult.cli.console import RichReporter, warnings_as_lines

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from penult._checks import check_labels
 from penult.activations import Activations
-from penult.bases._pool import Pool
+from penult.activations._source import Pool
 from penult.distill._canonical import Canonical
 from penult.pair import GenerativePair
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from penult._checks import check_labels, check_positive
 from penult.activations import Activations
-from penult.bases._pool import Pool
+from penult.activations._source import Pool
 from penult.distill._canonical import Canonical, check_pair
 from penult.distill._gate import Gate, answers
 from penult.pair import GenerativePair

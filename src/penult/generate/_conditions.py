@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from penult.activations import Activations
+from penult.activations._source import Pool
 from penult.bases import Marginal
-from penult.bases._pool import Pool
 from penult.distributions import Bank
 from penult.pair import GenerativePair
 

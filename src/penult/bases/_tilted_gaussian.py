@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from penult.bases._pool import Pool
+from penult.activations._source import Pool
 from penult.head import Head
 from penult.special import in_double
 
