@@ -81,4 +81,4 @@ def _doctests(
     if isinstance(request.node, pytest.DoctestItem):
         doctest_namespace.update(math=math, nn=nn, penult=penult, torch=torch)
         if "realism" in request.node.name:  # whose examples are not about what a network of a test can tell
-            monkeypatch.setattr("penult.realism._tests._STEPS", 3)
+            monkeypatch.setattr("penult.realism._two_sample._STEPS", 3)

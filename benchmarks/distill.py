@@ -51,7 +51,7 @@ from distill_setting import (
     train,
 )
 from penult.distill import ActivationLoss, Gate, SoftTargetLoss, class_soft_targets, pseudo_labels, targets
-from penult.distill._canonical import Canonical
+from penult.distill._span_head import Canonical
 from record import load, machine, short, versions, write
 
 HERE = Path(__file__).parent

@@ -43,9 +43,8 @@ import tables
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.bases._sphere_fit import RadialHistogram
 from penult.distributions import Bank, PrincipalMixture
-from penult.realism._compare import measure
-from penult.realism._examined import Examined, examine
-from penult.realism._rows import read_labels
+from penult.realism._compare import Examined, examine, measure
+from penult.realism._matched_rows import read_labels
 from record import load, machine, short, versions, write
 
 HERE = Path(__file__).resolve().parent

@@ -32,7 +32,7 @@ import penult
 from penult.cli import app
 from penult.data import digits
 from penult.demo.networks import DigitsNet
-from penult.realism import _tests
+from penult.realism import _two_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -161,7 +161,7 @@ def given():
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, PYTHON)], ids=name_of)
 def test_python_of_pages_runs(page, tmp_path, monkeypatch, as_found):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_tests, "_STEPS", 3)
+    monkeypatch.setattr(_two_sample, "_STEPS", 3)
     display(monkeypatch)
     code = "\n".join(blocks(page, PYTHON))
     code = re.sub(r"^:\w+:.*\n", "", code, flags=re.MULTILINE)

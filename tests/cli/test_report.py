@@ -13,7 +13,7 @@ from penult import scores
 from penult.cli import app
 from penult.data import digits, shift
 from penult.demo.networks import DigitsNet
-from penult.realism import _tests
+from penult.realism import _two_sample
 from penult.report import Section
 
 PAIR = ("report", "digits.penult.safetensors")
@@ -23,7 +23,7 @@ FAMILIAR = (*PAIR, "--data", "acts", "--out", "page.html")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Tests of realism take a few steps, and figures are not written: how they look is tested where they are."""
-    monkeypatch.setattr(_tests, "_STEPS", 3)
+    monkeypatch.setattr(_two_sample, "_STEPS", 3)
     monkeypatch.setattr(Section, "figure", lambda section, *arguments, **options: section)
 
 

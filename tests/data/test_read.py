@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from penult.data import ImageDataset, Images, digits, read
-from penult.data._arrays import Arrays
+from penult.data._npz import Arrays
 
 
 def double(image):

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from penult.data import SHIFTS, ShiftedDataset, read, shift
-from penult.data._draws import Draws
+from penult.data._shifts import Draws
 
 SEVERITIES = (0.0, 0.05, 0.25, 0.5, 0.75, 1.0)
 
@@ -99,7 +99,7 @@ def test_no_two_images_share_a_seed():
     seeds = []
     for seed in (0, 1, 2, 12345, 2**31, -1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("penult.data._draws.Generator", Recorder)
+            patch.setattr("penult.data._shifts.Generator", Recorder)
             Draws(seed, 0, 5000)(lambda _: torch.zeros(()))
     per_seed = [set(seeds[i : i + 5000]) for i in range(0, len(seeds), 5000)]
     assert len(per_seed) == 6

@@ -23,6 +23,6 @@ def real(truth):
 @pytest.fixture
 def quick(monkeypatch):
     """Tests of two samples that hardly learn, where their power does not matter."""
-    monkeypatch.setattr("penult.realism._tests._STEPS", 20)
-    monkeypatch.setattr("penult.realism._examined._POOL", 300)
-    monkeypatch.setattr("penult.realism._examined._CLASSES", 1)
+    monkeypatch.setattr("penult.realism._two_sample._STEPS", 20)
+    monkeypatch.setattr("penult.realism._compare._POOL", 300)
+    monkeypatch.setattr("penult.realism._compare._CLASSES", 1)

@@ -7,8 +7,7 @@ import torch
 
 from penult import Activations, Gaussian, Sphere
 from penult.realism import CANDIDATES, Comparison, Ranked, choose
-from penult.realism._candidates import _bank
-from penult.realism._ranking import recommend
+from penult.realism._choose import _bank, recommend
 
 
 def diagonal(head, rows):
@@ -31,7 +30,7 @@ def ranking(truth, real):
         "none": lambda head, rows: head,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("penult.realism._tests._STEPS", 100)
+        patch.setattr("penult.realism._two_sample._STEPS", 100)
         return choose(truth.head, real[:2400], candidates=candidates)
 
 

@@ -11,8 +11,8 @@ from penult import Activations, Gaussian, GenerativePair, Head, Marginal, Sphere
 from penult.bases import Base, BaseInfo
 from penult.distributions import Bank
 from penult.realism import compare
-from penult.realism._collapse import collapse
-from penult.realism._rows import Labelled, halves, matched
+from penult.realism._matched_rows import Labelled, halves, matched
+from penult.realism._statistics import collapse
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from penult.realism import energy_coefficient, two_sample_auc
-from penult.realism._distances import expected_calibration_error, kolmogorov_smirnov, wasserstein
-from penult.realism._tests import _area, auc_standard_error
+from penult.realism._statistics import expected_calibration_error, kolmogorov_smirnov, wasserstein
+from penult.realism._two_sample import _area, auc_standard_error
 
 
 def normal(*shape, seed=0):
@@ -33,7 +33,7 @@ def brute_force(x, y):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_energy_is_that_of_all_pairs(monkeypatch, offset):
-    monkeypatch.setattr("penult.realism._distances._BLOCK", 7)
+    monkeypatch.setattr("penult.realism._statistics._BLOCK", 7)
     x, y = normal(23, 5) + offset, 1.3 * normal(31, 5, seed=1) + 0.2 + offset
     assert energy_coefficient(x.double(), y.double()) == pytest.approx(brute_force(x, y), abs=1e-9)
 

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 import penult
 from penult import scores
-from penult.realism import _tests
+from penult.realism import _two_sample
 from penult.report import Section, plots, thumbnails
 from penult.report import figures as house
 from penult.report import pair as pages
@@ -70,7 +70,7 @@ def small(k=4, d=6, count=60, base="elliptic", **options):
 def _little_training():
     """Tests of realism take a few steps: how good they are is tested where they are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tests, "_STEPS", 3)
+        patch.setattr(_two_sample, "_STEPS", 3)
         yield
 
 

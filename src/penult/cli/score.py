@@ -204,7 +204,7 @@ class _Scored:
         import torch
 
         from penult.scores._blocks import blocks_of
-        from penult.scores._of_pairs import raw_logits
+        from penult.scores._pair_scores import raw_logits
 
         parts = []
         with torch.no_grad():

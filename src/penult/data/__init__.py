@@ -14,15 +14,12 @@
 The readers need the extra ``data``; shifts need torch alone.
 """
 
-from penult.data._arrays import npz
-from penult.data._dataset import ImageDataset
-from penult.data._digits import digits
+from penult.data._dataset import ImageDataset, Images
 from penult.data._folder import folder
-from penult.data._images import Images
+from penult.data._npz import npz
 from penult.data._parquet import parquet
-from penult.data._read import read
-from penult.data._shifted import ShiftedDataset
-from penult.data._shifts import SHIFTS, shift
+from penult.data._read import digits, read
+from penult.data._shifts import SHIFTS, ShiftedDataset, shift
 
 __all__ = [
     "SHIFTS",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from penult.data._decode import adapt, decode
-from penult.data._images import Images
 
-__all__ = ["ImageDataset", "Size", "Source", "Transform"]
+__all__ = ["ImageDataset", "Images", "Size", "Source", "Transform"]
 
 Size = int | tuple[int, int] | None
 Transform = Callable[[Tensor], Tensor] | None
@@ -183,3 +182,42 @@ def _checked(labels: Tensor, source: Source, names: tuple[str, ...] | None) -> T
         )
     limit = "" if names is None else f" and below {len(names)}, the number of class names"
     raise ValueError(f"{source.where(i)} has label {int(labels[i])}; labels must not be negative{limit}")
+
+
+# --- Labelled images in memory ------------------------------------------------------------------------------
+
+
+class Images(NamedTuple):
+    """Images with labels.
+
+    Attributes:
+        images: (N, C, H, W), values in [0, 1].
+        labels: (N,), integers.
+        class_names: One name a class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def split(self, *shares: float, seed: int = 0) -> list[Images]:
+        """Disjoint random parts.
+
+        Args:
+            shares: Positive shares of the whole, which sum to at most 1.
+            seed: Seed of the shuffle; torch's own random state is left alone.
+
+        Returns:
+            One part a share; the last takes what rounding leaves when the shares sum to 1.
+
+        Raises:
+            ValueError: If a share is not positive or they sum to more than 1.
+        """
+        if not shares or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
+            raise ValueError(f"shares must be positive and sum to at most 1; got {shares}")
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
+        return [
+            Images(self.images[order[start:end]], self.labels[order[start:end]], self.class_names)
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]

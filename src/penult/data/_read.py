@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from penult.data._arrays import Arrays, npz
-from penult.data._dataset import ImageDataset
-from penult.data._digits import digits
+import torch
+
+from penult._extras import extra
+from penult.data._dataset import ImageDataset, Images
 from penult.data._folder import folder
+from penult.data._npz import Arrays, npz
 from penult.data._parquet import parquet
 
-__all__ = ["read"]
+__all__ = ["digits", "read"]
 
 
 def read(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **options: Any) -> ImageDataset:
@@ -53,3 +55,25 @@ def read(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **op
     if not path.exists():
         raise FileNotFoundError(f"there is no {os.fspath(source)!r}; a data set is {known}")
     raise ValueError(f"{os.fspath(source)!r} is no data set that penult reads; that is {known}")
+
+
+# --- scikit-learn's handwritten digits, which need no download ----------------------------------------------
+
+
+def digits() -> Images:
+    """The 1797 handwritten digits of 8×8 pixels that scikit-learn ships (Alpaydin and Kaynak, 1998).
+
+    Returns:
+        Images (1797, 1, 8, 8) in [0, 1].
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+
+    Example:
+        >>> train, test = digits().split(0.8, 0.2)
+        >>> train.images.shape, test.images.shape
+        (torch.Size([1438, 1, 8, 8]), torch.Size([359, 1, 8, 8]))
+    """
+    bunch = extra("sklearn.datasets", "the digits come with scikit-learn").load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    return Images(images, torch.tensor(bunch.target), tuple(map(str, range(10))))

@@ -4,17 +4,98 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
+from torch.utils.data import Dataset
 
-from penult.data._draws import Draws
-from penult.data._textures import crops, procedural
+from penult.data._dataset import Transform
 
-__all__ = ["SHIFTS", "check_shift", "shift", "shifted"]
+__all__ = ["SHIFTS", "Draws", "ShiftedDataset", "check_shift", "crops", "procedural", "shift", "shifted"]
+
+# --- Random draws that belong to images rather than to batches ----------------------------------------------
+
+
+class Draws:
+    """Random tensors for images number ``first`` to ``first + count - 1``, functions of seed and number alone.
+
+    They are drawn on the CPU, one image after the other, each from a seed of its own.
+    """
+
+    def __init__(self, seed: int, first: int, count: int) -> None:
+        self._seed, self._numbers = seed, range(first, first + count)
+
+    def __call__(self, draw: Callable[[Generator], Tensor]) -> Tensor:
+        """One draw for each image, stacked."""
+        generator, offset = Generator(), _mixed(self._seed)
+        return torch.stack([draw(generator.manual_seed(_mixed(number ^ offset))) for number in self._numbers])
+
+
+def _mixed(x: int) -> int:
+    """The bijection of 32 bits that ends MurmurHash3 (Appleby, 2011); torch seeds with no more than 32 bits."""
+    x &= 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+# --- Textures to blend images with --------------------------------------------------------------------------
+
+
+def procedural(draws: Draws, shape: Sequence[int]) -> Tensor:
+    """Coloured noise, float32 (n, C, H, W) in [0, 1].
+
+    The amplitude is 1/f, which puts equal power in every octave. The standard deviation is 1/4 before values are cut
+    off at 0 and 1, the mean of a texture included. Two channels correlate to 0.64.
+    """
+    channels, height, width = shape
+    amplitude = _amplitude(height, width)
+    fields = channels + (channels > 1)  # one for each channel, and one that they share
+    pairs = (-(-fields // 2), height, width)  # real part and imaginary
+
+    def draw(generator: Generator) -> Tensor:
+        white = torch.randn(pairs, dtype=torch.complex64, generator=generator)
+        field: Tensor = torch.fft.ifft2(white * amplitude)
+        return field
+
+    noise = torch.view_as_real(draws(draw)).movedim(-1, 2).flatten(1, 2)[:, :fields]
+    if channels > 1:
+        noise = 0.8 * noise[:, :1] + 0.6 * noise[:, 1:]
+    return (noise + 0.5).clamp(0, 1)
+
+
+@lru_cache(maxsize=8)
+def _amplitude(height: int, width: int) -> Tensor:
+    """Amplitudes (height, width) of the Fourier coefficients; the longest wave is as long as the image."""
+    cycles = [torch.fft.fftfreq(side, dtype=torch.float64) * max(height, width) for side in (height, width)]
+    amplitude = 1 / torch.hypot(cycles[0][:, None], cycles[1]).clamp_min(1)
+    return (amplitude * (2 * height * width / amplitude.square().mean()).sqrt() / 4).float()
+
+
+def crops(draws: Draws, shape: Sequence[int], textures: Tensor) -> Tensor:
+    """Random crops (n, C, H, W) of given textures (M, C, h, w).
+
+    Raises:
+        ValueError: They are smaller than the images, or of another number of channels.
+    """
+    channels, height, width = shape
+    count, depth, tall, wide = textures.shape
+    if tall < height or wide < width:
+        raise ValueError(f"textures are {tall}×{wide}, smaller than the images of {height}×{width}")
+    if depth not in (1, channels):
+        raise ValueError(f"textures have {depth} channels and images {channels}; expected the same number, or 1")
+    limits = (count, tall - height + 1, wide - width + 1)
+
+    def draw(generator: Generator) -> Tensor:
+        which, top, left = (int(torch.randint(limit, (), generator=generator)) for limit in limits)
+        return textures[which, :, top : top + height, left : left + width].expand(*shape)
+
+    return draws(draw)
+
 
 _CHUNK = 64  # images that are changed at a time
 
@@ -175,3 +256,71 @@ _KINDS: dict[str, Callable[[Tensor, float, Draws, Tensor | None], Tensor]] = {
 
 SHIFTS = tuple(_KINDS)
 """Names of the domain shifts that `shift` knows."""
+
+
+# --- A data set under a domain shift ------------------------------------------------------------------------
+
+
+@final
+class ShiftedDataset(Dataset[Any]):
+    """A data set under a domain shift: item i is item i of `dataset`, its image changed by `shift` as number i.
+
+    Args:
+        dataset: A map-style data set whose items are images (C, H, W) in [0, 1], or tuples that begin with one.
+        kind: As in `shift`.
+        severity: As in `shift`.
+        seed: As in `shift`.
+        textures: As in `shift`.
+        transform: Called on each shifted image; normalise here, since shifts are defined for values in [0, 1].
+
+    Attributes:
+        labels: Those of `dataset`; None if it has none.
+        class_names: Those of `dataset`; None if it has none.
+
+    Raises:
+        TypeError: `textures` are not floating.
+        ValueError: As in `shift`.
+
+    Example:
+        >>> from penult.data import read
+        >>> dataset = ShiftedDataset(read("digits"), "texture", 0.5)
+        >>> image, label = dataset[7]
+        >>> image.shape, label, len(dataset)
+        (torch.Size([1, 8, 8]), 7, 1797)
+    """
+
+    labels: Tensor | None
+    class_names: tuple[str, ...] | None
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        kind: str,
+        severity: float,
+        seed: int = 0,
+        textures: Tensor | None = None,
+        transform: Transform = None,
+    ) -> None:
+        check_shift(kind, severity, textures)
+        self.labels = getattr(dataset, "labels", None)
+        self.class_names = getattr(dataset, "class_names", None)
+        self._dataset, self._transform = dataset, transform
+        self._kind, self._severity, self._seed, self._textures = kind, severity, seed, textures
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        position = operator.index(index)
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"there is no image {position} among {len(self)}")
+        position %= len(self)
+        item = self._dataset[position]
+        image, *rest = (item,) if isinstance(item, Tensor) else item
+        image = shifted(image[None], self._kind, self._severity, self._seed, position, self._textures)[0]
+        if self._transform is not None:
+            image = self._transform(image)
+        return image if isinstance(item, Tensor) else (image, *rest)
+
+    def __repr__(self) -> str:
+        return f"ShiftedDataset({self._dataset!r}, {self._kind!r}, {self._severity:g}, seed={self._seed})"

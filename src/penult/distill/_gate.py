@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from penult._checks import check_labels
 from penult.activations import Activations
 from penult.activations._source import Pool
-from penult.distill._canonical import Canonical
+from penult.distill._span_head import Canonical
 from penult.pair import GenerativePair
 
 __all__ = ["ClassTrust", "Gate", "GateSummary", "answers", "labels_of"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penult._checks import check_labels, check_positive
-from penult.distill._canonical import Canonical
+from penult.distill._span_head import Canonical
 from penult.pair import GenerativePair
 
 __all__ = ["ActivationLoss", "SoftTargetLoss"]

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, IterableDataset
 from penult._checks import check_labels, check_positive
 from penult.activations import Activations
 from penult.activations._source import Pool
-from penult.distill._canonical import Canonical, check_pair
 from penult.distill._gate import Gate, answers
+from penult.distill._span_head import Canonical, check_pair
 from penult.pair import GenerativePair
 
 __all__ = ["SHARPNESS", "TargetDataset", "class_soft_targets", "pseudo_labels", "targets"]

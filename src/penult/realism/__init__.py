@@ -5,11 +5,8 @@ activations look like its draws, which is what is measured here, next to what re
 real ones. Two-sample tests need scikit-learn (extra ``data``).
 """
 
-from penult.realism._candidates import CANDIDATES, Candidate
-from penult.realism._choose import choose
+from penult.realism._choose import CANDIDATES, Candidate, Ranked, Ranking, choose
 from penult.realism._compare import compare
-from penult.realism._distances import energy_coefficient
-from penult.realism._ranking import Ranked, Ranking
 from penult.realism._result import (
     Calibration,
     ClassRealism,
@@ -21,7 +18,8 @@ from penult.realism._result import (
     Spread,
     TiltIdentity,
 )
-from penult.realism._tests import two_sample_auc
+from penult.realism._statistics import energy_coefficient
+from penult.realism._two_sample import two_sample_auc
 
 __all__ = [
     "CANDIDATES",

@@ -19,7 +19,7 @@ from penult.realism import Realism, compare
 from penult.report import plots
 from penult.report import realism as figures
 from penult.report.page import Page, Section
-from penult.scores._of_pairs import raw_logits
+from penult.scores._pair_scores import raw_logits
 
 __all__ = ["geometry", "head", "label", "laws", "realism", "share"]
 

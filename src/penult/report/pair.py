@@ -17,7 +17,7 @@ from penult.report import _pair_sections as sections
 from penult.report._pair_scores import FAMILIAR, Images, ScoredSet, familiarity, pictured
 from penult.report.page import Page
 from penult.scores._blocks import blocks_of
-from penult.scores._of_pairs import raw_logits
+from penult.scores._pair_scores import raw_logits
 
 __all__ = ["FAMILIAR", "build", "page"]
 

@@ -20,7 +20,7 @@ of them into a test with a false alarm rate that it keeps:
 """
 
 from penult.scores._fitted import KNN, Mahalanobis, RelativeMahalanobis, ViM
-from penult.scores._of_pairs import density, directional, energy, max_logit, msp, usual
+from penult.scores._pair_scores import density, directional, energy, max_logit, msp, usual
 from penult.scores._score import Score
 from penult.scores._threshold import Threshold
 

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from penult.scores._state import drop_missing, resize
-
-__all__ = ["Score"]
+__all__ = ["Score", "drop_missing", "resize"]
 
 
 class Score(nn.Module, abc.ABC):
@@ -50,3 +48,20 @@ class Score(nn.Module, abc.ABC):
                 f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations (B, {self.in_features})"
             )
         return h.to(torch.promote_types(h.dtype, torch.float32))
+
+
+# --- Loading of state whose sizes a fit decided on, into modules that were fitted to other data -------------
+
+
+def resize(module: nn.Module, name: str, found: Tensor, *, like: Tensor) -> None:
+    """Give a buffer the shape of what is to be loaded into it, and the dtype of ``like``; on its own device."""
+    own: Tensor = getattr(module, name)
+    if own.shape != found.shape or own.dtype != like.dtype:
+        setattr(module, name, own.new_empty(found.shape, dtype=like.dtype))
+
+
+def drop_missing(arguments: tuple[Any, ...], key: str) -> None:
+    """Forget that a key is missing; of what nn.Module._load_from_state_dict takes after the prefix."""
+    missing: list[str] = arguments[2]
+    if key in missing:
+        missing.remove(key)

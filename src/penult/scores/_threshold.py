@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from penult.activations import Activations
 from penult.pair import GenerativePair
 from penult.scores._blocks import blocks_of
-from penult.scores._of_pairs import density, directional, energy, max_logit, msp
-from penult.scores._score import Score
-from penult.scores._state import drop_missing, resize
+from penult.scores._pair_scores import density, directional, energy, max_logit, msp
+from penult.scores._score import Score, drop_missing, resize
 
 __all__ = ["Threshold"]
 
