@@ -20,7 +20,7 @@ from penult.cli.generate import KINDS, Kind
 from penult.cli.generation import CLASSES
 from penult.data import digits, read
 from penult.demo.networks import DigitsNet
-from penult.generate import _cas
+from penult.generate import _image_metrics
 
 NETS = '''
 import os
@@ -78,8 +78,8 @@ def trained():
 @pytest.fixture
 def place(here, trained, monkeypatch):
     """A classifier with its weights and pairs of two laws, and images with and without labels."""
-    monkeypatch.setattr(_cas, "_EPOCHS", 1)
-    monkeypatch.setattr(_cas, "_STEPS", 3)
+    monkeypatch.setattr(_image_metrics, "_EPOCHS", 1)
+    monkeypatch.setattr(_image_metrics, "_STEPS", 3)
     (here / "gennets.py").write_text(NETS)
     monkeypatch.delitem(sys.modules, "gennets", raising=False)
     save_file(trained.state_dict(), here / "net.safetensors")

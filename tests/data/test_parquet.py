@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from penult.data import _rows as rows_module
+from penult.data import _parquet as rows_module
 from penult.data import parquet, read
 
 NAMES = ["cat", "dog", "eel"]

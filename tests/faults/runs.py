@@ -87,9 +87,9 @@ def held_student():
 # How often a generator is judged does not matter here, and takes its time.
 _CODE = """
 import sys
-from penult.generate import _cas
+from penult.generate import _image_metrics
 from penult.cli import main
-_cas._EPOCHS, _cas._STEPS = 1, 3
+_image_metrics._EPOCHS, _image_metrics._STEPS = 1, 3
 main()
 """
 

@@ -12,10 +12,9 @@ from torch.utils.data import TensorDataset
 from penult import Tap, find_head
 from penult.data import digits
 from penult.demo.networks import DigitsNet
-from penult.generate._frechet import frechet_distance
-from penult.generate._manifold import Balls, nearer, nearest, overlap
-from penult.generate._sources import shuffled
-from penult.generate.quality import Judge, Quality, quality
+from penult.generate import Judge, Quality, quality
+from penult.generate._image_metrics import Balls, frechet_distance, nearer, nearest, overlap
+from penult.generate._images import shuffled
 
 scipy_linalg = pytest.importorskip("scipy.linalg")
 

@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from penult.demo import bases, classifier, distill, fit, generate, head, samples, scores, storage
+from penult.demo import classifier, distill, fit, generate, samples, scores
 from penult.demo.job import Job, Quiet, Reporter
 
 __all__ = ["PARTS", "Job", "Quiet", "Reporter", "run"]
 
 PARTS: tuple[Callable[[Job], None], ...] = (
     classifier.train,
-    head.find,
+    classifier.find,
     samples.without_data,
     fit.label_free,
-    bases.compare,
+    fit.compare,
     distill.teach,
     generate.draw_images,
     scores.tell_strangers,
-    storage.save_and_reload,
+    samples.save_and_reload,
 )
 
 

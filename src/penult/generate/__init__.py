@@ -13,27 +13,57 @@
 Generators are LightningModules and need the extra ``train``; the measures of quality need torch alone.
 """
 
+from __future__ import annotations
+
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
-from penult.generate._frechet import frechet_distance
-from penult.generate.quality import Judge, Quality, quality
+from penult.generate._image_metrics import frechet_distance
+from penult.generate._quality import Judge, Quality, quality
 
 if TYPE_CHECKING:
-    from penult.generate._files import load
     from penult.generate._gan import ActivationGAN
     from penult.generate._generator import ActivationGenerator
     from penult.generate._vae import ActivationVAE
 
-_ROOMS = {  # they load Lightning
-    "ActivationGAN": "_gan", "ActivationGenerator": "_generator", "ActivationVAE": "_vae", "load": "_files",
-}  # fmt: skip
+# These load Lightning, so they are imported on first use.
+_LAZY = {"ActivationGAN": "_gan", "ActivationGenerator": "_generator", "ActivationVAE": "_vae"}
+_KINDS = "ActivationVAE", "ActivationGAN"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(importlib.import_module(f"penult.generate.{_ROOMS[name]}"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"penult.generate.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'penult.generate' has no attribute {name!r}")
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> ActivationGenerator:
+    """Read a generator of any kind that its ``save`` wrote; no classifier and no pickle are needed.
+
+    Args:
+        path: The file.
+        options: As for the ``load`` of its class: ``tap``, ``preprocess``, ``bases``, ``device``, and networks of
+            your own.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        penult.io.FileFormatError: The file is damaged, foreign, or holds a generator that penult does not know.
+        ValueError: It was made with networks of your own, and these are not given.
+
+    Example:
+        >>> load("missing.safetensors")
+        Traceback (most recent call last):
+        FileNotFoundError: missing.safetensors does not exist
+    """
+    from penult import io
+    from penult.generate._file import KIND
+
+    name = io.read(path, kind=KIND).metadata.get("class")
+    if name not in _KINDS:
+        raise io.FileFormatError(f"{path} holds the generator {name!r}, which this penult does not know")
+    generator_class: type[ActivationGenerator] = __getattr__(name)
+    return generator_class.load(path, **options)
 
 
 __all__ = [

@@ -15,10 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from penult._checks import check_positive
 from penult.activations import Activations, Tap
+from penult.generate._classifier import frozen
 from penult.generate._generator import ActivationGenerator, Condition
+from penult.generate._lightning import scheduled
 from penult.generate._networks import adversaries
-from penult.generate._sight import frozen
-from penult.generate._training import scheduled
 from penult.pair import GenerativePair
 
 __all__ = ["ActivationGAN", "Adversarial"]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from penult._checks import check_positive
 from penult.activations import Activations, Tap
 from penult.bases import Base
-from penult.generate import _stored as stored
+from penult.generate import _file as stored
+from penult.generate._classifier import Sight, moving
 from penult.generate._conditions import Standardizer, bank_of, draw, without_data
+from penult.generate._lightning import Recorded
 from penult.generate._networks import check_image_shape
-from penult.generate._sight import Sight, moving
-from penult.generate._training import Recorded
 from penult.head._model import untouched
 from penult.pair import GenerativePair
 

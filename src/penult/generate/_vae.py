@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from penult._checks import check_positive
 from penult.activations import Activations, Tap
 from penult.generate._generator import AT_ONCE, ActivationGenerator, Condition
+from penult.generate._lightning import scheduled
 from penult.generate._networks import autoencoder
-from penult.generate._training import scheduled
 from penult.head._model import untouched
 from penult.pair import GenerativePair
 

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from penult._checks import check_finite, check_labels
 from penult.activations import Tap
-from penult.generate._cas import classification_accuracy
-from penult.generate._frechet import Normal
-from penult.generate._manifold import Balls, nearer, nearest, overlap
-from penult.generate._sources import Source, check_images, read_source, shuffled
+from penult.generate._image_metrics import Balls, Normal, classification_accuracy, nearer, nearest, overlap
+from penult.generate._images import Source, check_images, read_source, shuffled
 from penult.head import find_head
 from penult.head._model import untouched
 
