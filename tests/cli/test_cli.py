@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import penult
 from penult.cli import app, main
-from penult.cli.console import RichReporter, tell
+from penult.cli._console import RichReporter, tell
 
 
 def test_version_and_help():

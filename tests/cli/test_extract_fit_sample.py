@@ -225,7 +225,7 @@ def test_activations_after_a_relu_are_warned_of_in_one_line(penult_json, here, f
 def test_warnings_of_the_library_are_lines_said_once(capsys):
     import warnings
 
-    from penult.cli.console import warnings_as_lines
+    from penult.cli._console import warnings_as_lines
 
     with warnings_as_lines(), warnings.catch_warnings():
         for text in ("a\n  thing", "a\n  thing", "another"):

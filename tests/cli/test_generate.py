@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import penult
 from penult.cli import app
+from penult.cli._generate_train import CLASSES
 from penult.cli.generate import KINDS, Kind
-from penult.cli.generation import CLASSES
 from penult.data import digits, read
 from penult.demo.networks import DigitsNet
 from penult.generate import _image_metrics

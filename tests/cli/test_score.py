@@ -189,7 +189,7 @@ def test_classes_are_called_as_those_of_the_network_and_not_as_strange_inputs():
 
 
 def test_what_takes_its_time_is_said_where_nobody_sees_it_turn(capsys):
-    from penult.cli.console import RichReporter
+    from penult.cli._console import RichReporter
 
     with RichReporter().waiting("fitting the [mixture] base"):
         assert capsys.readouterr().err == "fitting the [mixture] base ...\n"

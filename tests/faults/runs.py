@@ -283,7 +283,7 @@ def preload() -> None:
     for name in (
         *("lightning.pytorch", "matplotlib.pyplot", "PIL.Image", "torchmetrics"),
         *("sklearn.datasets", "sklearn.linear_model", "sklearn.metrics"),
-        *("penult.cli.generation", "penult.data", "penult.distill", "penult.realism", "penult.report.pair"),
+        *("penult.cli._generate_train", "penult.data", "penult.distill", "penult.realism", "penult.report.pair"),
     ):
         importlib.import_module(name)
 

@@ -24,7 +24,7 @@ import penult
 from fuzz import strategies, test_files, test_images
 from fuzz.strategies import ODD, TEXTS, damaged, edited, hostile, joined, parts_of, text_of
 from penult import Activations, GenerativePair, Sphere, io, report
-from penult.cli import sources
+from penult.cli._models import load_head, load_pair
 from penult.generate import load as load_generator
 
 ended: Counter[str] = Counter()
@@ -124,8 +124,8 @@ def _right(module: Any, place: Path) -> SimpleNamespace:
 
 
 def _heads(path: Path) -> None:
-    assert sources.load_head(path).weight.isfinite().all()
-    sources.load_pair(path)
+    assert load_head(path).weight.isfinite().all()
+    load_pair(path)
 
 
 def _pair(path: Path) -> None:
@@ -236,7 +236,7 @@ def indices(right: SimpleNamespace, data: Any) -> None:
         (folder / "config.json").write_text("{}")
     for place in (path, folder, folder / "model-00002-of-00002.safetensors"):
         with lawful(place, TypeError):
-            sources.load_head(place)
+            load_head(place)
 
 
 SIDES = st.sampled_from([0, 1, 4, 600, 2000, 65_535, 2**20, 2**31 - 1, 2**31, 2**32 - 1])

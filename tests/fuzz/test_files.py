@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 import penult
 from fuzz.strategies import ODD, TEXTS, cases, damaged, edited, hostile, joined, lawful, parts_of, text_of
 from penult import Gaussian, GenerativePair, Head, Marginal, Sphere, io
-from penult.cli import sources
+from penult.cli._models import _load_weights, is_file, load_head, load_pair
 from penult.generate import ActivationGAN, ActivationVAE
 from penult.generate import load as load_generator
 
@@ -110,10 +110,10 @@ def test_heads_of_others(whole, data):
         weight = data.draw(st.sampled_from([None, *header, *TEXTS[1:]]))
         bias = data.draw(st.sampled_from([None, *header, *TEXTS[1:]]))
     with lawful(path, TypeError):
-        head = sources.load_head(path, weight, bias)
+        head = load_head(path, weight, bias)
         assert head.weight.isfinite().all()
     with lawful(path, TypeError):
-        sources.load_pair(path, weight, bias)
+        load_pair(path, weight, bias)
 
 
 @cases(250)
@@ -238,14 +238,14 @@ def test_class_names_are_a_list(acts):
         penult.Activations.open(acts)
 
 
-@pytest.mark.parametrize("read", [io.read, penult.load, load_generator, sources.load_head, sources.load_pair])
+@pytest.mark.parametrize("read", [io.read, penult.load, load_generator, load_head, load_pair])
 def test_pipes_are_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"a.safetensors is a device or pipe"):
         read(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("read", [io.read, penult.load, sources.load_head])
+@pytest.mark.parametrize("read", [io.read, penult.load, load_head])
 def test_a_size_beyond_64_bits(tmp_path, read):
     path = tmp_path / "a.safetensors"
     record = json.dumps({"schema": 1, "kind": "pair"})
@@ -347,12 +347,12 @@ def test_pickles_are_refused(tmp_path, name, form):
         path.write_bytes(pickle.dumps(trap))
     else:
         torch.save({"x": trap, "fc.weight": torch.eye(3)}, path, _use_new_zipfile_serialization=form == "zip")
-    for read in (io.read, penult.load, load_generator, sources.load_head, sources.load_pair):
+    for read in (io.read, penult.load, load_generator, load_head, load_pair):
         with pytest.raises(io.FileFormatError, match=f"{name} .*pickle or zip.*load it yourself, then penult.Head"):
             read(path)
-    assert sources.is_file(str(path))
+    assert is_file(str(path))
     with pytest.raises(ValueError, match=f"{name} is no safetensors file, and penult reads no pickles"):
-        sources._load_weights(torch.nn.Linear(2, 2), path)
+        _load_weights(torch.nn.Linear(2, 2), path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -364,7 +364,7 @@ def test_an_index_of_shards_is_no_head(tmp_path, name):
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {}, "weight_map": {"fc.weight": name}}))
     with pytest.raises(io.FileFormatError, match=r"index.json is JSON.*give the shard that holds the head"):
-        sources.load_head(path)
+        load_head(path)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_an_index_of_shards_is_no_head(tmp_path, name):
 def test_what_is_no_head(tmp_path, tensors, words):
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
-    for read in (sources.load_head, sources.load_pair):
+    for read in (load_head, load_pair):
         with pytest.raises(ValueError, match=f"(?s)model.safetensors.*{words}"):
             read(path)
 
@@ -389,9 +389,9 @@ def test_what_is_no_head(tmp_path, tensors, words):
 def test_a_head_that_makes_no_pair(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"fc.weight": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}, path)
-    assert sources.load_head(path).num_classes == 3
+    assert load_head(path).num_classes == 3
     with pytest.raises(ValueError, match=r"the head in .*model.safetensors makes no pair without data"):
-        sources.load_pair(path)
+        load_pair(path)
 
 
 SOURCE = sorted(Path(penult.__file__).parent.rglob("*.py"))

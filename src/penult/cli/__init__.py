@@ -10,8 +10,8 @@ import typer
 
 from penult._version import __version__
 from penult.cli import demo, distill, extract, fit, generate, head, report, sample, score
-from penult.cli.console import fail, tell
-from penult.cli.processes import lost, own_rank
+from penult.cli._console import fail, tell
+from penult.cli._launch import lost, own_rank
 
 __all__ = ["app", "main"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from penult.cli.console import RichReporter
+from penult.cli._console import RichReporter
 
 __all__ = ["demo"]
 

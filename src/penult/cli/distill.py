@@ -9,27 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter, warnings_as_lines
-from penult.cli.lesson import accuracy_of, confusion_of, lesson_of, save, share_of
-from penult.cli.lesson_told import STUDENT_FILE, page, summary
-from penult.cli.processes import Devices, Launch, NumNodes, Strategy
-from penult.cli.training import (
+from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._distill_train import STUDENT_FILE, accuracy_of, confusion_of, lesson_of, save, share_of, summary
+from penult.cli._inputs import FEW, class_names, first_images, load_images, loader_of, watched
+from penult.cli._launch import Devices, Launch, NumNodes, Strategy
+from penult.cli._models import folder_path, is_file, load_model, load_pair, running
+from penult.cli._options import AsJson, BiasKey, Device, Fold, Mean, Mode, Seed, Size, Std, WeightKey
+from penult.cli._training import (
     CHECKPOINT,
-    FEW,
     LOG_FILE,
     PAGE_FILE,
     SETTINGS_FILE,
-    class_names,
     digest,
     fit,
     is_complete,
-    loader_of,
     plain,
     say_complete,
     trainer_of,
-    watched,
 )
+from penult.report.distill import page
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,25 +81,25 @@ def distill(
     batch_size: Annotated[int, typer.Option(help="Images at a time, on each device.", min=2)] = 64,
     rate: Annotated[float, typer.Option(help="Half the highest learning rate of AdamW.")] = 3e-3,
     workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
-    size: sources.Size = None,
-    mode: sources.Mode = None,
-    mean: sources.Mean = None,
-    std: sources.Std = None,
+    size: Size = None,
+    mode: Mode = None,
+    mean: Mean = None,
+    std: Std = None,
     weights: Annotated[
         Path | None, typer.Option(help="A .safetensors state dict for the teacher that the factory makes.")
     ] = None,
     path: Annotated[str | None, typer.Option("--path", help="Name of the teacher's head, if known.")] = None,
-    fold: sources.Fold = True,
-    weight_key: sources.WeightKey = None,
-    bias_key: sources.BiasKey = None,
+    fold: Fold = True,
+    weight_key: WeightKey = None,
+    bias_key: BiasKey = None,
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds another distillation.")] = False,
-    seed: sources.Seed = 0,
-    device: sources.Device = "cpu",
+    seed: Seed = 0,
+    device: Device = "cpu",
     devices: Devices = None,
     num_nodes: NumNodes = None,
     strategy: Strategy = "auto",
     precision: Annotated[str, typer.Option(help="Lightning's precision, such as bf16-mixed.")] = "32-true",
-    as_json: sources.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Distil a teacher into a student, believing it only where it deserves to be.
 
@@ -130,18 +128,18 @@ def distill(
     launch = Launch(device, devices, num_nodes, strategy)
     reporter, where = RichReporter(stderr=as_json, silent=launch.rank > 0), launch.device
     settings |= {"devices": launch.devices, "num_nodes": launch.num_nodes}
-    sources.folder_path(out)
+    folder_path(out)
     loading = {"batch_size": batch_size, "num_workers": workers}
     with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         reading = {"size": size, "mode": mode, "mean": mean, "std": std}
-        dataset = sources.load_images(data, **reading)
-        judge = None if val is None else sources.load_images(val, **reading)
-        images = sources.first_images(dataset, FEW)
-        if sources.is_file(teacher):
+        dataset = load_images(data, **reading)
+        judge = None if val is None else load_images(val, **reading)
+        images = first_images(dataset, FEW)
+        if is_file(teacher):
             _refuse_for_files(teacher, {"--pair": pair, "--weights": weights, "--path": path})
-            known, tap = sources.load_pair(teacher, weight_key, bias_key), None
+            known, tap = load_pair(teacher, weight_key, bias_key), None
         else:
-            network = sources.load_model(teacher, weights).to(where)
+            network = load_model(teacher, weights).to(where)
             given = None if pair is None else load(pair)
             known, tap = watched(teacher, network, images.to(where), given, f"--pair {pair}", path, fold, reporter)
         names = class_names(known.head.num_classes, {data: dataset} | ({} if val is None else {val: judge}))
@@ -154,7 +152,7 @@ def distill(
         settings["content"] = digest(
             images,
             *(each.labels for each in (dataset, judge) if each is not None and each.labels is not None),
-            *(file for file in (teacher if sources.is_file(teacher) else None, pair, weights) if file is not None),
+            *(file for file in (teacher if is_file(teacher) else None, pair, weights) if file is not None),
         )
         processes = Processes(launch.start())
         if processes.rank == 0:
@@ -165,8 +163,8 @@ def distill(
             return
 
         torch.manual_seed(seed)  # of the student's first weights
-        pupil = sources.load_model(student)
-        with sources.running(tuple(images.shape)):
+        pupil = load_model(student)
+        with running(tuple(images.shape)):
             loss = _loss(kind, known, pupil, images, temperature, weight, strength, hint, reporter)
             distiller = Distiller(pupil, loss, rate=rate)
             _try(distiller, student, images, known.head.num_classes)
@@ -224,7 +222,7 @@ def distill(
         "loads_into": save(distiller, student, out / STUDENT_FILE),
     }
     summary(facts, lesson.gate, reporter)
-    page(out / PAGE_FILE, facts, settings, lesson.gate, known, end, names)
+    page(out / PAGE_FILE, facts, settings, lesson.gate, known, end, names, STUDENT_FILE)
     io.write_bytes(out / LOG_FILE, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
     reporter.line(f"{out / STUDENT_FILE}: the state dict of {facts['loads_into']}")
     reporter.line(f"{out / PAGE_FILE}")

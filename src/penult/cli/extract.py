@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter, tell
-from penult.cli.inputs import labels_fit, of_one_size, right_answers
-from penult.cli.processes import Devices, Launch, NumNodes, Strategy
+from penult.cli._console import RichReporter, tell
+from penult.cli._inputs import batches_of, first_images, labels_fit, load_images, of_one_size, right_answers
+from penult.cli._launch import Devices, Launch, NumNodes, Strategy
+from penult.cli._models import folder_path, is_file, load_model, running
+from penult.cli._options import AsJson, Device, Fold, HeadPath, Mean, Mode, Model, Size, Std, Weights
 
 if TYPE_CHECKING:
     from penult.activations import Activations
@@ -31,29 +32,29 @@ class Precision(str, Enum):
 
 
 def extract(
-    model: sources.Model,
+    model: Model,
     data: Annotated[str, typer.Argument(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
     out: Annotated[Path, typer.Option(help="Folder for the activations; a run that was killed continues there.")],
     batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 128,
     workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
-    size: sources.Size = None,
-    mode: sources.Mode = None,
-    mean: sources.Mean = None,
-    std: sources.Std = None,
-    weights: sources.Weights = None,
-    path: sources.HeadPath = None,
-    fold: sources.Fold = True,
+    size: Size = None,
+    mode: Mode = None,
+    mean: Mean = None,
+    std: Std = None,
+    weights: Weights = None,
+    path: HeadPath = None,
+    fold: Fold = True,
     dtype: Annotated[Precision, typer.Option(help="How to store activations and logits.")] = Precision.float32,
     pre_activation: Annotated[
         bool, typer.Option("--pre-activation", help="Store what the ReLU right before the head reads.")
     ] = False,
     shard_size: Annotated[float, typer.Option(help="MiB of a shard; what a kill can cost.", min=0.001)] = 16.0,
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds other activations.")] = False,
-    device: sources.Device = "cpu",
+    device: Device = "cpu",
     devices: Devices = None,
     num_nodes: NumNodes = None,
     strategy: Strategy = "auto",
-    as_json: sources.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a data set through a model and store its activations, logits and labels in shards.
 
@@ -73,16 +74,16 @@ def extract(
 
     launch = Launch(device, devices, num_nodes, strategy)
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
-    sources.folder_path(out)
-    if sources.is_file(model):
+    folder_path(out)
+    if is_file(model):
         raise ValueError(
             f"{model} is a file; to extract activations the network has to run: give package.module:factory"
         )
-    network = sources.load_model(model, weights).to(launch.device)
-    dataset = sources.load_images(data, size=size, mode=mode, mean=mean, std=std)
+    network = load_model(model, weights).to(launch.device)
+    dataset = load_images(data, size=size, mode=mode, mean=mean, std=std)
     with of_one_size(data):
-        batch = sources.first_images(dataset, 16)
-    with sources.running(tuple(batch.shape)):
+        batch = first_images(dataset, 16)
+    with running(tuple(batch.shape)):
         head = find_head(network, batch.to(launch.device), path=path, fold=fold)
     reporter.line(str(head.certificate))
     known = labels_fit(dataset, data, head.num_classes, reporter)
@@ -102,7 +103,7 @@ def extract(
     with of_one_size(data):
         acts = run(
             Tap(network, head),
-            sources.batches_of(dataset, batch_size, workers),
+            batches_of(dataset, batch_size, workers),
             out,
             dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
             pre_activation=pre_activation,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter, warnings_as_lines
+from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._launch import Devices, Launch, NumNodes, Strategy
+from penult.cli._models import load_head, pair_path
+from penult.cli._options import AsJson, BiasKey, Device, Seed, WeightKey
 from penult.cli.extract import HEAD_FILE
-from penult.cli.processes import Devices, Launch, NumNodes, Strategy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,14 +87,14 @@ def fit(
         typer.Option(help="Folder of activations with another balance of classes; the pair takes the prior of these."),
     ] = None,
     head: Annotated[Path | None, typer.Option(help="File with the head, if not the one in the folder.")] = None,
-    weight_key: sources.WeightKey = None,
-    bias_key: sources.BiasKey = None,
-    seed: sources.Seed = 0,
-    device: sources.Device = "cpu",
+    weight_key: WeightKey = None,
+    bias_key: BiasKey = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
     devices: Devices = None,
     num_nodes: NumNodes = None,
     strategy: Strategy = "auto",
-    as_json: sources.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fit a base measure to stored activations, without labels, and write the pair.
 
@@ -124,7 +125,7 @@ def fit(
 
     launch = Launch(device, devices, num_nodes, strategy)
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
-    sources.pair_path(out)
+    pair_path(out)
     options = {"components": components, "dims": dims, "ambient": ambient, "trim": trim}
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(base, options)
@@ -217,7 +218,7 @@ def _read(folder: Path, file: Path, weight_key: str | None, bias_key: str | None
     acts = Activations.open(folder)
     if not file.exists():
         raise ValueError(f"{file} does not exist; give the head that the activations belong to: --head FILE")
-    found = sources.load_head(file, weight_key, bias_key)
+    found = load_head(file, weight_key, bias_key)
     if (acts.num_classes, acts.in_features) != (found.num_classes, found.in_features):
         raise ValueError(
             f"{file} holds a head of shape {(found.num_classes, found.in_features)}, but the activations of "

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter
-from penult.cli.processes import Devices, Launch, NumNodes, Strategy
-from penult.cli.training import plain
+from penult.cli._console import RichReporter
+from penult.cli._launch import Devices, Launch, NumNodes, Strategy
+from penult.cli._options import AsJson, BiasKey, Device, Fold, HeadPath, Mode, Seed, Size, WeightKey
+from penult.cli._training import plain
 
 __all__ = ["KINDS", "generate"]
 
@@ -143,8 +143,8 @@ def generate(
             help="Write a bank of real activations as it is; else a mixture fitted to it takes its place.",
         ),
     ] = False,
-    size: sources.Size = None,
-    mode: sources.Mode = None,
+    size: Size = None,
+    mode: Mode = None,
     mean: Annotated[
         str | None, typer.Option(help="Subtracted from images in 0..1 for classifier and judge, e.g. 0.485,0.456,0.406")
     ] = None,
@@ -156,19 +156,19 @@ def generate(
         typer.Option(help="An independent classifier to judge by, package.module:factory; else the classifier itself."),
     ] = None,
     judge_weights: Annotated[Path | None, typer.Option(help="A .safetensors state dict for the judge.")] = None,
-    path: sources.HeadPath = None,
-    fold: sources.Fold = True,
-    weight_key: sources.WeightKey = None,
-    bias_key: sources.BiasKey = None,
+    path: HeadPath = None,
+    fold: Fold = True,
+    weight_key: WeightKey = None,
+    bias_key: BiasKey = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds another generator.")] = False,
-    seed: sources.Seed = 0,
-    device: sources.Device = "cpu",
+    seed: Seed = 0,
+    device: Device = "cpu",
     devices: Devices = None,
     num_nodes: NumNodes = None,
     strategy: Strategy = "auto",
     precision: Annotated[str, typer.Option(help="Lightning's precision, such as bf16-mixed.")] = "32-true",
-    as_json: sources.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a generator of images on a classifier's activations, or draw images of classes from one.
 
@@ -190,7 +190,7 @@ def generate(
     Example: penult generate run/ --class 7 -n 64 -o grid.png
     """
     values: dict[str, Any] = dict(locals())
-    from penult.cli import generation, generation_told  # which load torch and Lightning
+    from penult.cli import _generate_train, draw  # which load torch and Lightning
 
     launch = Launch(device, devices, num_nodes, strategy)
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
@@ -199,11 +199,11 @@ def generate(
         for parameter in context.command.params
         if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
     }
-    file = generation_told.generator_in(source)
+    file = draw.generator_in(source)
     if file is not None:
         training = [flag for name, flag in given.items() if name not in (*_DRAWING, *_BOTH)]
         _refuse(training, "training", f"{source} is drawn from")
-        facts = generation_told.draw(file, out, classes, count, confident, seed, device, reporter)
+        facts = draw.draw(file, out, classes, count, confident, seed, device, reporter)
         if as_json:
             typer.echo(json.dumps(facts, indent=2))
         return
@@ -226,8 +226,8 @@ def generate(
     chosen = {name: default if values[name] is None else plain(values[name]) for name, default in own.items()}
     values |= {"kind": kind.value, "condition": condition.value, "batch_size": chosen.pop("batch_size"), "own": chosen}
     values["launch"] = launch
-    asked = {field.name: values[field.name] for field in fields(generation.Order)}
-    generation.train(generation.Order(**asked), as_json, reporter)
+    asked = {field.name: values[field.name] for field in fields(_generate_train.Order)}
+    _generate_train.train(_generate_train.Order(**asked), as_json, reporter)
 
 
 def _refuse(flags: list[str], work: str, but: str) -> None:

@@ -9,33 +9,49 @@ from typing import Annotated, Any
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter
+from penult.cli._console import RichReporter
+from penult.cli._inputs import first_images, load_images
+from penult.cli._models import device_of, is_file, load_head, load_model, load_pair, pair_path, running
+from penult.cli._options import (
+    AsJson,
+    BiasKey,
+    Device,
+    Fold,
+    HeadPath,
+    Mean,
+    Mode,
+    Model,
+    Seed,
+    Size,
+    Std,
+    WeightKey,
+    Weights,
+)
 
 __all__ = ["head"]
 
 
 def head(
-    model: sources.Model,
+    model: Model,
     data: Annotated[str | None, typer.Option(help="Images to run it on: parquet, folder, .npz or digits.")] = None,
     shape: Annotated[
         str | None,
         typer.Option(help="Random inputs in place of data, one is 3,224,224."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="How many inputs to run the model on.", min=1)] = 16,
-    size: sources.Size = None,
-    mode: sources.Mode = None,
-    mean: sources.Mean = None,
-    std: sources.Std = None,
-    weights: sources.Weights = None,
-    path: sources.HeadPath = None,
-    fold: sources.Fold = True,
-    weight_key: sources.WeightKey = None,
-    bias_key: sources.BiasKey = None,
+    size: Size = None,
+    mode: Mode = None,
+    mean: Mean = None,
+    std: Std = None,
+    weights: Weights = None,
+    path: HeadPath = None,
+    fold: Fold = True,
+    weight_key: WeightKey = None,
+    bias_key: BiasKey = None,
     out: Annotated[Path | None, typer.Option(help="Write the pair that the head implies without data.")] = None,
-    seed: sources.Seed = 0,
-    device: sources.Device = "cpu",
-    as_json: sources.AsJson = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Find the head of a model, or read one from a file, and say what is known of it.
 
@@ -50,14 +66,14 @@ def head(
     if data is not None and shape is not None:
         raise ValueError("--data and --shape exclude each other: images, or random inputs in place of them")
     if out is not None:
-        sources.pair_path(out)
-    if sources.is_file(model):
-        found = sources.load_head(model, weight_key, bias_key)
+        pair_path(out)
+    if is_file(model):
+        found = load_head(model, weight_key, bias_key)
     else:
-        network = sources.load_model(model, weights).to(sources.device_of(device))
+        network = load_model(model, weights).to(device_of(device))
         if data is not None:
-            dataset = sources.load_images(data, size=size, mode=mode, mean=mean, std=std)
-            batch = sources.first_images(dataset, batch_size)
+            dataset = load_images(data, size=size, mode=mode, mean=mean, std=std)
+            batch = first_images(dataset, batch_size)
         elif shape is not None:
             try:
                 extents = [int(part) for part in shape.split(",")]
@@ -66,8 +82,8 @@ def head(
             batch = torch.randn(batch_size, *extents, generator=torch.Generator().manual_seed(seed))
         else:
             raise ValueError(f"to find the head of {model} it has to run: give --data, or --shape for random inputs")
-        with sources.running(tuple(batch.shape)):
-            found = find_head(network, batch.to(sources.device_of(device)), path=path, fold=fold)
+        with running(tuple(batch.shape)):
+            found = find_head(network, batch.to(device_of(device)), path=path, fold=fold)
     facts: dict[str, Any] = {
         "classes": found.num_classes,
         "features": found.in_features,
@@ -79,8 +95,8 @@ def head(
     reporter.line(str(found.certificate or found))
     reporter.line(f"  rank    {found.rank} dimensions of span(W), which is all that the softmax sees")
     if out is not None:
-        in_file = sources.is_file(model)
-        pair = sources.load_pair(model, weight_key, bias_key) if in_file else GenerativePair(found)
+        in_file = is_file(model)
+        pair = load_pair(model, weight_key, bias_key) if in_file else GenerativePair(found)
         facts["out"] = str(pair.save(out))
         reporter.line(f"{out}: {pair.base}")
         if found.norm is not None:

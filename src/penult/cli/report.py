@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter, warnings_as_lines
-from penult.cli.inputs import OPTIONS, BatchSize, InputsReader, Network, NetworkWeights, Pair, Workers
+from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._inputs import OPTIONS, BatchSize, InputsReader, Network, NetworkWeights, Pair, Workers
+from penult.cli._models import device_of, load_pair
+from penult.cli._options import AsJson, BiasKey, Device, Fold, HeadPath, Mean, Mode, Seed, Size, Std, WeightKey
 from penult.cli.score import ScoreName, same_source, score_of
 
 __all__ = ["report"]
@@ -45,17 +46,17 @@ def report(
     weights: NetworkWeights = None,
     batch_size: BatchSize = 128,
     workers: Workers = 0,
-    size: sources.Size = None,
-    mode: sources.Mode = None,
-    mean: sources.Mean = None,
-    std: sources.Std = None,
-    path: sources.HeadPath = None,
-    fold: sources.Fold = True,
-    weight_key: sources.WeightKey = None,
-    bias_key: sources.BiasKey = None,
-    seed: sources.Seed = 0,
-    device: sources.Device = "cpu",
-    as_json: sources.AsJson = False,
+    size: Size = None,
+    mode: Mode = None,
+    mean: Mean = None,
+    std: Std = None,
+    path: HeadPath = None,
+    fold: Fold = True,
+    weight_key: WeightKey = None,
+    bias_key: BiasKey = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Write one page on a pair: its head and laws, how real its draws are, and which inputs are strange to it.
 
@@ -79,7 +80,7 @@ def report(
         if same_source(source, data):
             raise ValueError(f"--ood {each} and --data are the same inputs; give others, or leave --ood out")
     with warnings_as_lines():
-        law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
+        law = load_pair(pair, weight_key, bias_key).to(device_of(device))
         function, why = score_of(law, name)
         reporter.line(f"score: {why}; higher is stranger")
         options = {each: context.params[each] for each in OPTIONS}

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter
+from penult.cli._console import RichReporter
+from penult.cli._models import device_of, folder_path, load_pair
+from penult.cli._options import AsJson, BiasKey, Device, Seed, WeightKey
 from penult.cli.extract import HEAD_FILE
 
 __all__ = ["sample"]
@@ -24,12 +25,12 @@ def sample(
     classes: Annotated[
         list[int] | None, typer.Option("--class", help="Draw of this class (repeatable); else y ~ the implied prior.")
     ] = None,
-    weight_key: sources.WeightKey = None,
-    bias_key: sources.BiasKey = None,
+    weight_key: WeightKey = None,
+    bias_key: BiasKey = None,
     overwrite: Annotated[bool, typer.Option(help="Replace activations that the folder holds.")] = False,
-    seed: sources.Seed = 0,
-    device: sources.Device = "cpu",
-    as_json: sources.AsJson = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Draw activations and labels from a pair.
 
@@ -41,10 +42,10 @@ def sample(
     from penult.bases import Marginal
 
     reporter = RichReporter(stderr=as_json)
-    law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
-    generator = torch.Generator(sources.device_of(device)).manual_seed(seed)
+    law = load_pair(pair, weight_key, bias_key).to(device_of(device))
+    generator = torch.Generator(device_of(device)).manual_seed(seed)
     if classes:
-        labels = torch.tensor(classes, device=sources.device_of(device)).repeat_interleave(count)
+        labels = torch.tensor(classes, device=device_of(device)).repeat_interleave(count)
         if isinstance(law.base, Marginal) and (needed := law.base.draws_for(labels)) > _MANY:
             reporter.line(f"these classes are rare: some {needed:.2g} activations are drawn to find them")
         h = law.given(labels).sample((), generator=generator)
@@ -52,7 +53,7 @@ def sample(
         h, labels = law.sample((count,), generator=generator)
     logits = law.head(h)
     acts = Activations(h.cpu(), logits.cpu(), labels.cpu())
-    acts.save(sources.folder_path(out), overwrite=overwrite)
+    acts.save(folder_path(out), overwrite=overwrite)
     law.save(out / HEAD_FILE)
     confidence, predicted = logits.softmax(-1).max(-1)
     facts = {

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter, warnings_as_lines
-from penult.cli.inputs import (
+from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._inputs import (
     OPTIONS,
     BatchSize,
     InputsReader,
@@ -25,6 +24,8 @@ from penult.cli.inputs import (
     Workers,
     right_answers,
 )
+from penult.cli._models import device_of, load_pair
+from penult.cli._options import AsJson, BiasKey, Device, Fold, HeadPath, Mean, Mode, Size, Std, WeightKey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,17 +90,17 @@ def score(
     weights: NetworkWeights = None,
     batch_size: BatchSize = 128,
     workers: Workers = 0,
-    size: sources.Size = None,
-    mode: sources.Mode = None,
-    mean: sources.Mean = None,
-    std: sources.Std = None,
-    path: sources.HeadPath = None,
-    fold: sources.Fold = True,
-    weight_key: sources.WeightKey = None,
-    bias_key: sources.BiasKey = None,
+    size: Size = None,
+    mode: Mode = None,
+    mean: Mean = None,
+    std: Std = None,
+    path: HeadPath = None,
+    fold: Fold = True,
+    weight_key: WeightKey = None,
+    bias_key: BiasKey = None,
     seed: Annotated[int, typer.Option(help="Seed of what the model's factory and network draw.", min=0)] = 0,
-    device: sources.Device = "cpu",
-    as_json: sources.AsJson = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Say how strange each input is to a network: higher is stranger.
 
@@ -124,7 +125,7 @@ def score(
         )
     alarm = _FALSE_ALARM if false_alarm is None else false_alarm
     with warnings_as_lines():
-        law = sources.load_pair(pair, weight_key, bias_key).to(sources.device_of(device))
+        law = load_pair(pair, weight_key, bias_key).to(device_of(device))
         function, why = score_of(law, name)
         reporter.line(f"score: {why}; higher is stranger")
         options = {each: context.params[each] for each in OPTIONS}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,9 +13,16 @@ from matplotlib.ticker import MaxNLocator
 from penult.distill import GateSummary
 from penult.report import plots
 from penult.report.figures import legend, new_figure, style
+from penult.report.page import Page
 from penult.report.palette import LIGHT, SERIES
 
-__all__ = ["accuracy", "confusion", "gate"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from penult.distill import GateSummary
+    from penult.pair import GenerativePair
+
+__all__ = ["accuracy", "confusion", "gate", "page"]
 
 _BARS = 20  # classes in one figure
 _CELLS = 12  # classes whose cells have room for numbers
@@ -116,3 +124,84 @@ def accuracy(
         axes.margins(x=0.02)
         legend(figure, handles)
     return figure
+
+
+def page(
+    path: Path,
+    facts: dict[str, Any],
+    settings: dict[str, Any],
+    gate_summary: GateSummary | None,
+    pair: GenerativePair,
+    confusion_matrix: Tensor,
+    names: list[str],
+    file_name: str,
+) -> None:
+    """Write the page of a distillation."""
+    judged, seen = facts["judged_by"], facts["gate"] is not None
+    on = f"{judged} {'held-out' if facts['held_out'] else 'validation'} images" if judged else "the training images"
+    html = Page(
+        f"A student of {settings['teacher']}",
+        subtitle="penult distill",
+        lead="What the student learnt of its teacher, and how far the teacher was believed."
+        if seen
+        else "What the student learnt of its teacher's head alone: the teacher never saw an image.",
+        footer="Made by `penult distill`. Every figure on this page was computed by that run.",
+    )
+    section = html.section("The student")
+    numbers = {"accuracy": facts["accuracy"], "before training": facts["start_accuracy"]}
+    numbers |= {"best epoch": facts["best_accuracy"], "teacher": facts["teacher_accuracy"]}
+    shown = {name: f"{value:.1%}" for name, value in numbers.items() if value is not None}
+    section.facts(shown | {"images": facts["images"], "epochs": facts["epochs"]})
+    if not judged:
+        section.text(
+            "**These images have no labels.** The student was given those of its teacher, errors included: no gain "
+            "under a domain shift can be promised, and no accuracy is known."
+        )
+    section.figure(
+        accuracy(facts["history"], facts["start_accuracy"], facts["teacher_accuracy"]),
+        caption=f"Accuracy on {on}." if judged else "Mean loss of each epoch.",
+        alt=f"A curve over {facts['epochs']} epochs",
+    )
+    section.text(f"`{file_name}` is the state dict of `{facts['loads_into']}`.")
+    if gate_summary is not None:
+        section = html.section(
+            "How far the teacher is believed",
+            "Each target is what the teacher says of the image, as far as it is believed, and else what its head says "
+            "of a typical activation of the class."
+            + (
+                "" if gate_summary.labelled else " Without labels, its accuracy is unknown, and belief rests on little."
+            ),
+        )
+        right = {} if gate_summary.accuracy is None else {"teacher right": f"{gate_summary.accuracy:.1%}"}
+        section.facts(
+            right
+            | {
+                "trust": gate_summary.trust,
+                "typical": f"{gate_summary.typical:.1%}",
+                "believed": f"{gate_summary.belief:.1%}",
+            }
+        )
+        section.figure(
+            gate(gate_summary),
+            caption="By class"
+            + (
+                "."
+                if len(gate_summary.classes) <= _BARS
+                else f"; those {_BARS} of {len(gate_summary.classes)} believed least."
+            ),
+            alt="Bars of the share of images on which the teacher is believed, class by class",
+        )
+    section = html.section("Which classes are confused")
+    section.figure(
+        confusion(confusion_matrix, names),
+        caption=f"On {on}; rows sum to one."
+        + ("" if judged else " Labels are the teacher's, so that the diagonal is agreement and not accuracy."),
+        alt="A confusion matrix of the student",
+    )
+    section = html.section("What it was made of")
+    section.code(str(pair.head.certificate or pair.head), label="Head of the teacher")
+    section.text(f"Base of the pair: `{pair.base}`")
+    section.table(
+        ("setting", "value"), [(f"`{k}`", "–" if v is None else str(v)) for k, v in settings.items()], align="ll"
+    )
+    html.write(path)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import quiet, show_cursor, tell
+from penult.cli._console import quiet, show_cursor, tell
+from penult.cli._models import device_of
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +82,11 @@ class Launch:
         self.strategy = strategy
         self.several = self.devices * self.num_nodes > 1
         self.rank = own_rank() if self.several else 0
-        place = sources.device_of(device)
+        place = device_of(device)
         if self.several and place.type != "cpu":
             if ":" in device:
                 raise ValueError(f"--device {device} is one device, and there are {self.devices}; give {place.type}")
-            place = sources.device_of(f"{place.type}:{os.environ.get('LOCAL_RANK', 0)}")
+            place = device_of(f"{place.type}:{os.environ.get('LOCAL_RANK', 0)}")
         self.device: torch.device = place
 
     def start(self) -> ProcessGroup | None:

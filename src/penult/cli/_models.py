@@ -6,69 +6,29 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from penult.data import ImageDataset
     from penult.head import Head
     from penult.pair import GenerativePair
 
 __all__ = [
-    "AsJson",
-    "BiasKey",
-    "Device",
-    "Fold",
-    "HeadPath",
-    "Mean",
-    "Mode",
-    "Model",
-    "Seed",
-    "Size",
-    "Std",
-    "WeightKey",
-    "Weights",
-    "batches_of",
     "device_of",
-    "first_images",
     "folder_path",
     "is_file",
     "load_head",
-    "load_images",
     "load_model",
     "load_pair",
-    "normalization",
     "pair_path",
     "running",
     "users_code",
 ]
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="package.module:factory, which is imported and called; or a .safetensors file that holds a head.",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the facts as JSON; progress goes to stderr.")]
-Weights = Annotated[Path | None, typer.Option(help="A .safetensors state dict for the model that the factory makes.")]
-HeadPath = Annotated[str | None, typer.Option("--path", help="Name of the head's module, if known.")]
-Fold = Annotated[bool, typer.Option(help="Fold a norm layer before the head into it.")]
-WeightKey = Annotated[str | None, typer.Option(help="Name of W in a .safetensors file.")]
-BiasKey = Annotated[str | None, typer.Option(help="Name of b in a .safetensors file.")]
-Size = Annotated[str | None, typer.Option(help="Resize images to this, e.g. 224 or 32x48.")]
-Mode = Annotated[str | None, typer.Option(help="Convert images to L (grey) or RGB.")]
-Mean = Annotated[str | None, typer.Option(help="Subtracted from images in 0..1, e.g. 0.485,0.456,0.406.")]
-Std = Annotated[str | None, typer.Option(help="Images are divided by it, e.g. 0.229,0.224,0.225.")]
 
 
 def is_file(model: str) -> bool:
@@ -271,69 +231,6 @@ def folder_path(out: Path) -> Path:
     if out.suffix in (".npz", ".npy", ".pt", ".pth", ".safetensors", ".parquet"):
         raise ValueError(f"--out {out} becomes a folder of shards; give it a name without {out.suffix}")
     return out
-
-
-def load_images(source: str, *, size: str | None, mode: str | None, mean: str | None, std: str | None) -> ImageDataset:
-    """A data set with the preprocessing that options ask for."""
-    from penult.data import read
-
-    return read(source, size=_size(size), mode=mode, transform=normalization(mean, std))
-
-
-def _size(text: str | None) -> int | tuple[int, int] | None:
-    if text is None:
-        return None
-    try:
-        numbers = [int(part) for part in text.lower().replace("x", ",").split(",")]
-        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-    except (ValueError, IndexError):
-        raise ValueError(f"--size {text!r} is neither one number nor HEIGHTxWIDTH") from None
-
-
-class _Normalize:
-    """Images (*B, C, H, W) less a mean, over a standard deviation, channel by channel; can be sent to workers."""
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        self.mean, self.std = mean, std
-
-    def __call__(self, image: Tensor) -> Tensor:
-        for name, values in (("--mean", self.mean), ("--std", self.std)):
-            if len(values) not in (1, image.shape[-3]):
-                raise ValueError(
-                    f"{name} has {len(values)} values, but the images have {image.shape[-3]} channels; see --mode"
-                )
-        mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (image - mean) / std
-
-
-def normalization(mean: str | None, std: str | None) -> Callable[[Tensor], Tensor] | None:
-    """What --mean and --std do to images (*B, C, H, W) in [0, 1]; None where neither is given."""
-    if mean is None and std is None:
-        return None
-    values = []
-    for name, text, default in (("--mean", mean, "0"), ("--std", std, "1")):
-        try:
-            values.append([float(part) for part in (text or default).split(",")])
-        except ValueError:
-            raise ValueError(f"{name} {text!r} is no number, nor one a channel such as 0.485,0.456,0.406") from None
-    if min(values[1]) <= 0:
-        raise ValueError(f"--std {std!r} must be positive")
-    return _Normalize(*values)
-
-
-def batches_of(dataset: ImageDataset, batch_size: int, workers: int) -> Any:
-    """A loader in the data set's own order."""
-    from torch.utils.data import DataLoader
-
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-
-
-def first_images(dataset: ImageDataset, count: int) -> Tensor:
-    """The first images, to find a head with."""
-    import torch
-
-    items = [dataset[i] for i in range(min(count, len(dataset)))]
-    return torch.stack([item if dataset.labels is None else item[0] for item in items])
 
 
 def device_of(name: str) -> torch.device:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from penult.activations import Tap, extract
-from penult.cli import sources
-from penult.cli.generation_images import Share
-from penult.cli.generation_told import Pictures, pictures_of, seeded
+from penult.cli._inputs import Share
+from penult.cli._models import load_model, users_code
 from penult.generate import ActivationGenerator, Judge
 from penult.head import find_head
+from penult.report.generate import Pictures, pictures_of, seeded
 
 __all__ = ["JUDGED", "evaluator_of", "judged"]
 
@@ -49,13 +49,13 @@ def evaluator_of(
     judge = network
     if name is not None:
         try:
-            judge = sources.load_model(name, weights).to(images.device)
+            judge = load_model(name, weights).to(images.device)
         except ValueError as error:
             raise ValueError(str(error).replace("--weights", "--judge-weights").replace("MODEL", "--judge")) from error
     path = path if own else None
     if normalize is not None:
         judge, path = nn.Sequential(normalize, judge), None if path is None else f"1.{path}"
-    with nullcontext() if own else sources.users_code(f"--judge {name}, given images {tuple(images.shape)},"):
+    with nullcontext() if own else users_code(f"--judge {name}, given images {tuple(images.shape)},"):
         head = find_head(judge, images, path=path, fold=fold)
     if head.num_classes != classes:
         raise ValueError(

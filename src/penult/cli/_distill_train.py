@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from penult.cli.console import RichReporter
-from penult.cli.training import held_out, loader_of
+from penult.cli._console import RichReporter
+from penult.cli._inputs import held_out, loader_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Kind = Literal["soft", "activation", "hinted"]
 
-__all__ = ["Lesson", "Share", "accuracy_of", "confusion_of", "lesson_of", "save", "share_of"]
+__all__ = ["STUDENT_FILE", "Lesson", "Share", "accuracy_of", "confusion_of", "lesson_of", "save", "share_of", "summary"]
 
 
 @dataclass(frozen=True)
@@ -149,3 +149,36 @@ def save(distiller: Distiller, student: str, path: Path) -> str:
     if certificate is None:
         return f"torch.nn.Sequential(student, torch.nn.Linear({shape})) with the student of {student}"
     return f"{student}, with torch.nn.Linear({shape}) at {certificate.path}"
+
+
+# --- What ``penult distill`` tells: a summary on the terminal, and a page -----------------------------------
+
+
+STUDENT_FILE = "student.safetensors"
+_TABLE_ROWS = 20  # classes in the table
+
+
+def summary(facts: dict[str, Any], gate: GateSummary | None, reporter: RichReporter) -> None:
+    """Tables of how far the teacher was believed, and of accuracies."""
+    if gate is not None:
+        least = sorted(gate.classes, key=lambda each: each.belief)[:_TABLE_ROWS]
+        head, _, _ = str(gate).partition("\n")
+        reporter.line(
+            head + (f"; the {_TABLE_ROWS} classes believed least:" if len(gate.classes) > _TABLE_ROWS else "")
+        )
+        rows = [
+            (each.name, each.rows, "-" if each.accuracy is None else f"{each.accuracy:.1%}", f"{each.belief:.1%}")
+            for each in gate.classes
+            if each in least
+        ]
+        reporter.table(("class", "images", "teacher right", "believed"), rows)
+    if facts["accuracy"] is not None:
+        held = "held-out" if facts["held_out"] else "validation"
+        accuracies = [
+            ("student at the start", f"{facts['start_accuracy']:.1%}"),
+            (f"student at its best, epoch {facts['best_epoch']}", f"{facts['best_accuracy']:.1%}"),
+            ("student at the end", f"{facts['accuracy']:.1%}"),
+        ]
+        if facts["teacher_accuracy"] is not None:
+            accuracies.append(("teacher", f"{facts['teacher_accuracy']:.1%}"))
+        reporter.table((f"on {facts['judged_by']} {held} images", "accuracy"), accuracies)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
@@ -18,46 +18,56 @@ from penult._extras import extra
 from penult.activations import Tap, extract
 from penult.activations._writer import checksum
 from penult.bases import Gaussian, Marginal, Sphere
-from penult.cli import sources
-from penult.cli.console import RichReporter, warnings_as_lines
-from penult.cli.generation_images import Normalized, Share, first_images
-from penult.cli.generation_judged import JUDGED, evaluator_of, judged
-from penult.cli.generation_told import (
-    COLUMNS,
-    GENERATOR_FILE,
-    PILLOW,
-    class_rows,
-    contents,
-    evenly,
-    grid,
-    page,
-    seeded,
-    summary,
-)
-from penult.cli.processes import Launch
-from penult.cli.training import (
-    CHECKPOINT,
+from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._generate_judge import JUDGED, evaluator_of, judged
+from penult.cli._inputs import (
     FEW,
+    Normalized,
+    Share,
+    class_names,
+    first_images_of_one_size,
+    held_out,
+    load_images,
+    loader_of,
+    normalization,
+    watched,
+)
+from penult.cli._launch import Launch
+from penult.cli._models import folder_path, load_model, load_pair
+from penult.cli._training import (
+    CHECKPOINT,
     LOG_FILE,
     PAGE_FILE,
     SETTINGS_FILE,
-    class_names,
     digest,
     fit,
-    held_out,
     is_complete,
-    loader_of,
     plain,
     say_complete,
     trainer_of,
-    watched,
 )
+from penult.cli.draw import GENERATOR_FILE, PILLOW, grid
 from penult.data import ImageDataset
 from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE
 from penult.pair import GenerativePair
 from penult.processes import Processes
+from penult.report.generate import (
+    BIASED_JUDGE,
+    COLUMNS,
+    as_text,
+    class_rows,
+    contents,
+    evenly,
+    page,
+    quality_columns,
+    quality_rows,
+    seeded,
+)
 
-__all__ = ["CLASSES", "Order", "train"]
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["CLASSES", "Order", "summary", "train"]
 
 SAMPLES = "samples"
 # From --kind to what makes the generator, given pair, tap, shape and options.
@@ -123,20 +133,20 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
     launch = order.launch
     out, where = _folder(order.out), launch.device
     with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        pair = sources.load_pair(order.source, order.weight_key, order.bias_key)
-        by = sources.normalization(order.mean, order.std)
+        pair = load_pair(order.source, order.weight_key, order.bias_key)
+        by = normalization(order.mean, order.std)
         normalize = None if by is None else Normalized(by)
         reading = {"size": order.size, "mode": order.mode, "mean": None, "std": None}
-        dataset = sources.load_images(order.images, **reading)
-        other = None if order.val is None else sources.load_images(order.val, **reading)
+        dataset = load_images(order.images, **reading)
+        other = None if order.val is None else load_images(order.val, **reading)
         datasets = {order.images: dataset} | ({} if order.val is None else {order.val: other})
-        first = first_images(dataset, FEW)
+        first = first_images_of_one_size(dataset, FEW)
         _check_shape(order, first, other)
         names = class_names(pair.head.num_classes, datasets)
         labels = [each.labels for each in (dataset, other) if each is not None]
         if order.condition == "label" and any(each is None for each in labels):
             raise ValueError("--condition label needs labels of all images; --condition activation needs none")
-        network = sources.load_model(order.model, order.weights).to(where)
+        network = load_model(order.model, order.weights).to(where)
         seen = (first if normalize is None else normalize(first)).to(where)
         pair, tap = watched(order.model, network, seen, pair, order.source, order.path, order.fold, reporter)
         evaluator = evaluator_of(
@@ -223,9 +233,9 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
         "history": generator.history,
     } | facts
     summary(facts, reporter)
-    page(out / PAGE_FILE, facts, settings, pair, pictures, names)
+    page(out / PAGE_FILE, facts, settings, pair, pictures, names, GENERATOR_FILE)
     io.write_bytes(out / LOG_FILE, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
-    reporter.line(contents(facts))
+    reporter.line(contents(facts, GENERATOR_FILE))
     reporter.line(f"{out / GENERATOR_FILE}: penult generate {out} -o grid.png draws from it")
     reporter.line(f"{out / PAGE_FILE}")
     if as_json:
@@ -235,12 +245,12 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
 def _folder(out: Path) -> Path:
     if out.suffix == ".png":
         raise ValueError(f"--out {out} becomes the folder of a training; a picture is drawn from what that has made")
-    return sources.folder_path(out)
+    return folder_path(out)
 
 
 def _check_shape(order: Order, first: Tensor, other: ImageDataset | None) -> None:
     """Refuse images to judge by that are of another shape."""
-    if other is not None and (shape := first_images(other, FEW).shape[1:]) != first.shape[1:]:
+    if other is not None and (shape := first_images_of_one_size(other, FEW).shape[1:]) != first.shape[1:]:
         raise ValueError(
             f"the images of --val {order.val} are of shape {tuple(shape)}, those of --images {tuple(first.shape[1:])}: "
             "bring both to one with --size and --mode"
@@ -306,3 +316,19 @@ def _sampling(order: Order, law: GenerativePair) -> Any:
 
 def _figure(figures: dict[str, float]) -> str:
     return "".join(f", {name} {figures[name]:.4g}" for name in ("loss", "cosine") if name in figures)
+
+
+def summary(facts: dict[str, Any], reporter: RichReporter) -> None:
+    """A table of quality, and what it lacks."""
+    held = "held-out" if facts["held_out"] else "validation"
+    if facts["labels"] == "judge":
+        reporter.line(f"the {held} images have no labels: they have those that the judge gives them")
+    for reason in facts["skipped"]:
+        reporter.line(reason)
+    kinds, *columns = zip(*quality_rows(facts), strict=True)
+    rows = [
+        (title, *map(as_text, cells)) for title, cells in zip(("images", *quality_columns(facts)), columns, strict=True)
+    ]
+    reporter.table((f"by {facts['judged_by']} {held} images", *kinds), rows)  # upright: ten columns are too wide
+    if facts["judge"] is None:
+        reporter.line(BIASED_JUDGE)

@@ -11,25 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from penult.cli import sources
-from penult.cli.console import RichReporter, quiet
+from penult.cli._console import RichReporter, quiet
+from penult.cli._inputs import loader_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from penult.activations import Tap
-    from penult.cli.processes import Launch
-    from penult.pair import GenerativePair
+    from penult.cli._launch import Launch
 
 __all__ = [
-    "CHECKPOINT", "FEW", "LOG_FILE", "PAGE_FILE", "SETTINGS_FILE", "class_names", "digest", "fit", "held_out",
-    "is_complete", "loader_of", "plain", "say_complete", "trainer_of", "watched",
-]  # fmt: skip
+    "CHECKPOINT",
+    "LOG_FILE",
+    "PAGE_FILE",
+    "SETTINGS_FILE",
+    "digest",
+    "fit",
+    "is_complete",
+    "plain",
+    "say_complete",
+    "trainer_of",
+]
 
 SETTINGS_FILE, LOG_FILE, PAGE_FILE = "settings.json", "log.json", "index.html"
 CHECKPOINT = "checkpoints/last.ckpt"
-FEW = 16  # images that heads are found with
-_HELD_OUT = 0.1
 _OTHER = {  # settings that say nothing to a reader
     "head": "the head has other weights",
     "content": "images, labels or files hold something else",
@@ -111,92 +115,6 @@ def say_complete(out: Path, as_json: bool, reporter: RichReporter) -> None:
     reporter.line(f"{out} is complete: nothing is done; --overwrite starts anew")
     if as_json:
         typer.echo(json.dumps(_facts(out / LOG_FILE) | {"was_complete": True}, indent=2))
-
-
-def watched(
-    name: str,
-    network: nn.Module,
-    images: Tensor,
-    pair: GenerativePair | None,
-    source: str,
-    path: str | None,
-    fold: bool,
-    reporter: RichReporter,
-) -> tuple[GenerativePair, Tap]:
-    """The pair of a network's head, on the CPU, and its tap.
-
-    Args:
-        name: What the user calls the network.
-        network: A classifier.
-        images: Some that it takes, on its device.
-        pair: A pair that has to be of the same head; the data-free one of the head where there is none.
-        source: What the user calls the pair.
-        path: Name of the head, if known.
-        fold: Whether a norm layer before the head is folded into it.
-        reporter: Told what the head is.
-    """
-    import torch
-
-    from penult.activations import Tap
-    from penult.head import find_head
-    from penult.pair import GenerativePair
-
-    with sources.running(tuple(images.shape)):
-        head = find_head(network, images, path=path, fold=fold)
-    reporter.line(str(head.certificate))
-    tap = Tap(network, head)
-    if tap.axes != ("batch",):
-        raise ValueError(f"{name} gives logits with the axes {tap.axes}; a classifier of images gives one row each")
-    own = head.clone().cpu()
-    if pair is None:
-        return GenerativePair(own), tap
-    close = (pair.head.num_classes, pair.head.in_features) == (own.num_classes, own.in_features) and all(
-        torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-        for a, b in ((pair.head.weight, own.weight), (pair.head.full_bias, own.full_bias))
-    )
-    if not close:
-        raise ValueError(
-            f"the head in {source}, {pair.head}, is not that of {name}, {own}: make the pair from the "
-            "activations that penult extract stored of this network, with the same --fold"
-        )
-    return pair, tap
-
-
-def class_names(classes: int, datasets: dict[str, Any]) -> list[str]:
-    """Names of the classes, after a look at whether labels are those of the head."""
-    for source, dataset in datasets.items():
-        count = classes if dataset.class_names is None else len(dataset.class_names)
-        if count != classes:
-            raise ValueError(
-                f"{source} has {count} classes, but the head has {classes}: labels would mean other things"
-            )
-        if dataset.labels is not None and int(dataset.labels.max()) >= classes:
-            raise ValueError(
-                f"{source} has labels up to {int(dataset.labels.max())}, but the head has {classes} classes, 0 to "
-                f"{classes - 1}: leave the others out"
-            )
-    named = {source: dataset.class_names for source, dataset in datasets.items() if dataset.class_names is not None}
-    if len(set(named.values())) > 1:
-        raise ValueError(f"{' and '.join(named)} have classes of other names or in another order")
-    return list(next(iter(named.values()), map(str, range(classes))))
-
-
-def held_out(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Sorted numbers of the images to train on, and of a tenth to judge by."""
-    import torch
-
-    held = max(1, round(_HELD_OUT * count))
-    if count - held < 2:
-        raise ValueError(f"there are {count} images, too few to hold some out; give --val")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[held:].sort().values, order[:held].sort().values
-
-
-def loader_of(dataset: Any, **options: Any) -> Any:
-    """A loader of a data set, without an import of torch before it is needed."""
-    from torch.utils.data import DataLoader
-
-    return DataLoader(dataset, **options)
 
 
 def trainer_of(
