@@ -1,55 +1,192 @@
-"""What a head accepts, and what it says of the rest."""
+"""Argument checks: one for each kind of fault, with one exception type and one wording.
+
+Messages read ``<what> is <got>; expected <want>. <What to do.>`` A wrong type or dtype is a TypeError, a wrong shape or
+value is a ValueError. Each check takes the name that the caller's user knows the argument by.
+"""
 
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from penult._row_blocks import blocks
 
-__all__ = ["as_by_guessing", "check_bias", "check_finite", "check_labels", "check_positive", "check_weight"]
+__all__ = [
+    "check_between",
+    "check_bias",
+    "check_choice",
+    "check_finite",
+    "check_floating",
+    "check_integer",
+    "check_labels",
+    "check_not_negative",
+    "check_positive",
+    "check_weight",
+    "described",
+    "integer_labels",
+    "is_chance_level",
+]
 
 
-def as_by_guessing(right: float, count: int, classes: int) -> bool:
-    """Whether a share of right answers among so many is no more than guessing gives, but for three standard errors."""
-    guess = 1 / classes
-    return right <= guess + 3 * math.sqrt(guess * (1 - guess) / count)
+def described(value: Any) -> str:
+    """What messages call a value of a wrong type: the dtype of a tensor, else the name of the type."""
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def check_labels(labels: Tensor, logits_shape: torch.Size, offset: int = 0) -> None:
-    """Raise unless labels are integers, one for each row of logits (..., K), in 0..K-1.
+# --- numbers ------------------------------------------------------------------------------------------------
 
-    `offset` is added to the index that an error names.
+
+def check_integer(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raise unless a value is an int (bool is not) from `least` to `most`."""
+    want = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r}; expected {want}")
+    if int(value) < least or (most is not None and int(value) > most):
+        raise ValueError(f"{name} is {value}; expected {want}")
+
+
+def _check_number(name: str, value: Any, want: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; expected {want}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless a number is positive and finite."""
+    want = "a positive, finite number"
+    _check_number(name, value, want)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}; expected {want}")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raise unless a number is finite and at least 0."""
+    want = "a finite number of at least 0"
+    _check_number(name, value, want)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}; expected {want}")
+
+
+def check_between(name: str, value: Any, low: float = 0, high: float = 1, *, inclusive: bool = False) -> None:
+    """Raise unless a number lies between two others; `inclusive` admits these as well."""
+    want = (
+        f"a number from {low:g} to {high:g}" if inclusive else f"a number between {low:g} and {high:g}, neither of them"
+    )
+    _check_number(name, value, want)
+    if not (low < value < high or (inclusive and value in (low, high))):
+        raise ValueError(f"{name} is {value}; expected {want}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raise unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}")
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def check_floating(name: str, value: Any, shape: str) -> None:
+    """Raise a TypeError unless a value is a floating-point tensor; `shape` is what the message asks for."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} is {described(value)}; expected a floating-point tensor {shape}")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise unless all values of a tensor are finite; the message says how many are not and where the first is."""
+    count, first, start = 0, [0], 0
+    for block in blocks(tensor):
+        wrong = (~block.isfinite()).nonzero()
+        if len(wrong) and not count:
+            first = [start + int(wrong[0, 0]), *wrong[0, 1:].tolist()]
+        count += len(wrong)
+        start += len(block)
+    if count:
+        raise ValueError(f"{name} holds {count} values that are NaN or infinite, the first at index {first}")
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+
+# Indexing with uint8 selects a mask in PyTorch, and narrow integers overflow in arithmetic, so labels are widened.
+_INTEGERS = frozenset(
+    {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    | {getattr(torch, name) for name in ("uint16", "uint32", "uint64") if hasattr(torch, name)}
+)
+
+
+def integer_labels(
+    labels: Any,
+    shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    *,
+    name: str = "labels",
+    offset: int = 0,
+    values: bool = True,
+) -> Tensor:
+    """Check labels and return them as an int64 tensor where they are.
+
+    Args:
+        labels: Tensor of any integer dtype, or what ``torch.as_tensor`` makes one of.
+        shape: Shape that they must have; None for any.
+        num_classes: K, for labels in 0..K-1; None for any values.
+        name: What messages call them.
+        offset: Number added to the index that a message names.
+        values: Whether to look at the values; on an accelerator that waits for the device.
+
+    Raises:
+        TypeError: They are not integers.
+        ValueError: Their shape differs, or one is out of range.
     """
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        what = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels are {what}; they must be a tensor of integer class indices")
-    if labels.shape != logits_shape[:-1]:
+    if not isinstance(labels, Tensor):
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} is {described(labels)}; expected a tensor of integer class indices") from None
+        if not labels.numel():
+            labels = labels.to(torch.int64)
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"{name} is {described(labels)}; expected a tensor of integer class indices")
+    if shape is not None and labels.shape != torch.Size(shape):
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, but the logits have shape {tuple(logits_shape)}: "
-            f"labels must have shape {tuple(logits_shape[:-1])}, one class index for each row"
+            f"{name} has shape {tuple(labels.shape)}; expected {tuple(shape)}, one class index for each row"
         )
-    flat = labels.flatten()
-    wrong = (flat < 0) | (flat >= logits_shape[-1])
-    if wrong.any():
-        first = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"labels[{offset + first}] is {int(flat[first])}, outside of 0..{logits_shape[-1] - 1} "
-            f"({int(wrong.sum())} such labels); the head has {logits_shape[-1]} classes"
-        )
+    wide: Tensor = labels.to(torch.int64)
+    if num_classes is not None and values:
+        flat = wide.flatten()
+        wrong = (flat < 0) | (flat >= num_classes)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            where = f"{name}[{offset + first}]" if wide.ndim else name
+            raise ValueError(
+                f"{where} is {int(flat[first])}, out of range ({int(wrong.sum())} such labels); expected 0 to "
+                f"{num_classes - 1}. The head has {num_classes} classes"
+            )
+    return wide
+
+
+def check_labels(labels: Any, logits_shape: torch.Size, offset: int = 0) -> None:
+    """Raise unless labels are an integer tensor with one label in 0..K-1 for each row of logits (..., K)."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is {described(labels)}; expected a tensor of integer class indices")
+    integer_labels(labels, logits_shape[:-1], logits_shape[-1], offset=offset)
+
+
+def is_chance_level(accuracy: float, count: int, num_classes: int) -> bool:
+    """Whether an accuracy over `count` rows is within three standard errors of guessing, or below."""
+    chance = 1 / num_classes
+    return accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / count)
+
+
+# --- heads --------------------------------------------------------------------------------------------------
 
 
 def check_weight(weight: Tensor, empty_rows: bool = False) -> None:
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        what = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight is {what}; a head needs a floating-point tensor (K, d)")
+    """Raise unless W is a finite floating tensor (K, d) with K >= 2 and no row of zeros; `empty_rows` admits those."""
+    check_floating("weight", weight, "(K, d)")
     if weight.ndim != 2 or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs (K, d), one row a class")
     if weight.shape[0] == 1:
@@ -71,6 +208,7 @@ def check_weight(weight: Tensor, empty_rows: bool = False) -> None:
 
 
 def check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """Raise unless b is None, or finite, (K,), and of the dtype and device of W."""
     if bias is None:
         return
     if not isinstance(bias, Tensor):
@@ -85,20 +223,3 @@ def check_bias(bias: Tensor | None, weight: Tensor) -> None:
             f"bias is {bias.dtype} on {bias.device}, weight {weight.dtype} on {weight.device}: use bias.to(weight)"
         )
     check_finite("bias", bias)
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    count, first, start = 0, [0], 0
-    for block in blocks(tensor):
-        wrong = (~block.isfinite()).nonzero()
-        if len(wrong) and not count:
-            first = [start + int(wrong[0, 0]), *wrong[0, 1:].tolist()]
-        count += len(wrong)
-        start += len(block)
-    if count:
-        raise ValueError(f"{name} holds {count} values that are NaN or infinite, the first at index {first}")
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value}; it must be positive and finite")

@@ -13,8 +13,7 @@ from torch.distributions import Categorical
 
 from penult import io
 from penult._row_blocks import version_of
-from penult.activations import Activations
-from penult.activations._source import Pool
+from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.distributions import Tilt
 from penult.head import Head
@@ -223,19 +222,19 @@ class GenerativePair(nn.Module):
             >>> pair.estimate_prior(h).probs
             tensor([0.8003, 0.1494, 0.0503])
         """
-        pool = Pool(self.head, activations)
+        source = _ActivationSource(activations, self.head, min_rows=2)
         old = self._log_evidence().log_softmax(-1)
 
         def posteriors() -> Iterator[Tensor]:
-            for rows in pool:
+            for rows in source:
                 yield self.posterior(rows.to(self._dtype)).logits.to(old) - old
 
-        small = len(pool) * self.head.num_classes <= _KEPT
+        small = len(source) * self.head.num_classes <= _KEPT
         kept = list(posteriors()) if small else None
         new = old
         for _ in range(iterations):
             parts = posteriors() if kept is None else kept
-            update = torch.stack([(part + new).softmax(-1).sum(0) for part in parts]).sum(0) / len(pool)
+            update = torch.stack([(part + new).softmax(-1).sum(0) for part in parts]).sum(0) / len(source)
             update = update.clamp_min(1e-10)
             change = float((update - new.exp()).abs().max())
             new = update.log().log_softmax(-1)

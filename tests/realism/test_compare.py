@@ -11,7 +11,7 @@ from penult import Activations, Gaussian, GenerativePair, Head, Marginal, Sphere
 from penult.bases import Base, BaseInfo
 from penult.distributions import Bank
 from penult.realism import compare
-from penult.realism._matched_rows import Labelled, halves, matched
+from penult.realism._matched_rows import halves, labelled_source, matched
 from penult.realism._statistics import collapse
 
 
@@ -100,7 +100,7 @@ def test_tilt_identity_holds_for_a_gaussian_and_not_for_others(own, truth):
     exact = float((w @ truth.base.covariance_matrix.double() * w).sum() / w.square().sum())
     assert own.tilt_identity.variance == pytest.approx(exact, rel=0.1)
     apart = truth.head.weight[torch.arange(3).repeat(100)] * 2 + torch.randn(300, 8, generator=seeded(0)) * 0.1
-    labelled = Labelled(truth.head, apart, torch.arange(3).repeat(100))
+    labelled = labelled_source(apart, truth.head, torch.arange(3).repeat(100))
     assert collapse(truth.head, labelled)[1].ratio > 50
 
 
@@ -118,7 +118,7 @@ def test_collapse_figures_of_a_collapsed_network():
     head = Head(3 * simplex + 0.5, torch.tensor([1.0, 1.0, 1.0, 3.0]))
     y = torch.arange(k).repeat_interleave(50)
     h = 2 * simplex[y] + 7.0
-    figures, identity = collapse(head, Labelled(head, h, y))
+    figures, identity = collapse(head, labelled_source(h, head, y))
     norm = 3 * math.sqrt(1 - 1 / k)
     assert (figures.weight_norm_min, figures.weight_norm_max) == pytest.approx((norm, norm), rel=1e-5)
     assert figures.weight_norm_cv == pytest.approx(0, abs=1e-5)
@@ -134,7 +134,7 @@ def test_collapse_figures_of_a_collapsed_network():
 
 
 def test_within_class_variance_is_that_of_a_direct_computation(truth, real):
-    figures, _ = collapse(truth.head, Labelled(truth.head, real, real.labels))
+    figures, _ = collapse(truth.head, labelled_source(real, truth.head, real.labels))
     h, y = real.activations.double(), real.labels
     means = torch.stack([h[y == k].mean(0) for k in range(3)])
     assert figures.trace_within == pytest.approx(float((h - means[y]).square().sum()) / (len(h) - 3), rel=1e-8)
@@ -243,7 +243,7 @@ def test_rows_are_matched_by_class():
     y = torch.randint(0, 7, (999,), generator=g).clamp_max(5)
     head = Head(torch.randn(9, 2, generator=g))
     h = torch.stack([y.float(), torch.arange(999).float()], dim=1)
-    rows = matched(Labelled(head, h, y), None, seeded(1), pool=200, fewest=50, most=60, classes=3)
+    rows = matched(labelled_source(h, head, y), None, seeded(1), pool=200, fewest=50, most=60, classes=3)
     assert torch.equal(rows.real[:, 0], rows.labels.float())
     assert torch.equal(rows.other[:, 0], rows.labels.float())
     together = torch.cat([rows.real, rows.other])[:, 1]

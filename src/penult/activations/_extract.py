@@ -18,8 +18,7 @@ from penult.activations._blocks import Memory
 from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
 from penult.activations._tap import Tap
 from penult.activations._writer import SHARD_SIZE, Writer, check_batch, check_record, checksum, refusal, write_index
-from penult.head._model import evaluating
-from penult.head._rectified import refuse_unrectified
+from penult.head import _evaluating, _refuse_unrectified
 from penult.processes import Processes
 
 if TYPE_CHECKING:
@@ -133,9 +132,9 @@ def extract(
         raise ValueError(f"shard_size is {shard_size}; it is a positive number of bytes")
     if pre_activation:
         assert tap.head.certificate is not None
-        refuse_unrectified(tap.head.certificate)
+        _refuse_unrectified(tap.head.certificate)
     reader = Reader(tap, dtype, torch.device("cpu" if device is None else device), pre_activation=pre_activation)
-    with evaluating(tap), reporting(progress, streams=out is not None) as report:
+    with _evaluating(tap), reporting(progress, streams=out is not None) as report:
         if out is None:
             return _in_memory(reader, loader, names, pre_activation, report)
         asked = {

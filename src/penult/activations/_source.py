@@ -1,15 +1,16 @@
-"""Unlabelled activations that bases are fitted to, in memory or on disk, looked at some at a time."""
+"""One source of activation rows for every fit, score, comparison and command: checked once, read in blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import copy
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor
 
-from penult.activations import Activations
+from penult._checks import check_floating, integer_labels
+from penult.activations._activations import Activations
 from penult.head import Head
 from penult.processes import Processes
 from penult.special import in_double, in_full
@@ -17,57 +18,80 @@ from penult.special import in_double, in_full
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Pool"]
+__all__ = ["ActivationSource"]
 
-_ROWS = 1 << 14  # looked at at a time
-_LOGITS = 1 << 24  # and logits
+_ROWS = 1 << 14  # of a block
+_LOGITS = 1 << 24  # of a block
 
 
 @final
-class Pool:
-    """Activations (N, d) for a head, as a tensor or as an `Activations` that need not fit in memory.
+class ActivationSource:
+    """Rows of activations (N, d), as a tensor or as `Activations` that need not fit in memory.
 
-    Iterating gives what the head reads: of pre-activations their positive part. Where processes share the work, it
-    gives this one's share; everything else is of all rows, and the same in all processes.
-
-    Attributes:
-        processes: Those that share the work.
-        rectified: Whether what is stored are pre-activations: `Activations` that say so, and a tensor with negative
-            numbers where the head's certificate says that a ReLU stands right before the head.
-        declared: Whether the `Activations` say so.
-        minimum: The least number stored.
-        zeros: Share of exact zeros in what is stored.
+    Iterating gives blocks (n, d) as the head reads them: of pre-activations their positive part. Where processes share
+    the rows, each iterates over its own share; everything else is of all rows, and the same in all processes.
 
     Args:
-        head: The head that reads them.
-        activations: What to fit to.
-        group: Processes that share the rows, each of which has the same head and activations.
+        activations: Floating tensor (N, d), or `Activations`.
+        head: Head that reads them: it fixes d, and rows are moved to its device. None: any d, and rows stay where they
+            are.
+        labels: Labels (N,) of any integer dtype, or None.
+        name: What messages call the activations.
+        min_rows: Fewest rows.
+        dtype: Dtype that rows are converted to; ``"wide"`` for float32 or wider; None for that which they have.
+        group: Processes that share the rows; each passes the same head and activations.
+
+    Attributes:
+        processes: The processes that share the rows.
+        in_features: d.
+        dtype: Dtype of the blocks.
+        class_names: Names that the `Activations` have, or None.
+        declared: Whether the `Activations` say that they are pre-activations.
+        rectified: Whether blocks are the positive part of the rows: where `declared`, or where the head's certificate
+            says that a ReLU stands right before the head and a row has a negative value.
+        minimum: Smallest value.
+        zeros: Fraction of values that are exactly zero.
 
     Raises:
-        TypeError: They are neither a floating tensor nor `Activations`.
-        ValueError: A wrong shape, fewer than two rows, NaN or infinity.
+        TypeError: The activations are neither a floating tensor nor `Activations`, or the labels are not integers.
+        ValueError: A wrong shape, too few rows, NaN or infinity, or not one label for each row.
     """
 
-    def __init__(self, head: Head, activations: Tensor | Activations, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        activations: Tensor | Activations,
+        head: Head | None = None,
+        *,
+        labels: Any = None,
+        name: str = "activations",
+        min_rows: int = 1,
+        dtype: torch.dtype | Literal["wide"] | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
         self.processes = Processes(group)
         self._head = head
-        self._source: Tensor | Activations
         self.declared = isinstance(activations, Activations) and activations.pre_activation
-        if isinstance(activations, Activations):
-            shape: tuple[int, ...] = (len(activations), activations.in_features)
-            self._source = activations
-        elif isinstance(activations, Tensor) and activations.is_floating_point():
-            shape = tuple(activations.shape)
-            self._source = activations.detach()
-        else:
-            what = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
-            raise TypeError(f"activations must be a floating tensor (N, d) or Activations, got {what}")
-        if len(shape) != 2 or shape[1] != head.in_features or shape[0] < 2:
-            raise ValueError(f"activations has shape {shape}; expected (N, {head.in_features}) with N >= 2")
+        if not isinstance(activations, Activations):
+            check_floating(name, activations, "(N, d) or penult.Activations")
+            activations = activations.detach()
+        shape = _shape(activations)
+        width = "d" if head is None else head.in_features
+        if len(shape) != 2 or shape[0] < min_rows or shape[1] < 1 or width not in ("d", shape[1]):
+            raise ValueError(f"{name} has shape {shape}; expected (N, {width}) with N >= {min_rows}")
+        self.in_features = shape[1]
+        stored = activations.dtype
+        self.dtype = torch.promote_types(stored, torch.float32) if dtype == "wide" else dtype or stored
+        self.class_names = activations.class_names if isinstance(activations, Activations) else None
+        self._labels = None if labels is None else integer_labels(labels, shape[:1]).cpu()
         self._count = self._total = shape[0]
+        self._all = activations
         own = self.processes.share(shape[0])
-        self._start, self._source = own.start, self._source[own.start : own.stop]
+        self._start, self._own = own.start, activations[own.start : own.stop]
         self._kept: Tensor | None = None
+        self._scan(name)
+
+    def _scan(self, name: str) -> None:
+        """Look for values that are not finite, count zeros, and find the smallest value."""
         bad, zeros, least = 0, 0, float("inf")
         for rows in self.stored:
             if len(rows):
@@ -75,44 +99,82 @@ class Pool:
                 bad += int((~rows.isfinite().all(-1)).sum())
                 least = min(least, float(rows.min()))
         bad, zeros = (int(self.processes.total(count)) for count in (bad, zeros))
-        self.minimum = self.processes.least(least)
-        relu = head.certificate is not None and head.certificate.rectified
-        self.rectified = self.declared or (relu and self.minimum < 0)
-        self.zeros = zeros / (shape[0] * shape[1])
         if bad:
-            raise ValueError(f"{bad} of {shape[0]} activations hold NaN or infinity; leave them out first")
+            raise ValueError(f"{bad} of {self._total} rows of {name} hold NaN or infinity; leave them out first")
+        self.minimum = self.processes.least(least)
+        self.zeros = zeros / (self._total * self.in_features) if self._total else 0.0
+        certificate = None if self._head is None else self._head.certificate
+        relu = certificate is not None and certificate.rectified
+        self.rectified = self.declared or (relu and self.minimum < 0)
+
+    @property
+    def head(self) -> Head:
+        """The head that reads the rows, of a source that has one."""
+        assert self._head is not None
+        return self._head
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels (N,), int64 on the CPU, of a source that has them."""
+        assert self._labels is not None
+        return self._labels
+
+    def with_labels(self, labels: Tensor) -> ActivationSource:
+        """The same rows with labels (N,)."""
+        labelled = copy(self)
+        labelled._labels = integer_labels(labels, (self._total,)).cpu()
+        return labelled
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The rows in order, (n, d) at a time, on the head's device and in their dtype, as the head reads them."""
+        """Blocks (n, d) in order, as the head reads them."""
         for rows in self.stored:
             yield rows.clamp_min(0) if self.rectified else rows
 
     @property
     def stored(self) -> Iterable[Tensor]:
-        """The same as they are stored, each time it is iterated."""
-        kept = None if self._kept is None else self._kept[self._start : self._start + len(self._source)]
-        return _Stored(self._source, self._head, kept)
+        """Blocks (n, d) in order, as they are stored; each iteration starts from the first."""
+        own = slice(self._start, self._start + len(self._own))
+        device = None if self._head is None else self._head.weight.device
+        size = _ROWS if self._head is None else max(1, min(_ROWS, _LOGITS // self._head.num_classes))
+        return _Blocks(self._own, None if self._kept is None else self._kept[own], size, device, self.dtype)
+
+    def labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks (n, d) as the head reads them, and their labels (n,) on the same device."""
+        labels = self.labels if self._kept is None else self.labels[self._kept]
+        start = self._before
+        for rows in self:
+            yield rows, labels[start : start + len(rows)].to(rows.device)
+            start += len(rows)
+
+    def rows_at(self, index: Tensor) -> Tensor:
+        """Rows (M, d) of an index (M,) as the head reads them, on the CPU."""
+        if isinstance(self._all, Tensor):
+            rows = self._all[index.to(self._all.device)]
+        else:
+            rows = self._all[index].activations
+        rows = rows.to(self.dtype)
+        return (rows.clamp_min(0) if self.rectified else rows).cpu()
 
     def posterior(self, stored: Tensor) -> Tensor:
         """The head's class probabilities (n, K) of rows (n, d) as they are stored, float64."""
         rows = stored.clamp_min(0) if self.rectified else stored
         with in_full(rows.device):
-            logits: Tensor = self._head(rows.to(self._head.weight))
+            logits: Tensor = self.head(rows.to(self.head.weight))
         return in_double(logits).softmax(-1)
 
-    def only(self, rows: Tensor) -> Pool:
-        """A pool of some rows (n,), by their numbers; it stores none of them anew."""
-        part: Pool = copy(self)
+    def only(self, rows: Tensor) -> ActivationSource:
+        """A source of the rows with these numbers (n,); no row is copied."""
+        part: ActivationSource = copy(self)
         part._kept = torch.zeros(self._total, dtype=torch.bool)
         part._kept[rows.cpu() if self._kept is None else self._kept.nonzero()[rows.cpu(), 0]] = True
         part._count = int(part._kept.sum())
         return part
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """At most ``count`` different rows as they are stored, (n, d), all of them if there are no more."""
+        """At most `count` different rows as they are stored, (n, d); all of them where there are no more."""
         if len(self) <= count:
             return self.processes.gather(torch.cat(list(self.stored)))
         chosen = torch.randint(len(self), (count,), generator=generator).unique()
@@ -125,39 +187,56 @@ class Pool:
 
     @property
     def _before(self) -> int:
-        """How many rows of the pool are those of processes before this one."""
+        """Number of rows that belong to the processes before this one."""
         return self._start if self._kept is None else int(self._kept[: self._start].sum())
 
     def mean(self) -> Tensor:
         """Mean activation (d,), float64."""
-        total = in_double(self._head.weight.new_zeros(self._head.in_features))
+        total: Tensor | None = None
         for rows in self:
-            total += in_double(rows).sum(0)
+            block = in_double(rows).sum(0)
+            total = block if total is None else total + block
+        assert total is not None
         return self.processes.sum(total) / len(self)
 
     def mean_posterior(self) -> Tensor:
         """Mean class probabilities (K,) of the head, float64."""
-        total = in_double(self._head.weight.new_zeros(self._head.num_classes))
+        total: Tensor | None = None
         for rows in self.stored:
-            total += self.posterior(rows).sum(0)
+            block = self.posterior(rows).sum(0)
+            total = block if total is None else total + block
+        assert total is not None
         return self.processes.sum(total) / len(self)
 
 
-class _Stored:
-    def __init__(self, source: Tensor | Activations, head: Head, kept: Tensor | None) -> None:
-        self._source, self._kept = source, kept
-        self._size = max(1, min(_ROWS, _LOGITS // head.num_classes))
-        self._device = head.weight.device
+class _Blocks:
+    """Blocks of rows, read anew at each iteration; at least one, possibly empty, of the right width and dtype."""
+
+    def __init__(
+        self,
+        rows: Tensor | Activations,
+        kept: Tensor | None,
+        size: int,
+        device: torch.device | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._rows, self._kept, self._size, self._device, self._dtype = rows, kept, size, device, dtype
 
     def __iter__(self) -> Iterator[Tensor]:
-        if isinstance(self._source, Tensor):
-            parts = iter(self._source.split(self._size))
+        if isinstance(self._rows, Tensor):
+            parts = iter(self._rows.split(self._size))
+        elif len(self._rows):
+            parts = (part.activations for part in self._rows.batches(self._size))
         else:
-            parts = (part.activations for part in self._source.batches(self._size))
-            if not len(self._source):
-                parts = iter([self._source.activations])  # none, of the right width and dtype
+            parts = iter([self._rows.activations])
         start = 0
         for rows in parts:
             kept = None if self._kept is None else self._kept[start : start + len(rows)].to(rows.device)
             start += len(rows)
-            yield (rows if kept is None else rows[kept]).to(self._device)
+            yield (rows if kept is None else rows[kept]).to(self._device, self._dtype)
+
+
+def _shape(activations: Tensor | Activations) -> tuple[int, ...]:
+    if isinstance(activations, Tensor):
+        return tuple(activations.shape)
+    return len(activations), activations.in_features

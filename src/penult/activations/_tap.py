@@ -8,10 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult.head import Head
-from penult.head._capture import capture
-from penult.head._model import submodule, tensor_at, unwrap
-from penult.head._rectified import refuse_unrectified
+from penult.head import Head, _capture_forward, _refuse_unrectified, _submodule, _tensor_at, _unwrap
 
 __all__ = ["Tap"]
 
@@ -62,12 +59,12 @@ class Tap(nn.Module):
                 "this head has no certificate, so nothing says where it sits in the model: use the head that "
                 "penult.find_head(model, batch) gives (a rescaled head reads scaled activations and has none)"
             )
-        self.model = unwrap(model)
+        self.model = _unwrap(model)
         self.head = head
         certificate = head.certificate
-        submodule(self.model, certificate.path)
+        _submodule(self.model, certificate.path)
         if certificate.weight is not None:
-            weight = tensor_at(self.model, certificate.weight)
+            weight = _tensor_at(self.model, certificate.weight)
             classes, features = certificate.shape
             if weight is None or weight.numel() != classes * features:
                 what = "no such tensor" if weight is None else f"one of shape {tuple(weight.shape)}"
@@ -100,7 +97,7 @@ class Tap(nn.Module):
         assert self.head.certificate is not None
         if not torch.compiler.is_compiling():
             self._share()  # the model may have been moved or loaded by itself
-        return capture(self.model, self.head.certificate, args, kwargs)
+        return _capture_forward(self.model, self.head.certificate, args, kwargs)
 
     def pre_activation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Run the model, for what the ReLU right before the head reads in place of what it gives.
@@ -136,11 +133,11 @@ class Tap(nn.Module):
                 "pre-activations are found by watching the model run, which cannot be compiled: call "
                 "tap.pre_activation outside of torch.compile"
             )
-        refuse_unrectified(self.head.certificate)
+        _refuse_unrectified(self.head.certificate)
         self._share()  # the model may have been moved or loaded by itself
-        run = capture
+        run = _capture_forward
         if "torch._dynamo" in sys.modules:  # before it is loaded, which takes seconds, nothing is compiled
-            run = torch.compiler.disable(capture)
+            run = torch.compiler.disable(_capture_forward)
         return run(self.model, self.head.certificate, args, kwargs, pre_activation=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Tap:
@@ -155,7 +152,7 @@ class Tap(nn.Module):
     def _share(self) -> None:
         """Let the head hold the model's own W and b again, where it did from the start."""
         for name, (source, *place) in self._shared.items():
-            tensor, held = tensor_at(self.model, source), getattr(self.head, name)
+            tensor, held = _tensor_at(self.model, source), getattr(self.head, name)
             if tensor is not None and tensor.data_ptr() != held.data_ptr():
                 setattr(self.head, name, tensor.detach().as_strided(*place))
 

@@ -10,8 +10,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from penult.distributions import Bank, NormalizingFlow, PrincipalMixture
-from penult.distributions._positive import NEXT_TO_ZERO
+from penult.distributions import _NEXT_TO_ZERO, Bank, NormalizingFlow, PrincipalMixture
 
 __all__ = ["Law", "Sampler"]
 
@@ -92,7 +91,7 @@ class Law(nn.Module):
         sampler = self.sampler
         softness = getattr(sampler, "softness", None)
         if softness is not None:
-            h = torch.where(h == 0, NEXT_TO_ZERO * softness.to(h.dtype), h)
+            h = torch.where(h == 0, _NEXT_TO_ZERO * softness.to(h.dtype), h)
         try:
             density: Tensor = sampler.log_prob(h)
         except (AttributeError, NotImplementedError) as error:

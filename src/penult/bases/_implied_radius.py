@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penult import special
 from penult._row_blocks import rows_in_double
-from penult.distributions import _sampling
+from penult.distributions import _around, _cosine_complement
 from penult.head import Head
 
 __all__ = ["implied_radius", "unit"]
@@ -130,7 +130,7 @@ def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Calla
     mean = unit(pulled)
     generator = torch.Generator(device=rows.device)
     right_angle = torch.ones(len(index), dtype=special.working_dtype(rows.device), device=rows.device)
-    across = _sampling.around(mean[index], right_angle, generator.manual_seed(0))
+    across = _around(mean[index], right_angle, generator.manual_seed(0))
     if subspace is not None:
         mean, across = mean @ subspace, across @ subspace
     weight = head.weight
@@ -139,7 +139,7 @@ def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Calla
     bias = head.full_bias.to(rows.dtype)
 
     def reached(radius: float) -> float:
-        y = _sampling.cosine_complement(
+        y = _cosine_complement(
             pulled.shape[-1], radius * norms[index].to(right_angle.dtype), rows.dtype, generator.manual_seed(1)
         )
         t, sine = (1 - y).to(rows.dtype), (y * (2 - y)).clamp_min(0).sqrt().to(rows.dtype)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from penult.activations._source import Pool
+from penult.activations import _ActivationSource
 from penult.bases._chart import Chart
 from penult.bases._radial import log_mass
 from penult.bases._tilted_gaussian import tilted_gaussian
@@ -22,29 +22,29 @@ Shape = Literal["round", "centered", "elliptic"]
 
 
 def fit_sphere(
-    head: Head, pool: Pool, shape: Shape, ambient: bool, shrinkage: float, radii: int
+    head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: float, radii: int
 ) -> tuple[Chart, Tensor, Tensor]:
     """Chart, radii (R,) and log weights (R,) of a sphere, float64; arguments and errors as ``Sphere.fit``."""
-    chart = _chart(head, pool, shape, ambient, shrinkage)
-    return chart, *_radial_law(head, pool, chart, radii)
+    chart = _chart(head, source, shape, ambient, shrinkage)
+    return chart, *_radial_law(head, source, chart, radii)
 
 
-def _chart(head: Head, pool: Pool, shape: Shape, ambient: bool, shrinkage: float) -> Chart:
+def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: float) -> Chart:
     outside: Tensor | None = None
     subspace = None
     if not ambient:
         subspace = in_double(head.span())
-        mean = pool.mean()
+        mean = source.mean()
         outside = mean - subspace.T @ (subspace @ mean)
     loc = scale_tril = None
     if shape != "round":
         kind: Literal["full", "spherical"] = "full" if shape == "elliptic" else "spherical"
-        loc, covariance = tilted_gaussian(head, pool, kind, shrinkage, subspace)
+        loc, covariance = tilted_gaussian(head, source, kind, shrinkage, subspace)
         if shape == "elliptic":
             scale_tril, failed = torch.linalg.cholesky_ex(covariance)
             if int(failed):
                 raise ValueError(
-                    f"the covariance of {len(pool)} activations in {len(covariance)} dimensions is singular; "
+                    f"the covariance of {len(source)} activations in {len(covariance)} dimensions is singular; "
                     f"pass more activations or a shrinkage above {shrinkage}"
                 )
     if subspace is not None and outside is not None:
@@ -52,16 +52,16 @@ def _chart(head: Head, pool: Pool, shape: Shape, ambient: bool, shrinkage: float
     return Chart.of(loc, scale_tril, subspace)
 
 
-def _radial_law(head: Head, pool: Pool, chart: Chart, radii: int) -> tuple[Tensor, Tensor]:
+def _radial_law(head: Head, source: _ActivationSource, chart: Chart, radii: int) -> tuple[Tensor, Tensor]:
     """Atoms of the observed radii, and the log weights with which the pair's own marginal of r is the observed one."""
     histogram = RadialHistogram()
-    for rows in pool:
+    for rows in source:
         histogram.update(torch.linalg.vector_norm(chart.read(in_double(rows)), dim=-1).clamp_min(1e-18))
-    histogram.counts, histogram.sums = (pool.processes.sum(part) for part in (histogram.counts, histogram.sums))
+    histogram.counts, histogram.sums = (source.processes.sum(part) for part in (histogram.counts, histogram.sums))
     device, dtype = head.weight.device, working_dtype(head.weight.device)
     radius, share = (a.to(device, dtype) for a in histogram.atoms(radii))
     if float(radius.max()) <= 1e-15:
-        raise ValueError(f"all {len(pool)} activations lie at the centre, so there is no radius to fit")
+        raise ValueError(f"all {len(source)} activations lie at the centre, so there is no radius to fit")
     there = Chart(*(None if part is None else part.to(device, dtype) for part in chart))
     log_weights = share.log() - log_mass(*there.seen(head), radius)
     return radius, log_weights.log_softmax(-1)
@@ -118,20 +118,22 @@ class RadialHistogram:
 _GROWTH = (0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1)  # from half of the rows to all that are to be kept
 
 
-def trimmed(pool: Pool, trim: float, fitted: Callable[[Pool], Callable[[Tensor], Tensor]]) -> Pool:
+def trimmed(
+    source: _ActivationSource, trim: float, fitted: Callable[[_ActivationSource], Callable[[Tensor], Tensor]]
+) -> _ActivationSource:
     """The rows that are least strange to a fit to them: from half of all, growing to a share 1 − trim.
 
     Each step fits to what was kept and keeps what is then least strange (Rousseeuw and Van Driessen, "A Fast Algorithm
     for the Minimum Covariance Determinant Estimator", Technometrics 1999, call it a concentration step).
 
     Args:
-        pool: Activations.
+        source: Activations.
         trim: The share to leave out, in (0, 0.5).
-        fitted: From a pool to what tells how strange rows (n, d) are to a fit to it, (n,).
+        fitted: From a source to what tells how strange rows (n, d) are to a fit to it, (n,).
     """
-    rest = pool
+    rest = source
     for share in _GROWTH:
         strangeness = fitted(rest)
-        order = pool.processes.gather(torch.cat([strangeness(rows) for rows in pool])).argsort(stable=True)
-        rest = pool.only(order[: max(2, math.ceil(len(pool) * (0.5 + share * (0.5 - trim))))])
+        order = source.processes.gather(torch.cat([strangeness(rows) for rows in source])).argsort(stable=True)
+        rest = source.only(order[: max(2, math.ceil(len(source) * (0.5 + share * (0.5 - trim))))])
     return rest

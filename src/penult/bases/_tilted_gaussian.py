@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from penult.activations._source import Pool
+from penult.activations import _ActivationSource
 from penult.head import Head
 from penult.special import in_double
 
@@ -18,7 +18,7 @@ CovarianceType = Literal["full", "diag", "spherical"]
 
 def tilted_gaussian(
     head: Head,
-    pool: Pool,
+    source: _ActivationSource,
     covariance_type: CovarianceType,
     shrinkage: float,
     subspace: Tensor | None = None,
@@ -32,7 +32,7 @@ def tilted_gaussian(
 
     Args:
         head: The head with the rows w_y.
-        pool: Activations (N, d), unlabelled.
+        source: Activations (N, d), unlabelled.
         covariance_type: ``"full"``; ``"diag"`` for a diagonal Σ; ``"spherical"`` for Σ = σ² I.
         shrinkage: Share of T that is replaced by a multiple of the identity with the same trace.
         subspace: Orthonormal rows (q, d) on which rows and activations are read, or None for all of R^d.
@@ -43,17 +43,17 @@ def tilted_gaussian(
     Raises:
         ValueError: If all activations are equal.
     """
-    w_mean, spread_w = _row_moments(head, pool.mean_posterior(), subspace)
-    mean = _read(pool.mean(), subspace)
+    w_mean, spread_w = _row_moments(head, source.mean_posterior(), subspace)
+    mean = _read(source.mean(), subspace)
     spread = torch.zeros_like(spread_w)
-    for rows in pool:
+    for rows in source:
         centred = _read(rows, subspace) - mean
         spread += centred.T @ centred
-    spread = pool.processes.sum(spread) / len(pool)
+    spread = source.processes.sum(spread) / len(source)
     scale = spread.diagonal().mean()
     if not float(scale) > 0:
         raise ValueError(
-            f"all {len(pool)} activations are equal, so no base can be fitted; pass more, varied activations"
+            f"all {len(source)} activations are equal, so no base can be fitted; pass more, varied activations"
         )
     d = len(w_mean)
     if covariance_type == "spherical":

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from penult.activations import Activations
-from penult.activations._source import Pool
+from penult.activations import Activations, _ActivationSource
 from penult.bases._tilted_gaussian import CovarianceType, tilted_gaussian
 from penult.bases.base import Base, BaseInfo
 from penult.head import Head
@@ -98,7 +97,9 @@ class Gaussian(Base):
             raise ValueError(f"covariance_type must be 'full', 'diag' or 'spherical'; got {covariance_type!r}")
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in [0, 1]; got {shrinkage}")
-        loc, covariance = tilted_gaussian(head, Pool(head, activations, group), covariance_type, shrinkage)
+        loc, covariance = tilted_gaussian(
+            head, _ActivationSource(activations, head, min_rows=2, group=group), covariance_type, shrinkage
+        )
         base = cls(loc, covariance if covariance_type == "full" else covariance.diagonal())
         return base.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
 

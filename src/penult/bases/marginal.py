@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from penult._row_blocks import mean_row_of
-from penult.activations import Activations
-from penult.activations._source import Pool
+from penult.activations import Activations, _ActivationSource
 from penult.bases._class_samples import RowIndex, accept, block_size, class_means, expected_posterior, pick
 from penult.bases._distribution_module import Law, Sampler
 from penult.bases.base import Base, BaseInfo
@@ -178,22 +177,22 @@ class Marginal(Base):
         """
         if kind not in get_args(MarginalKind):
             raise ValueError(f"kind must be 'mixture', 'class', 'flow' or 'bank'; got {kind!r}")
-        pool = Pool(head, activations, group)
-        pool.rectified = _rectified(head, pool, rectified, kind)
+        source = _ActivationSource(activations, head, min_rows=2, group=group)
+        source.rectified = _rectified(head, source, rectified, kind)
         if positive is None:
-            positive = not pool.rectified and pool.minimum >= 0 and pool.zeros <= _FEW_ZEROS
+            positive = not source.rectified and source.minimum >= 0 and source.zeros <= _FEW_ZEROS
 
         def some() -> Tensor:
-            return pool.sample(max(1, _BANK // head.in_features), torch.Generator().manual_seed(seed))
+            return source.sample(max(1, _BANK // head.in_features), torch.Generator().manual_seed(seed))
 
         law: Sampler
         if kind == "mixture":
             count = min(max(32, head.num_classes), 100) if components is None else components
             law = PrincipalMixture.fit(
-                pool.stored,
+                source.stored,
                 count,
                 _dims(count) if dims is None else dims,
-                pool.rectified,
+                source.rectified,
                 positive,
                 seed,
                 group=group,
@@ -201,13 +200,13 @@ class Marginal(Base):
         elif kind == "class":
             count = _dims(head.num_classes) if dims is None else dims
             law = PrincipalMixture.from_posterior(
-                pool.stored, pool.posterior, count, pool.rectified, positive, group=group
+                source.stored, source.posterior, count, source.rectified, positive, group=group
             )
         elif kind == "flow":
-            rows = pool.stored if group is None else some()
-            law = NormalizingFlow.fit(rows, rectified=pool.rectified, seed=seed)
+            rows = source.stored if group is None else some()
+            law = NormalizingFlow.fit(rows, rectified=source.rectified, seed=seed)
         else:
-            law = Bank(some(), rectified=pool.rectified, validate_args=False)
+            law = Bank(some(), rectified=source.rectified, validate_args=False)
         return cls(head, law, seed=seed)
 
     @property
@@ -444,17 +443,17 @@ def _check_integer(name: str, value: Any, least: int, most: int) -> None:
         raise ValueError(f"{name} must be an integer from {least} to {most}; got {value!r}")
 
 
-def _rectified(head: Head, pool: Pool, asked: bool | None, kind: str) -> bool:
+def _rectified(head: Head, source: _ActivationSource, asked: bool | None, kind: str) -> bool:
     """Whether stored activations are pre-activations, see `Marginal.fit`."""
     relu = head.certificate is not None and head.certificate.rectified
-    if pool.declared and asked is False:
+    if source.declared and asked is False:
         raise ValueError("these Activations are pre-activations (pre_activation=True): leave rectified=False out")
-    if asked and pool.minimum >= 0:
+    if asked and source.minimum >= 0:
         raise ValueError(
-            f"rectified=True fits pre-activations, but of these activations none is negative (least {pool.minimum:.3g})"
-            ": they are rectified already. Extract what comes before: penult.extract(tap, loader, pre_activation=True)"
+            f"rectified=True fits pre-activations, but of these activations none is negative (least "
+            f"{source.minimum:.3g}): they are rectified already. Extract what comes before: penult.extract(tap, loader, pre_activation=True)"
         )
-    if asked is None and relu and pool.minimum >= 0 and kind != "bank":
+    if asked is None and relu and source.minimum >= 0 and kind != "bank":
         warnings.warn(
             "a ReLU stands right before this head, and these activations come after it: a law fitted to them has no "
             "exact zeros, and is easily told from them. Extract penult.extract(tap, loader, pre_activation=True) and "
@@ -462,4 +461,4 @@ def _rectified(head: Head, pool: Pool, asked: bool | None, kind: str) -> bool:
             UserWarning,
             stacklevel=3,
         )
-    return pool.rectified if asked is None else asked
+    return source.rectified if asked is None else asked

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from penult import special
-from penult.activations import Activations
-from penult.activations._source import Pool
+from penult.activations import Activations, _ActivationSource
 from penult.bases._chart import Chart
 from penult.bases._implied_radius import implied_radius, unit
 from penult.bases._radial import log_mass_at, radial_table
 from penult.bases._sphere_fit import Shape, fit_sphere, trimmed
 from penult.bases.base import Base, BaseInfo
-from penult.distributions import _sampling
+from penult.distributions import _around, _cosine_complement
 from penult.head import Head
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ class Sphere(Base):
             radii: How many radii to keep at most.
             trim: Share of the activations that the fit leaves out (elliptic only): those of the strangest direction
                 by the fit itself, which begins with the less strange half and grows. 0.2 makes outlier scores
-                survive a pool in which every tenth activation is an outlier; see the guide on outliers for what it
+                survive activations of which every tenth is an outlier; see the guide on outliers for what it
                 costs where there are none.
             group: Processes of ``torch.distributed`` that share the work. Each calls with the same arguments, reads its
                 own part of ``activations``, and gets the same fit, that of one process to rounding of sums.
@@ -179,22 +178,22 @@ class Sphere(Base):
             raise ValueError(f"shrinkage must lie in [0, 1] and radii be at least 1; got {shrinkage} and {radii}")
         if not 0 <= trim < 0.5 or (trim and shape != "elliptic"):
             raise ValueError(f"trim must lie in [0, 0.5), and needs shape='elliptic'; got {trim} with {shape!r}")
-        pool = Pool(head, activations, group)
+        source = _ActivationSource(activations, head, min_rows=2, group=group)
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
 
-        def fitted(part: Pool, radii: int) -> Sphere:
+        def fitted(part: _ActivationSource, radii: int) -> Sphere:
             chart, radius, log_weights = fit_sphere(head, part, shape, ambient, shrinkage, radii)
             return cls(radius, log_weights=log_weights, **chart._asdict()).to(head.weight.device, dtype)
 
         if trim:
 
-            def strangeness(part: Pool) -> Callable[[Tensor], Tensor]:
+            def strangeness(part: _ActivationSource) -> Callable[[Tensor], Tensor]:
                 base = fitted(part, radii=1)
                 table = radial_table(*base.seen(head), halvings=0)  # ranks need no more
                 return lambda rows: -base.direction_log_prob(head, base.project(rows.to(dtype)), table)
 
-            pool = trimmed(pool, trim, strangeness)
-        return fitted(pool, radii)
+            source = trimmed(source, trim, strangeness)
+        return fitted(source, radii)
 
     # --- the base's contract --------------------------------------------------------------------------------
 
@@ -263,8 +262,8 @@ class Sphere(Base):
                 (torch.searchsorted(table.reshape(-1), key) - index * radius.numel()).clamp(0, radius.numel() - 1)
             ]
         alone = len(weight) == 1
-        y = _sampling.cosine_complement(mean.shape[-1], r * (norms if alone else norms[index]), dtype, generator)
-        u = _sampling.around(mean[0] if alone else mean[index], y, generator) * r.unsqueeze(-1)
+        y = _cosine_complement(mean.shape[-1], r * (norms if alone else norms[index]), dtype, generator)
+        u = _around(mean[0] if alone else mean[index], y, generator) * r.unsqueeze(-1)
         return self._chart.push(u).to(weight.dtype)
 
     def radial_law(self, weight: Tensor) -> Tensor:

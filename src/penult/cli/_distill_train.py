@@ -68,10 +68,9 @@ def lesson_of(
     reporter: RichReporter,
 ) -> Lesson:
     """Targets of all images; a network sees them, and is then sent away."""
-    from penult._checks import as_by_guessing
+    from penult._checks import is_chance_level
     from penult.activations import extract
-    from penult.distill import Gate, TargetDataset, pseudo_labels, targets
-    from penult.distill._targets import SHARPNESS
+    from penult.distill import _SHARPNESS, Gate, TargetDataset, pseudo_labels, targets
 
     if tap is None:
         if kind == "hinted":
@@ -80,10 +79,10 @@ def lesson_of(
         return Lesson(TargetDataset(share.train, made), None, None)
     reporter.line(f"running the teacher over {len(share.train)} images, once")
     acts = extract(tap, loader_of(share.train, **loading), progress=True)
-    gate = Gate.fit(pair, acts, sharpness=SHARPNESS[kind], class_names=names)
+    gate = Gate.fit(pair, acts, sharpness=_SHARPNESS[kind], class_names=names)
     labels, believed = share.labels, gate.summary
     assert believed is not None
-    if believed.accuracy is not None and as_by_guessing(believed.accuracy, len(acts), pair.head.num_classes):
+    if believed.accuracy is not None and is_chance_level(believed.accuracy, len(acts), pair.head.num_classes):
         warnings.warn(
             f"the teacher gives {believed.accuracy:.1%} of the labels, as by guessing: are they numbers of its own "
             f"{pair.head.num_classes} classes, is it trained (--weights), and are the images as in its training "

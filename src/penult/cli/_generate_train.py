@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from penult import io
 from penult._extras import extra
-from penult.activations import Tap, extract
-from penult.activations._writer import checksum
+from penult.activations import Tap, _checksum, extract
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli._console import RichReporter, warnings_as_lines
 from penult.cli._generate_judge import JUDGED, evaluator_of, judged
@@ -159,7 +158,7 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
             order.path,
             order.fold,
         )
-        settings = order.settings | {"head": checksum(pair.head), "count": len(dataset)}
+        settings = order.settings | {"head": _checksum(pair.head), "count": len(dataset)}
         settings["content"] = digest(
             first,
             *(each for each in labels if each is not None),

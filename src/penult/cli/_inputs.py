@@ -220,13 +220,13 @@ def right_answers(acts: Activations) -> tuple[float, bool]:
     """How often a network gives the labels of activations, by some of them, and whether that is as by guessing."""
     import torch
 
-    from penult._checks import as_by_guessing
+    from penult._checks import is_chance_level
 
     places = torch.linspace(0, len(acts) - 1, min(len(acts), _LOOKED_AT), dtype=torch.float64).long()
     some = acts[places]
     assert some.labels is not None
     right = float(some.predicted.eq(some.labels).double().mean())
-    return right, as_by_guessing(right, len(places), acts.num_classes)
+    return right, is_chance_level(right, len(places), acts.num_classes)
 
 
 @contextmanager

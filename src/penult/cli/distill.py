@@ -119,7 +119,7 @@ def distill(
 
     settings = {name: plain(value) for name, value in locals().items() if name in _RECORDED}
     from penult import io
-    from penult.activations._writer import checksum
+    from penult.activations import _checksum
     from penult.distill import Distiller
     from penult.pair import load
     from penult.processes import Processes
@@ -148,7 +148,7 @@ def distill(
                 f"{data} has no labels, and the head in {teacher} cannot see images: give labelled images, or the "
                 "teacher's network (package.module:factory), which labels them itself"
             )
-        settings |= {"head": checksum(known.head), "images": len(dataset)}
+        settings |= {"head": _checksum(known.head), "images": len(dataset)}
         settings["content"] = digest(
             images,
             *(each.labels for each in (dataset, judge) if each is not None and each.labels is not None),

@@ -204,14 +204,14 @@ class _Scored:
     ) -> _Scored:
         import torch
 
-        from penult.scores._blocks import blocks_of
-        from penult.scores._pair_scores import raw_logits
+        from penult.activations import _ActivationSource
+        from penult.scores import _raw_logits
 
         parts = []
         with torch.no_grad():
-            for block in blocks_of(acts):
+            for block in _ActivationSource(acts, dtype="wide"):
                 for rows in block.to(pair.head.weight.device).split(max(1, _LOGITS // pair.head.num_classes)):
-                    top = raw_logits(pair.head, rows).softmax(-1).max(-1)
+                    top = _raw_logits(pair.head, rows).softmax(-1).max(-1)
                     parts.append((function(pair, rows).cpu(), top.indices.cpu(), top.values.cpu()))
             score, predicted, confidence = (torch.cat(each) for each in zip(*parts, strict=True))
             if bool(score.isnan().any()):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from penult.distill._gate import ClassTrust, Gate, GateSummary
 from penult.distill._losses import ActivationLoss, SoftTargetLoss
-from penult.distill._targets import TargetDataset, class_soft_targets, pseudo_labels, targets
+from penult.distill._targets import SHARPNESS, TargetDataset, class_soft_targets, pseudo_labels, targets
 
 if TYPE_CHECKING:
     from penult.distill._distiller import Distiller
@@ -45,3 +45,6 @@ __all__ = [
     "pseudo_labels",
     "targets",
 ]
+
+# Lent to other rooms of the package; not public.
+_SHARPNESS = SHARPNESS

@@ -15,9 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from penult._checks import check_positive
 from penult.distill._losses import ActivationLoss
-from penult.head import HeadCertificate, HeadNotFoundError, find_head
-from penult.head._capture import capture
-from penult.head._model import logits_of, untouched, unwrap
+from penult.head import HeadCertificate, HeadNotFoundError, _capture_forward, _logits_of, _untouched, _unwrap, find_head
 
 try:
     from lightning.pytorch import LightningModule
@@ -133,7 +131,7 @@ class Distiller(LightningModule):
         wanted = self.loss.in_features
         images = images[:_FEW]
         with torch.autocast(images.device.type, enabled=False):
-            with untouched(self.student):
+            with _untouched(self.student):
                 output = self.student(images)
             head, reason = None, ""
             try:
@@ -149,7 +147,7 @@ class Distiller(LightningModule):
         elif extracts:
             head = None
         else:
-            shape = tuple(logits_of(output).shape)
+            shape = tuple(_logits_of(output).shape)
             have = reason if head is None else f"its head reads {head.in_features}"
             raise ValueError(
                 f"the loss was made for in_features = {wanted}, but the student's output is {shape}, and {have}: "
@@ -192,7 +190,7 @@ class Distiller(LightningModule):
             RuntimeError: Features were never seen; see `locate`.
             ValueError: The student's own head is no linear layer that another could stand in for.
         """
-        student = copy.deepcopy(unwrap(self.student))
+        student = copy.deepcopy(_unwrap(self.student))
         if isinstance(self.loss, ActivationLoss):
             if not self._located:
                 raise RuntimeError(
@@ -306,18 +304,18 @@ class Distiller(LightningModule):
         """Where DistributedDataParallel looks: the student's own head gets no gradient, and is not waited for."""
         if self.certificate is None or not self.certificate.path:
             return []
-        head = unwrap(self.student).get_submodule(self.certificate.path)
+        head = _unwrap(self.student).get_submodule(self.certificate.path)
         paths = [path for path, module in self.named_modules() if module is head]
         return [f"{path}.{name}" for path in paths for name, _ in head.named_parameters()]
 
     def _read(self, x: Tensor) -> Tensor:
         """What the loss reads: features of the student, or its logits."""
         if not isinstance(self.loss, ActivationLoss):
-            return logits_of(self.student(x))
+            return _logits_of(self.student(x))
         if not self._located:
             self.locate(x)
         if self.certificate is not None:
-            return capture(unwrap(self.student), self.certificate, (x,), {})[0]
+            return _capture_forward(_unwrap(self.student), self.certificate, (x,), {})[0]
         features: Tensor = self.student(x)
         return features
 

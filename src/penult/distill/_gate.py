@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from penult._checks import check_labels
-from penult.activations import Activations
-from penult.activations._source import Pool
+from penult.activations import Activations, _ActivationSource
 from penult.distill._span_head import Canonical
 from penult.pair import GenerativePair
 
@@ -185,8 +184,11 @@ class Gate(nn.Module):
         gate = cls(pair, 1.0, tail, sharpness)
         if isinstance(activations, Activations):
             class_names = activations.class_names if class_names is None else class_names
-        pool, given = Pool(pair.head, activations), labels_of(activations, labels, pair.head.num_classes)
-        predicted, typical = gate._look(pool, given)
+        source, given = (
+            _ActivationSource(activations, pair.head, min_rows=2),
+            labels_of(activations, labels, pair.head.num_classes),
+        )
+        predicted, typical = gate._look(source, given)
         labels = predicted if given is None else given.to(predicted)
         right = predicted == labels
         full = float((typical >= 1).double().mean())
@@ -208,7 +210,7 @@ class Gate(nn.Module):
             for y in counts.nonzero().flatten().tolist()
         )
         gate.summary = GateSummary(
-            len(pool), given is not None, accuracy, trust, full, float(belief.double().mean()), classes
+            len(source), given is not None, accuracy, trust, full, float(belief.double().mean()), classes
         )
         return gate
 
@@ -229,7 +231,7 @@ class Gate(nn.Module):
         """
         k = self.pair.head.num_classes
         given = labels_of(activations, labels, k)
-        predicted, typical = self._look(Pool(self.pair.head, activations), given)
+        predicted, typical = self._look(_ActivationSource(activations, self.pair.head, min_rows=2), given)
         agrees = 1.0 if given is None else predicted == given.to(predicted)
         return self.trust**self.sharpness * typical * agrees
 
@@ -245,11 +247,11 @@ class Gate(nn.Module):
         """The part of ``repr(gate)`` between the brackets."""
         return f"trust={float(self.trust):.4g}, tail={self.tail:g}, sharpness={self.sharpness:g}"
 
-    def _look(self, pool: Pool, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _look(self, source: _ActivationSource, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the teacher predicts (N,), and min(1, F/τ) at the labels, or else at what it predicts (N,)."""
         own = self.canonical
         parts, start = [], 0
-        for rows in pool:
+        for rows in source:
             predicted = answers(self.pair, rows)
             y = predicted if labels is None else labels[start : start + len(rows)].to(predicted)
             start += len(rows)

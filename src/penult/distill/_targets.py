@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from penult._checks import check_labels, check_positive
-from penult.activations import Activations
-from penult.activations._source import Pool
+from penult.activations import Activations, _ActivationSource
 from penult.distill._gate import Gate, answers
 from penult.distill._span_head import Canonical, check_pair
 from penult.pair import GenerativePair
@@ -166,7 +165,7 @@ def targets(
         )
     g = gate(activations, labels).to(fallback).unsqueeze(-1)
     parts, hints, start = [], [], 0
-    for h in Pool(pair.head, activations):
+    for h in _ActivationSource(activations, pair.head, min_rows=2):
         if kind == "hinted":
             hints.append(h.to(fallback))
         if kind == "soft":
@@ -210,7 +209,7 @@ def pseudo_labels(pair: GenerativePair, activations: Tensor | Activations) -> Te
         tensor([0, 1])
     """
     check_pair(pair)
-    return torch.cat([answers(pair, h) for h in Pool(pair.head, activations)])
+    return torch.cat([answers(pair, h) for h in _ActivationSource(activations, pair.head, min_rows=2)])
 
 
 @final

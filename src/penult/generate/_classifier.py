@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from penult.activations import Tap
-from penult.head import Head
-from penult.head._model import evaluating, untouched
+from penult.head import Head, _evaluating, _untouched
 
 __all__ = ["Sight", "frozen", "moving"]
 
@@ -64,21 +63,21 @@ class Sight(nn.Module):
     def activations(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to h (B, d)."""
         self.needed("to see images with")
-        with untouched(self._models()):
+        with _untouched(self._models()):
             return torch.cat([self._see(part)[0] for part in x.split(_AT_ONCE)])
 
     @torch.no_grad()
     def answers(self, x: Tensor) -> Tensor:
         """The classes that images (B, C, H, W) are put into, (B,)."""
         self.needed("to reject images by")
-        with untouched(self._models()):
+        with _untouched(self._models()):
             return torch.cat([self._see(part)[1] for part in x.split(_AT_ONCE)]).argmax(-1)
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to h (B, d), with gradients for the images and none for the classifier."""
         self.needed("for feature consistency")
         models = self._models()
-        with evaluating(models), frozen(models):
+        with _evaluating(models), frozen(models):
             return self._see(x)[0]
 
     def needed(self, why: str) -> Tap:

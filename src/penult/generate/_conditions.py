@@ -8,8 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from penult.activations import Activations
-from penult.activations._source import Pool
+from penult.activations import Activations, _ActivationSource
 from penult.bases import Marginal
 from penult.distributions import Bank
 from penult.pair import GenerativePair
@@ -52,7 +51,7 @@ class Standardizer(nn.Module):
         self.register_buffer("scale", scale)
 
     @classmethod
-    def of(cls, blocks: list[Tensor] | Pool) -> Standardizer:
+    def of(cls, blocks: list[Tensor] | _ActivationSource) -> Standardizer:
         """Mean and scale of activations, blocks of (n, d).
 
         Raises:
@@ -79,7 +78,7 @@ class Standardizer(nn.Module):
     def of_pair(cls, pair: GenerativePair, activations: Tensor | Activations | None = None) -> Standardizer:
         """Mean and scale of activations, or else of draws of the pair; the global random state is left alone."""
         if activations is not None:
-            return cls.of(Pool(pair.head, activations))
+            return cls.of(_ActivationSource(activations, pair.head, min_rows=2))
         generator = torch.Generator(pair.head.weight.device).manual_seed(0)
         return cls.of([pair.sample((_DRAWS,), generator=generator)[0]])
 

@@ -19,7 +19,7 @@ from penult.generate._classifier import Sight, moving
 from penult.generate._conditions import Standardizer, bank_of, draw, without_data
 from penult.generate._lightning import Recorded
 from penult.generate._networks import check_image_shape
-from penult.head._model import untouched
+from penult.head import _untouched
 from penult.pair import GenerativePair
 
 __all__ = ["AT_ONCE", "ActivationGenerator", "Condition"]
@@ -389,7 +389,7 @@ class ActivationGenerator(Recorded, ABC):
 
     def _decoded(self, z: Tensor, h: Tensor) -> Tensor:
         h = h.to(z)
-        with untouched(self._core()):
+        with _untouched(self._core()):
             parts = [self.decode(*both) for both in zip(z.split(AT_ONCE), h.split(AT_ONCE), strict=True)]
         return torch.cat(parts) if parts else z.new_empty(0, *self.image_shape)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penult._checks import check_finite
-from penult.head._model import logits_of
+from penult.head import _logits_of
 
 __all__ = ["Balls", "Normal", "Overlap", "classification_accuracy", "frechet_distance", "nearer", "nearest", "overlap"]
 
@@ -279,7 +279,7 @@ def classification_accuracy(
 
 
 def _logits(network: nn.Module, images: Tensor, classes: int) -> Tensor:
-    logits = logits_of(network(images.to(torch.float32)))
+    logits = _logits_of(network(images.to(torch.float32)))
     if logits.shape != (len(images), classes):
         raise ValueError(
             f"the classifier gives logits of shape {tuple(logits.shape)} for {len(images)} images; with the "

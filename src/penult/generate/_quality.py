@@ -16,8 +16,7 @@ from penult._checks import check_finite, check_labels
 from penult.activations import Tap
 from penult.generate._image_metrics import Balls, Normal, classification_accuracy, nearer, nearest, overlap
 from penult.generate._images import Source, check_images, read_source, shuffled
-from penult.head import find_head
-from penult.head._model import untouched
+from penult.head import _untouched, find_head
 
 __all__ = ["Judge", "Quality", "quality"]
 
@@ -317,7 +316,7 @@ class Judge:
     def _forward(self, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, d) and predicted classes (N,)."""
         features, predicted = [], []
-        with untouched(self._tap):
+        with _untouched(self._tap):
             for block in images.split(self._batch_size):
                 h, logits = self._tap(block.to(self._device, self._dtype))
                 if h.ndim != 2 or len(h) != len(block):

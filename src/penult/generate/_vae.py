@@ -17,7 +17,7 @@ from penult.activations import Activations, Tap
 from penult.generate._generator import AT_ONCE, ActivationGenerator, Condition
 from penult.generate._lightning import scheduled
 from penult.generate._networks import autoencoder
-from penult.head._model import untouched
+from penult.head import _untouched
 from penult.pair import GenerativePair
 
 __all__ = ["ActivationVAE", "Likelihood"]
@@ -181,7 +181,7 @@ class ActivationVAE(ActivationGenerator):
 
     def code_of(self, x: Tensor, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """The means of q(z|x, h) (B, latent)."""
-        with untouched(self.encoder):
+        with _untouched(self.encoder):
             parts = zip(x.split(AT_ONCE), h.split(AT_ONCE), strict=True)
             return torch.cat([self.encode(*part)[0] for part in parts])
 

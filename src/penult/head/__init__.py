@@ -1,7 +1,20 @@
 """The head: the last linear layer of a classifier, and how it is found by evidence in any model."""
 
+from penult.head._capture import capture
 from penult.head._certificate import HeadCertificate, HeadNotFoundError
 from penult.head._find import find_head
 from penult.head._head import Head
+from penult.head._model import evaluating, logits_of, submodule, tensor_at, untouched, unwrap
+from penult.head._rectified import refuse_unrectified
 
 __all__ = ["Head", "HeadCertificate", "HeadNotFoundError", "find_head"]
+
+# Lent to other rooms of the package; not public.
+_capture_forward = capture
+_evaluating = evaluating
+_logits_of = logits_of
+_refuse_unrectified = refuse_unrectified
+_submodule = submodule
+_tensor_at = tensor_at
+_untouched = untouched
+_unwrap = unwrap

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from penult._progress import Progress, reporting
-from penult.activations import Activations
+from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.distributions import Bank
 from penult.head import Head
 from penult.pair import GenerativePair
 from penult.realism._compare import Examined, examine, measure
-from penult.realism._matched_rows import Labelled, halves, read_labels
+from penult.realism._matched_rows import halves, labelled_source, read_labels
 from penult.realism._result import Comparison, Realism, columns, jsonable, number
 from penult.realism._two_sample import require_sklearn
 
@@ -271,7 +271,7 @@ def choose(
     rows, rest = (_picked(activations, index) for index in (fitting, held_out))
     if len(rows) < 2 or len(rest) < 1:
         raise ValueError(f"{len(held)} activations are too few to split; pass more")
-    mine, other = Labelled(head, rest, held.labels[held_out]), Labelled(head, rows, held.labels[fitting])
+    mine, other = labelled_source(rest, head, held.labels[held_out]), labelled_source(rows, head, held.labels[fitting])
     real = examine(mine, source, other, seed, max_per_class, limit=_limit(other))
     ranked = []
     with reporting(progress or False, streams=False, unit="candidates") as report:
@@ -291,14 +291,14 @@ def _picked(activations: Tensor | Activations, index: Tensor) -> Tensor | Activa
     return activations[index.to(activations.device)] if isinstance(activations, Tensor) else activations[index]
 
 
-def _limit(fitted: Labelled) -> Tensor:
+def _limit(fitted: _ActivationSource) -> Tensor:
     """Half of the rows of each class (K,), by labels and by the head's own account.
 
     A bank without replacement then has two rows for each that it has to give.
     """
     head = fitted.head
     worth = torch.zeros(head.num_classes, dtype=torch.float64)
-    for h, _ in fitted:
+    for h in fitted:
         worth += head(h.to(head.weight.dtype)).float().softmax(-1).cpu().double().sum(0)
     counts = torch.bincount(fitted.labels, minlength=head.num_classes)
     return (torch.minimum(worth, counts.double()) / 2).ceil().long()

@@ -11,14 +11,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from penult._checks import as_by_guessing
+from penult._checks import is_chance_level
 from penult._progress import Progress, reporting
-from penult.activations import Activations
+from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Marginal, Sphere
 from penult.distributions import Bank
 from penult.head import Head
 from penult.pair import GenerativePair
-from penult.realism._matched_rows import Labelled, LabelSource, Matched, matched, read_labels
+from penult.realism._matched_rows import LabelSource, Matched, matched, read_labels
 from penult.realism._result import Calibration, ClassRealism, Collapse, Comparison, Prior, Realism, Spread, TiltIdentity
 from penult.realism._statistics import (
     collapse,
@@ -99,7 +99,7 @@ def compare(
         return measure(pair, real, seed, lambda: report(next(done), steps))
 
 
-def _reference(head: Head, reference: Reference, drawn: bool, generator: torch.Generator) -> Labelled:
+def _reference(head: Head, reference: Reference, drawn: bool, generator: torch.Generator) -> _ActivationSource:
     activations, labels = reference if isinstance(reference, tuple) else (reference, None)
     result, source = read_labels(head, activations, labels, generator, drawn, "reference")
     if source == "drawn" and not drawn:
@@ -198,7 +198,7 @@ class Examined:
     The real-against-real columns are measured once, on first use, for all pairs that are compared.
     """
 
-    held: Labelled
+    held: _ActivationSource
     source: LabelSource
     names: tuple[str, ...]
     rows: Matched
@@ -226,9 +226,9 @@ class Sides:
 
 
 def examine(
-    held: Labelled,
+    held: _ActivationSource,
     source: LabelSource,
-    reference: Labelled | None,
+    reference: _ActivationSource | None,
     seed: int,
     max_per_class: int,
     limit: Tensor | None = None,
@@ -252,7 +252,7 @@ def examine(
         limit=limit,
     )
     confidence, correct, posterior = [], [], torch.zeros(head.num_classes, dtype=torch.float64)
-    for h, y in held:
+    for h, y in held.labelled():
         p = head(h.to(head.weight.dtype)).float().softmax(-1)
         top = p.max(-1)
         confidence.append(top.values.cpu())
@@ -260,7 +260,7 @@ def examine(
         posterior += p.cpu().double().sum(0)
     trust, right = torch.cat(confidence), torch.cat(correct)
     known, answered = source != "drawn", float(right.double().mean())
-    if known and as_by_guessing(answered, len(right), head.num_classes):
+    if known and is_chance_level(answered, len(right), head.num_classes):
         warnings.warn(
             f"the head gives {answered:.1%} of the labels, as by guessing: are they numbers of its own "
             f"{head.num_classes} classes, and is it trained? If not, draws of each class are set beside real ones of "
@@ -268,7 +268,7 @@ def examine(
             UserWarning,
             stacklevel=4,  # the caller of compare or choose, which torch.no_grad wraps
         )
-    names = held.source.class_names if isinstance(held.source, Activations) else None
+    names = held.class_names
     return Examined(
         held,
         source,

@@ -2,92 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from penult._checks import check_labels
-from penult.activations import Activations
+from penult._checks import integer_labels
+from penult.activations import Activations, _ActivationSource
 from penult.head import Head
 
-__all__ = ["LabelSource", "Labelled", "Matched", "halves", "matched", "read_labels"]
+__all__ = ["LabelSource", "Matched", "halves", "labelled_source", "matched", "read_labels"]
 
 LabelSource = Literal["given", "stored", "drawn"]
 
-_BATCH = 1 << 13  # rows read at a time
-_LOGITS = 1 << 24  # and logits
 
-
-@final
-class Labelled:
-    """Activations (N, d) that a head reads, each with a label; looked at some at a time.
-
-    Args:
-        head: The head.
-        activations: A floating tensor, or `Activations`; pre-activations are read as max(u, 0), which is what the
-            head reads.
-        labels: (N,), kept on the CPU.
-    """
-
-    def __init__(self, head: Head, activations: Tensor | Activations, labels: Tensor) -> None:
-        self.head, self.source, self.labels = head, activations, labels.cpu()
-        self.rectify = isinstance(activations, Activations) and activations.pre_activation
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows (n, d) in the head's precision and on its device, and their labels (n,), in order."""
-        start = 0
-        for rows in read(self.head, self.source):
-            yield rows, self.labels[start : start + len(rows)].to(rows.device)
-            start += len(rows)
-
-    def take(self, index: Tensor) -> Tensor:
-        """Rows (M, d) of an index (M,), on the CPU."""
-        if isinstance(self.source, Tensor):
-            return _converted(self.head, self.source[index.to(self.source.device)], False).cpu()
-        return _converted(self.head, self.source[index].activations, self.rectify).cpu()
-
-
-def read(head: Head, activations: Tensor | Activations) -> Iterator[Tensor]:
-    """All rows in order, (n, d) at a time, as the head reads them: on its device, in its precision, rectified."""
-    size = max(1, min(_BATCH, _LOGITS // head.num_classes))
-    if isinstance(activations, Tensor):
-        yield from (_converted(head, rows, False) for rows in activations.split(size))
-    else:
-        rectify = activations.pre_activation
-        yield from (_converted(head, part.activations, rectify) for part in activations.batches(size))
-
-
-def _converted(head: Head, rows: Tensor, rectify: bool) -> Tensor:
-    weight = head.weight
-    rows = rows.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    return rows.clamp_min(0) if rectify else rows
-
-
-def check(head: Head, activations: Tensor | Activations, name: str) -> None:
-    """Raise unless they are finite rows (N, d) for the head.
-
-    Raises:
-        TypeError: They are neither a floating tensor nor `Activations`.
-        ValueError: A wrong shape, NaN or infinity.
-    """
-    if isinstance(activations, Activations):
-        shape: tuple[int, ...] = (len(activations), activations.in_features)
-    elif isinstance(activations, Tensor) and activations.is_floating_point():
-        shape = tuple(activations.shape)
-    else:
-        what = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
-        raise TypeError(f"{name} must be a floating tensor (N, d) or penult.Activations, got {what}")
-    if len(shape) != 2 or shape[1] != head.in_features or shape[0] < 1:
-        raise ValueError(f"{name} has shape {shape}; this head reads (N, {head.in_features}), N >= 1")
-    bad = sum(int((~rows.isfinite().all(-1)).sum()) for rows in read(head, activations))
-    if bad:
-        raise ValueError(f"{bad} of {shape[0]} rows of {name} hold NaN or infinity; leave them out first")
+def labelled_source(
+    activations: Tensor | Activations,
+    head: Head,
+    labels: Tensor | Sequence[int] | None = None,
+    *,
+    name: str = "activations",
+) -> _ActivationSource:
+    """The rows that a head reads, with labels (N,), in the head's precision, float32 or wider."""
+    return _ActivationSource(
+        activations, head, labels=labels, name=name, dtype=torch.promote_types(head.weight.dtype, torch.float32)
+    )
 
 
 def read_labels(
@@ -97,33 +38,33 @@ def read_labels(
     generator: torch.Generator,
     drawn: bool = False,
     name: str = "activations",
-) -> tuple[Labelled, LabelSource]:
+) -> tuple[_ActivationSource, LabelSource]:
     """Activations with their labels: those given, else those stored with them, else y ~ softmax(head(h)).
 
     Args:
         head: The head.
-        activations: What it reads, checked here.
+        activations: Activations (N, d) that it reads.
         labels: Labels (N,) or None.
         generator: Source of drawn labels, on the head's device.
-        drawn: Draw them in any case.
-        name: What errors call the activations.
+        drawn: Draw the labels even where there are some.
+        name: What messages call the activations.
+
+    Raises:
+        TypeError: Activations or labels of a wrong type.
+        ValueError: A wrong shape, NaN or infinity, or a label out of range.
     """
-    check(head, activations, name)
+    origin: LabelSource = "given"
+    if labels is None and isinstance(activations, Activations):
+        labels, origin = activations.labels, "stored"
+    source = labelled_source(activations, head, None if drawn else labels, name=name)
     if labels is not None and not drawn:
-        y = torch.as_tensor(labels)
-        if y.shape != (len(activations),):
-            raise ValueError(f"labels have shape {tuple(y.shape)}; {name} need one for each row: ({len(activations)},)")
-        check_labels(y, torch.Size((len(activations), head.num_classes)))
-        return Labelled(head, activations, y.long()), "given"
-    stored = activations.labels if isinstance(activations, Activations) else None
-    if stored is not None and not drawn:
-        check_labels(stored, torch.Size((len(activations), head.num_classes)))
-        return Labelled(head, activations, stored.long()), "stored"
+        integer_labels(source.labels, num_classes=head.num_classes)
+        return source, origin
     parts = []
-    for rows in read(head, activations):
+    for rows in source:
         p = head(rows.to(head.weight.dtype)).float().softmax(-1)
         parts.append(torch.multinomial(p, 1, generator=generator).squeeze(-1))
-    return Labelled(head, activations, torch.cat(parts)), "drawn"
+    return source.with_labels(torch.cat(parts)), "drawn"
 
 
 @dataclass(frozen=True)
@@ -158,8 +99,8 @@ def halves(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Te
 
 
 def matched(
-    held: Labelled,
-    reference: Labelled | None,
+    held: _ActivationSource,
+    reference: _ActivationSource | None,
     generator: torch.Generator,
     *,
     pool: int,
@@ -216,7 +157,7 @@ def matched(
     tested = enough[torch.randperm(len(enough), generator=generator)[:classes]].sort().values
     per_class = (_places(labels)[0] < most) & torch.isin(labels, tested)
     kept = pooled | per_class
-    real, other = (side.take(index[kept]) for (side, _), index in zip(sides, chosen, strict=True))
+    real, other = (side.rows_at(index[kept]) for (side, _), index in zip(sides, chosen, strict=True))
     return Matched(real, other, labels[kept], pooled[kept], tuple(tested.tolist()), per_class[kept])
 
 

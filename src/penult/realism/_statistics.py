@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from penult import special
+from penult.activations import _ActivationSource
 from penult.bases import Sphere
 from penult.head import Head
-from penult.realism._matched_rows import Labelled
 from penult.realism._result import Collapse, Histogram, Spread, TiltIdentity
 from penult.special import working_dtype
 
@@ -177,13 +177,13 @@ def _spread(real: Tensor, drawn: Tensor, distance: float, real_distance: float) 
 
 
 @torch.no_grad()
-def collapse(head: Head, held: Labelled) -> tuple[Collapse, TiltIdentity]:
+def collapse(head: Head, held: _ActivationSource) -> tuple[Collapse, TiltIdentity]:
     """Neural-collapse figures and tilt identity of labelled activations, as sums over one pass, in float64."""
     rows = head.centered_weight().cpu().double()
     norms = torch.linalg.vector_norm(rows, dim=-1)
     bias = head.full_bias.cpu().double()
     moments = _Moments(rows)
-    for h, y in held:
+    for h, y in held.labelled():
         moments.update(h.cpu().double(), y.cpu())
     seen = moments.count > 0
     means, w = moments.means()[seen], rows[seen]

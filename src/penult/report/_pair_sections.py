@@ -19,7 +19,7 @@ from penult.realism import Realism, compare
 from penult.report import plots
 from penult.report import realism as figures
 from penult.report.page import Page, Section
-from penult.scores._pair_scores import raw_logits
+from penult.scores import _raw_logits
 
 __all__ = ["geometry", "head", "label", "laws", "realism", "share"]
 
@@ -162,7 +162,7 @@ def _drawn_laws(pair: GenerativePair, generator: torch.Generator) -> list[tuple[
     own, base = pair.head, pair.base
     count = max(200, min(_DRAWS, _NUMBERS // max(own.num_classes, own.in_features)))
     h, y = pair.sample((count,), generator)
-    p = raw_logits(own, h).cpu().double().softmax(-1)
+    p = _raw_logits(own, h).cpu().double().softmax(-1)
     hits = torch.bincount(y.cpu(), minlength=own.num_classes).double()
     doubt = (base.info.mgf_standard_error or 0.0) * p.sum(0)
     variance = (p * (1 - p)).sum(0)

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from penult import scores
 from penult._extras import extra
-from penult.activations import Activations
+from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
 from penult.report import _pair_sections as sections
 from penult.report._pair_scores import FAMILIAR, Images, ScoredSet, familiarity, pictured
 from penult.report.page import Page
-from penult.scores._blocks import blocks_of
-from penult.scores._pair_scores import raw_logits
+from penult.scores import _raw_logits
 
 __all__ = ["FAMILIAR", "build", "page"]
 
@@ -188,11 +187,11 @@ def _read(
     first, constant, start, bar = None, True, 0, 0.0
     step = max(1, _LOGITS // head.num_classes)
     try:
-        for block in blocks_of(acts):
+        for block in _ActivationSource(acts, dtype="wide"):
             first = block[0] if first is None else first
             constant = constant and bool((block == first).all())
             for rows in block.to(head.weight.device).split(step):
-                p = raw_logits(head, rows).softmax(-1)
+                p = _raw_logits(head, rows).softmax(-1)
                 stored = acts[start : start + len(rows)].logits.to(p).softmax(-1)
                 start += len(rows)
                 bar = 1e-9 if p.dtype == torch.float64 else 1e-5

@@ -20,7 +20,7 @@ of them into a test with a false alarm rate that it keeps:
 """
 
 from penult.scores._fitted import KNN, Mahalanobis, RelativeMahalanobis, ViM
-from penult.scores._pair_scores import density, directional, energy, max_logit, msp, usual
+from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits, usual
 from penult.scores._score import Score
 from penult.scores._threshold import Threshold
 
@@ -38,3 +38,6 @@ __all__ = [
     "msp",
     "usual",
 ]
+
+# Lent to other rooms of the package; not public.
+_raw_logits = raw_logits

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penult.activations import Activations
+from penult._checks import integer_labels
+from penult.activations import Activations, _ActivationSource
 from penult.head import Head
-from penult.scores._blocks import blocks_of, check_integers, labelled_blocks
 from penult.scores._pair_scores import raw_logits
 from penult.scores._score import Score
 from penult.special import in_double, in_full, working_dtype
@@ -214,7 +214,7 @@ class KNN(Score):
             device = None if generator is None else generator.device
             chosen = torch.randperm(total, generator=generator, device=device)[:size].sort().values.cpu()
         parts, start = [], 0
-        for rows in blocks_of(activations):
+        for rows in _ActivationSource(activations, dtype="wide"):
             here = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
             parts.append(rows[here.to(rows.device)])
             start += len(rows)
@@ -313,14 +313,14 @@ class ViM(Score):
             raise ValueError(f"dims is {dims}; a principal space of d = {d} dimensions has from 1 to {d - 1}")
         origin = _origin(head)
         square = torch.zeros(d, d, dtype=torch.float64, device=origin.device)
-        for rows in blocks_of(activations):
+        for rows in _ActivationSource(activations, dtype="wide"):
             if rows.shape[1] != d:
                 raise ValueError(f"activations has {rows.shape[1]} features; the head takes {d}")
             apart = rows.to(origin) - origin
             square += apart.T @ apart
         residual = torch.linalg.eigh(square).eigenvectors[:, : d - dims]
         largest, norm = 0.0, 0.0
-        for rows in blocks_of(activations):
+        for rows in _ActivationSource(activations, dtype="wide"):
             largest += float(in_double(raw_logits(head, rows.to(head.weight.device)).amax(-1)).sum())
             norm += float(torch.linalg.vector_norm((rows.to(origin) - origin) @ residual, dim=-1).sum())
         if not norm > 0:
@@ -373,15 +373,15 @@ def labels_of(activations: Tensor | Activations, labels: Tensor | None) -> Tenso
         raise ValueError(
             "class means need labels (N,), and there are none; the head's predictions will do: labels=acts.predicted"
         )
-    check_integers(labels)
-    return labels
+    return integer_labels(labels, (len(activations),))
 
 
 def class_moments(activations: Tensor | Activations, labels: Tensor, shrinkage: float) -> tuple[Tensor, ...]:
     """Means (K, d) of classes that have rows, covariance within classes, mean (d,) and covariance of all."""
     classes, index = labels.unique(return_inverse=True)
+    source = _ActivationSource(activations, labels=index, dtype="wide")
     sums: Any = None
-    for rows, y in labelled_blocks(activations, index):
+    for rows, y in source.labelled():
         wide = in_double(rows)
         if sums is None:
             sums = wide.new_zeros(len(classes), rows.shape[1])
@@ -389,7 +389,7 @@ def class_moments(activations: Tensor | Activations, labels: Tensor, shrinkage: 
     counts = index.bincount(minlength=len(classes)).to(sums)
     means, mean = sums / counts.unsqueeze(-1), sums.sum(0) / counts.sum()
     within = sums.new_zeros(sums.shape[1], sums.shape[1])
-    for rows, y in labelled_blocks(activations, index):
+    for rows, y in source.labelled():
         apart = in_double(rows) - means[y.to(means.device)]
         within += apart.T @ apart
     apart = means - mean

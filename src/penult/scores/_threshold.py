@@ -10,9 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult.activations import Activations
+from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
-from penult.scores._blocks import blocks_of
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp
 from penult.scores._score import Score, drop_missing, resize
 
@@ -107,7 +106,7 @@ class Threshold(nn.Module):
         if pair is None and score in _OF_PAIRS:
             raise TypeError(f"{_name(score)} is a score of a pair: give it, pair=pair")
         function = score if pair is None else _Bound(score, pair)
-        found = [function(rows) for rows in blocks_of(activations)]
+        found = [function(rows) for rows in _ActivationSource(activations, dtype="wide")]
         return cls(function, torch.cat(found), false_alarm)
 
     def get_extra_state(self) -> Tensor:
