@@ -451,7 +451,8 @@ def _rectified(head: Head, source: _ActivationSource, asked: bool | None, kind: 
     if asked and source.minimum >= 0:
         raise ValueError(
             f"rectified=True fits pre-activations, but of these activations none is negative (least "
-            f"{source.minimum:.3g}): they are rectified already. Extract what comes before: penult.extract(tap, loader, pre_activation=True)"
+            f"{source.minimum:.3g}): they are rectified already. Extract what comes before: "
+            "penult.extract(tap, loader, pre_activation=True)"
         )
     if asked is None and relu and source.minimum >= 0 and kind != "bank":
         warnings.warn(
