@@ -1,5 +1,8 @@
 """Base measures: what all classes of a head share."""
 
+import sys
+
+from penult.bases import _distribution_module
 from penult.bases.base import Base, BaseInfo
 from penult.bases.gaussian import Gaussian
 from penult.bases.marginal import Marginal
@@ -7,3 +10,6 @@ from penult.bases.sphere import Sphere
 from penult.distributions import Bank as Bank  # the empirical case of a marginal
 
 __all__ = ["Base", "BaseInfo", "Gaussian", "Marginal", "Sphere"]
+
+# Pickles that earlier versions wrote name these modules.
+sys.modules["penult.bases._laws"] = _distribution_module

@@ -14,6 +14,9 @@
 The readers need the extra ``data``; shifts need torch alone.
 """
 
+import sys
+
+from penult.data import _dataset, _shifts
 from penult.data._dataset import ImageDataset, Images
 from penult.data._folder import folder
 from penult.data._npz import npz
@@ -33,3 +36,7 @@ __all__ = [
     "read",
     "shift",
 ]
+
+# Pickles that earlier versions wrote name these modules.
+sys.modules["penult.data._images"] = _dataset
+sys.modules["penult.data._shifted"] = _shifts

@@ -17,8 +17,10 @@ activation of the class is, which no shift of the images can change:
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from penult.distill import _span_head
 from penult.distill._gate import ClassTrust, Gate, GateSummary
 from penult.distill._losses import ActivationLoss, SoftTargetLoss
 from penult.distill._targets import SHARPNESS, TargetDataset, class_soft_targets, pseudo_labels, targets
@@ -48,3 +50,6 @@ __all__ = [
 
 # Lent to other rooms of the package; not public.
 _SHARPNESS = SHARPNESS
+
+# Pickles that earlier versions wrote name this module.
+sys.modules["penult.distill._canonical"] = _span_head

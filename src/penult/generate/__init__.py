@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
+from penult.generate import _classifier
 from penult.generate._image_metrics import frechet_distance
 from penult.generate._quality import Judge, Quality, quality
 
@@ -69,3 +71,6 @@ def load(path: str | os.PathLike[str], **options: Any) -> ActivationGenerator:
 __all__ = [
     "ActivationGAN", "ActivationGenerator", "ActivationVAE", "Judge", "Quality", "frechet_distance", "load", "quality",
 ]  # fmt: skip
+
+# Pickles that earlier versions wrote name these modules.
+sys.modules["penult.generate._sight"] = _classifier

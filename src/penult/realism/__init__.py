@@ -5,6 +5,9 @@ activations look like its draws, which is what is measured here, next to what re
 real ones. Two-sample tests need scikit-learn (extra ``data``).
 """
 
+import sys
+
+from penult.realism import _choose
 from penult.realism._choose import CANDIDATES, Candidate, Ranked, Ranking, choose
 from penult.realism._compare import compare
 from penult.realism._result import (
@@ -40,3 +43,6 @@ __all__ = [
     "energy_coefficient",
     "two_sample_auc",
 ]
+
+# Pickles that earlier versions wrote name these modules.
+sys.modules["penult.realism._ranking"] = _choose

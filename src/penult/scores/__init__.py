@@ -19,6 +19,9 @@ of them into a test with a false alarm rate that it keeps:
     [False, True]
 """
 
+import sys
+
+from penult.scores import _pair_scores
 from penult.scores._fitted import KNN, Mahalanobis, RelativeMahalanobis, ViM
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits, usual
 from penult.scores._score import Score
@@ -41,3 +44,6 @@ __all__ = [
 
 # Lent to other rooms of the package; not public.
 _raw_logits = raw_logits
+
+# Pickles that earlier versions wrote name these modules.
+sys.modules["penult.scores._of_pairs"] = _pair_scores
