@@ -1,16 +1,16 @@
 r"""Scalar special functions of the unit sphere in R^dim, exact to any derivative.
 
-The von Mises-Fisher law with concentration κ tilts the uniform law of the sphere by exp(κ t), t the cosine
-to its mean direction. All of it follows from the moment generating function of t,
+The von Mises-Fisher distribution with concentration κ tilts the uniform distribution on the sphere by exp(κ t), where
+t is the cosine to the mean direction. All of its functions follow from the moment generating function of t,
 
 .. math:: F(\kappa) &= \log E\,e^{\kappa t} = \log {}_0F_1(; d/2; \kappa^2/4) \\
           &= \log\,[\Gamma(\nu+1) (2/\kappa)^\nu I_\nu(\kappa)],\qquad \nu = d/2 - 1,
 
 which is smooth, even and zero at κ = 0. Its derivatives are F' = A (the mean of t) and F'' = V (its variance).
-F is evaluated by Debye's uniform expansion at an order of at least 20 and, below dimension 42, a downward
-recurrence whose terms are all positive; nothing under- or overflows, and errors stay relative (DLMF 10.41,
-10.29; Amos 1974). float16, bfloat16 and float32 inputs are computed in float64 and rounded once; a device
-without float64 takes a float32 route (F to 3e-6, A to 4e-7).
+F is evaluated by Debye's uniform expansion at an order of at least 20 and, below dimension 42, a downward recurrence
+whose terms are all positive. Nothing underflows or overflows, and the relative error stays small (DLMF 10.41, 10.29;
+Amos 1974). float16, bfloat16 and float32 inputs are computed in float64 and rounded once. Devices without float64 use
+float32 (error of F 3e-6, of A 4e-7).
 """
 
 from penult.special._cosine import cosine_cdf, cosine_log_prob, cosine_shift, gauss_legendre

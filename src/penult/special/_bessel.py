@@ -1,4 +1,4 @@
-"""F and its derivatives: kernels in tensors, made differentiable to any order."""
+"""F and its derivatives: tensor kernels, and autograd functions that are differentiable to any order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 #
 #     8 E_1 = 1 − 5 p²,    2 E_{k+1} = ((p² − p⁴) E_k)' + (p² − p⁴) Σ_{i+j=k} E_i E_j
 #
-# so that 8^k E_k has integer coefficients. Everything up to the last rounding is exact.
+# so that 8^k E_k has integer coefficients. The arithmetic is exact until the last rounding.
 
 
 class Expansion(NamedTuple):
@@ -42,7 +42,7 @@ class Expansion(NamedTuple):
 
     Attributes:
         order: The order M ≥ ν at which the expansion is evaluated.
-        steps: How many downward recurrence steps lead from M to ν.
+        steps: Number of downward recurrence steps from M to ν.
         value: H with Σ_k (D_k(p) − D_k(1)) / M^k = (p − 1) H.
         slope: T = Σ_k E_k(p) / M^k.
         curvature: dT/dp.
@@ -56,26 +56,26 @@ class Expansion(NamedTuple):
 
 
 def _derivatives(terms: int) -> list[dict[int, int]]:
-    """The polynomials 8^k E_k for k = 1..terms as {power of p: integer coefficient}."""
-    found = [{0: 1, 2: -5}]
+    """Return the polynomials 8^k E_k for k = 1..terms as {power of p: integer coefficient}."""
+    polynomials = [{0: 1, 2: -5}]
     for k in range(1, terms):
         following: dict[int, int] = {}
-        for n, a in found[k - 1].items():
+        for n, a in polynomials[k - 1].items():
             following[n + 1] = following.get(n + 1, 0) + 4 * (n + 2) * a
             following[n + 3] = following.get(n + 3, 0) - 4 * (n + 4) * a
         for i in range(1, k):
-            for n, a in found[i - 1].items():
-                for m, b in found[k - i - 1].items():
+            for n, a in polynomials[i - 1].items():
+                for m, b in polynomials[k - i - 1].items():
                     following[n + m + 2] = following.get(n + m + 2, 0) + 4 * a * b
                     following[n + m + 4] = following.get(n + m + 4, 0) - 4 * a * b
-        found.append(following)
-    return found
+        polynomials.append(following)
+    return polynomials
 
 
 def _chebyshev(power: dict[int, int], scale: int) -> list[float]:
-    """Chebyshev coefficients on p in [0, 1] of Σ_n power[n] p^n / scale, each correctly rounded.
+    """Return the correctly rounded Chebyshev coefficients on p in [0, 1] of Σ_n power[n] p^n / scale.
 
-    Uses p^n = 2^{1−2n} Σ_j' C(2n, n−j) T_j(2p − 1), the prime halving the term j = 0.
+    Uses p^n = 2^{1−2n} Σ_j' C(2n, n−j) T_j(2p − 1), where the prime halves the term j = 0.
     """
     top = max(power)
     sums = [0] * (top + 1)
@@ -89,12 +89,12 @@ def _chebyshev(power: dict[int, int], scale: int) -> list[float]:
 
 @functools.cache
 def _tables(terms: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Chebyshev coefficients of G_k = (D_k(p) − D_k(1)) / (p − 1) and of E_k, k = 1..terms."""
+    """Return the Chebyshev coefficients of G_k = (D_k(p) − D_k(1)) / (p − 1) and of E_k, k = 1..terms."""
     common = math.lcm(*range(1, 3 * terms + 1))
     values, slopes = [], []
     for k, e in enumerate(_derivatives(terms), start=1):
         slopes.append(_chebyshev(e, 8**k))
-        # (p^{n+1} − 1) / (p − 1) = 1 + p + … + p^n, hence suffix sums of the integrated coefficients.
+        # (p^{n+1} − 1) / (p − 1) = 1 + p + … + p^n, so the coefficients are suffix sums.
         quotient, total = {}, 0
         for n in range(max(e), -1, -1):
             total += e.get(n, 0) * (common // (n + 1))
@@ -104,7 +104,7 @@ def _tables(terms: int) -> tuple[list[list[float]], list[list[float]]]:
 
 
 def _collapse(table: list[list[float]], order: float, tolerance: float) -> tuple[float, ...]:
-    """Sum the terms k at one order, cut the Chebyshev tail, and return powers of q."""
+    """Sum the terms k at one order, cut the Chebyshev tail, and return coefficients of powers of q."""
     length = len(table[-1])
     series = [
         math.fsum(row[j] / order**k for k, row in enumerate(table, start=1) if j < len(row)) for j in range(length)
@@ -123,14 +123,14 @@ def _collapse(table: list[list[float]], order: float, tolerance: float) -> tuple
 
 @functools.lru_cache(maxsize=1024)
 def expansion(dim: int, double: bool = True) -> Expansion:
-    """Coefficients for ν = dim/2 − 1, in double or (for devices without float64) single precision.
+    """Return the coefficients for ν = dim/2 − 1, in double or (for devices without float64) single precision.
 
     Args:
         dim: Dimension of the ambient space, at least 1.
         double: Whether the arithmetic is float64 (14 terms from order 20) or float32 (5 from order 6).
 
     Returns:
-        The :class:`Expansion` at the lowest order M = ν + steps that the number of terms serves.
+        The :class:`Expansion` at the lowest order M = ν + steps at which that number of terms is accurate enough.
     """
     nu = dim / 2 - 1
     lowest, terms, epsilon = (20, 14, 1e-17) if double else (6, 5, 1e-8)
@@ -143,7 +143,8 @@ def expansion(dim: int, double: bool = True) -> Expansion:
     return Expansion(order, steps, value, slope, curvature)
 
 
-_CHUNK = 1 << 15  # elements evaluated at a time: a dozen float64 temporaries then stay in cache
+# Number of elements evaluated at a time: a dozen float64 temporaries of that size stay in the cache.
+_CHUNK = 1 << 15
 
 Kernel = Callable[[Tensor, int], Tensor]
 FunctionPair = tuple[type[Function], type[Function]]
@@ -153,9 +154,9 @@ FunctionPair = tuple[type[Function], type[Function]]
 
 
 class _State:
-    """Debye's expansion of order M at κ: what the kernels share, computed on demand.
+    """Debye's expansion of order M at κ, shared by the kernels.
 
-    The formulas are sums of terms of one sign: every result is relatively accurate at any κ ≥ 0.
+    The formulas are sums of terms of one sign, so every result has a small relative error at any κ ≥ 0.
     """
 
     def __init__(self, kappa: Tensor, dim: int) -> None:
@@ -169,17 +170,19 @@ class _State:
         self.q = 2 * self.p - 1
 
     def slope(self) -> Tensor:
+        """Return T = Σ_k E_k(p) / M^k."""
         return _horner(self.series.slope, self.q)
 
     def ratio(self) -> Tensor:
-        """A_M / κ at order M."""
+        """Return A_M / κ at order M."""
         return self.gap - (0.5 + self.p * self.slope()) / (self.s * self.s)
 
     def rise(self) -> Tensor:
-        """ρ_M = 2 (M + 1) A_M / κ, which the downward recurrence ρ → 1 / (1 + x ρ / (m (m + 1))) starts from."""
+        """Return ρ_M = 2 (M + 1) A_M / κ, the start of the downward recurrence ρ → 1 / (1 + x ρ / (m (m + 1)))."""
         return 2 * (self.order + 1) * self.ratio()
 
     def orders(self) -> list[float]:
+        """Return the orders m = M, M − 1, ..., ν + 1 of the recurrence."""
         return [self.order - i for i in range(self.series.steps)]
 
 
@@ -187,10 +190,12 @@ def _series(dim: int, double: bool) -> Expansion:
     return expansion(dim, double)
 
 
-_series._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it, rather than trace it
+# torch.compile calls the function and stores its result as a constant, instead of tracing it.
+_series._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _log_mgf(kappa: Tensor, dim: int) -> Tensor:
+    """Return F(κ)."""
     state = _State(kappa, dim)
     order, w = state.order, kappa * kappa * state.gap
     f = w - order * torch.log1p(w / (2 * order)) - 0.5 * torch.log1p(w / order)
@@ -199,6 +204,7 @@ def _log_mgf(kappa: Tensor, dim: int) -> Tensor:
 
 
 def _log_mgf_deficit(kappa: Tensor, dim: int) -> Tensor:
+    """Return κ − F(κ)."""
     if dim == 1:
         return torch.log1p(kappa.tanh())
     state = _State(kappa, dim)
@@ -210,13 +216,14 @@ def _log_mgf_deficit(kappa: Tensor, dim: int) -> Tensor:
 
 
 def _log_growth(state: _State) -> Tensor | float:
-    """F_ν − F_M, the logarithm of the product of the recurrence's factors 1 + e."""
+    """Return F_ν − F_M, the logarithm of the product of the recurrence's factors 1 + e."""
     if not state.series.steps:
         return 0.0
     x, rho = state.kappa * state.kappa / 4, state.rise()
     total: Tensor | float = 0.0
     product = torch.zeros_like(x)
-    flush = 10 if state.double else 3  # before the product of factors of order κ can overflow
+    # The logarithm is taken every few steps, before the product of factors of order κ can overflow.
+    flush = 10 if state.double else 3
     for i, m in enumerate(state.orders(), start=1):
         e = x * rho / (m * (m + 1))
         rho = 1 / (1 + e)
@@ -228,6 +235,7 @@ def _log_growth(state: _State) -> Tensor | float:
 
 
 def mean(kappa: Tensor, dim: int) -> Tensor:
+    """Return A(κ)."""
     if dim == 1:
         return kappa.tanh()
     state = _State(kappa, dim)
@@ -240,6 +248,7 @@ def mean(kappa: Tensor, dim: int) -> Tensor:
 
 
 def mean_deficit(kappa: Tensor, dim: int) -> Tensor:
+    """Return 1 − A(κ)."""
     if dim == 1:
         return 2 * torch.sigmoid(-2 * kappa)
     state = _State(kappa, dim)
@@ -254,6 +263,7 @@ def mean_deficit(kappa: Tensor, dim: int) -> Tensor:
 
 
 def _cosine_variance(kappa: Tensor, dim: int) -> Tensor:
+    """Return V(κ)."""
     if dim == 1:
         return 4 * torch.sigmoid(2 * kappa) * torch.sigmoid(-2 * kappa)
     state = _State(kappa, dim)
@@ -271,6 +281,7 @@ def _cosine_variance(kappa: Tensor, dim: int) -> Tensor:
 
 
 def _horner(coefficients: tuple[float, ...], q: Tensor) -> Tensor:
+    """Evaluate a polynomial in q, lowest power first."""
     total = torch.full_like(q, coefficients[-1])
     for c in coefficients[-2::-1]:
         total = total * q + c
@@ -278,6 +289,7 @@ def _horner(coefficients: tuple[float, ...], q: Tensor) -> Tensor:
 
 
 def in_chunks(kernel: Kernel, kappa: Tensor, dim: int) -> Tensor:
+    """Apply a kernel to at most `_CHUNK` elements at a time."""
     if torch.compiler.is_compiling() or kappa.numel() <= _CHUNK:
         return kernel(kappa, dim)
     return torch.cat([kernel(k, dim) for k in kappa.reshape(-1).split(_CHUNK)]).reshape(kappa.shape)
@@ -287,10 +299,9 @@ def in_chunks(kernel: Kernel, kappa: Tensor, dim: int) -> Tensor:
 
 
 def _differentiable(value: Kernel, derivative: Kernel) -> FunctionPair:
-    """Autograd Functions κ ↦ value whose derivative is itself differentiable.
+    """Return two autograd Functions κ ↦ value whose derivative is itself differentiable.
 
-    Two of them, since torch.compile refuses a Function with a forward-mode rule: the first without, to be
-    compiled, the second with.
+    The first has no forward-mode rule, because torch.compile refuses Functions that have one; the second has it.
     """
 
     class Reverse(Function):
@@ -321,13 +332,14 @@ def _differentiable(value: Kernel, derivative: Kernel) -> FunctionPair:
 
 
 def call(functions: FunctionPair, kappa: Tensor, dim: int) -> Tensor:
+    """Apply the Function of a pair that suits the mode: compiled or eager."""
     reverse, both = functions
     function = reverse if torch.compiler.is_compiling() else both
     return torch.as_tensor(function.apply(kappa, dim))
 
 
 def variance(kappa: Tensor, dim: int) -> Tensor:
-    """V in plain differentiable operations, so that third and higher derivatives come from autograd."""
+    """Return V from plain differentiable operations, so that autograd gives the third and higher derivatives of F."""
     return in_chunks(_cosine_variance, kappa, dim)
 
 

@@ -1,4 +1,4 @@
-"""The law of the cosine to the mean direction."""
+"""Distribution of the cosine to the mean direction."""
 
 from __future__ import annotations
 
@@ -9,77 +9,78 @@ import torch
 from torch import Tensor
 
 from penult.special._moments import log_sphere_mgf_deficit, mean_resultant_deficit
-from penult.special._precision import check_floating, working_dtype
+from penult.special._precision import checked_dim, working_dtype
 
 __all__ = ["cosine_cdf", "cosine_log_prob", "cosine_shift", "gauss_legendre"]
 
-_NODES = 24  # of the Gauss-Legendre rule along one tail of the angle
-_REACH = 9.0  # standard deviations from the mode to where a tail is cut: exp(−9²/2) ~ 3e-18
+# Number of nodes of the Gauss-Legendre rule along one tail of the angle.
+_NODES = 24
+# Standard deviations from the mode at which a tail is cut: exp(−9²/2) ~ 3e-18.
+_REACH = 9.0
 
 
 def cosine_log_prob(dim: int, kappa: Tensor, t: Tensor, complement: Tensor | None = None) -> Tensor:
-    r"""Log density of the cosine t = x·μ of a von Mises-Fisher variable x.
+    r"""Return the log density of the cosine t = x·μ of a von Mises-Fisher variable x.
 
     .. math:: \log p(t) = \kappa t + \tfrac{d-3}{2} \log(1-t^2) - F(\kappa)
               + \log \frac{\Gamma(d/2)}{\sqrt\pi\,\Gamma((d-1)/2)}
 
-    with respect to dt on (−1, 1); in one dimension the probability mass of t = ±1.
+    with respect to dt on (−1, 1); in one dimension, the log probability of t = ±1.
 
     Args:
         dim: Dimension of the ambient space, at least 1.
         kappa: Concentrations ≥ 0, broadcast against ``t``.
         t: Cosines in [−1, 1].
-        complement: 1 − t where it is known better than by subtraction, shape of ``t``.
+        complement: 1 − t with the shape of ``t``, where it is known more accurately than by subtraction.
 
     Returns:
         Tensor of the broadcast shape.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
-        TypeError: If ``kappa`` or ``t`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer, or ``kappa`` or ``t`` is not a floating tensor.
 
     Example:
         >>> cosine_log_prob(3, torch.tensor(0.0), torch.tensor([-0.5, 0.9])).exp()  # uniform on [-1, 1]
         tensor([0.5000, 0.5000])
     """
-    dim = check_floating(dim, kappa)
-    dim = check_floating(dim, t)
+    dim = checked_dim(dim, kappa=kappa, t=t)
     dtype = torch.promote_types(kappa.dtype, t.dtype)
     work = working_dtype(t.device)
     k, t = kappa.to(work), t.to(work)
     y = 1 - t if complement is None else complement.to(work)
     log_prob = log_sphere_mgf_deficit(dim, k) - k * y - (math.log(2.0) if dim == 1 else -_log_polar_constant(dim))
-    if dim not in (1, 3):  # the exponent is zero in dimension 3, where 0·log 0 would spoil the end points
+    # The exponent is zero in dimension 3, where 0·log 0 would give NaN at the end points.
+    if dim not in (1, 3):
         log_prob = log_prob + (dim - 3) / 2 * (y * (2 - y)).log()
     inside = (y == 0) | (y == 2) if dim == 1 else (y >= 0) & (y <= 2)
     return torch.where(inside, log_prob, -torch.inf).to(dtype)
 
 
 def cosine_cdf(dim: int, kappa: Tensor, t: Tensor, complement: Tensor | None = None) -> Tensor:
-    r"""P(x·μ ≤ t) for a von Mises-Fisher variable x with concentration κ.
+    r"""Return P(x·μ ≤ t) for a von Mises-Fisher variable x with concentration κ.
 
-    A Gauss-Legendre rule in the angle, along the tail on the side of the mode where t lies, so that both tails
-    keep their relative accuracy; in one dimension a step function.
+    Integrates over the angle with a Gauss-Legendre rule, along the tail on the side of the mode where t lies, so that
+    both tails have a small relative error. In one dimension it is a step function.
 
     Args:
         dim: Dimension of the ambient space, at least 1.
         kappa: Concentrations ≥ 0, broadcast against ``t``.
         t: Cosines; values outside [−1, 1] give 0 or 1.
-        complement: 1 − t where it is known better than by subtraction, shape of ``t``.
+        complement: 1 − t with the shape of ``t``, where it is known more accurately than by subtraction.
 
     Returns:
         Tensor of the broadcast shape; not differentiable.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
-        TypeError: If ``kappa`` or ``t`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer, or ``kappa`` or ``t`` is not a floating tensor.
 
     Example:
         >>> cosine_cdf(3, torch.tensor(0.0), torch.tensor([-1.0, 0.0, 0.5]))
         tensor([0.0000, 0.5000, 0.7500])
     """
-    dim = check_floating(dim, kappa)
-    dim = check_floating(dim, t)
+    dim = checked_dim(dim, kappa=kappa, t=t)
     dtype = torch.promote_types(kappa.dtype, t.dtype)
     work = working_dtype(t.device)
     with torch.no_grad():
@@ -89,21 +90,22 @@ def cosine_cdf(dim: int, kappa: Tensor, t: Tensor, complement: Tensor | None = N
             lower = torch.sigmoid(-2 * k)
             return torch.where(t < -1, 0.0, torch.where(t < 1, lower, 1.0)).to(dtype)
         near = y < mean_resultant_deficit(dim, k)
-        log_density = cosine_log_prob(dim, k, 1 - y, y) + 0.5 * (y * (2 - y)).log()  # of the angle
-        tail = log_density.exp() * _tail(dim, k, y, near, 4 * _NODES, mean_shift=False)
+        log_angle_density = cosine_log_prob(dim, k, 1 - y, y) + 0.5 * (y * (2 - y)).log()
+        tail = log_angle_density.exp() * _tail(dim, k, y, near, 4 * _NODES, mean_shift=False)
         cdf = torch.where(near, 1 - tail, tail)
         return torch.where(y <= 0, 1.0, torch.where(y >= 2, 0.0, cdf)).to(dtype)
 
 
 def cosine_shift(dim: int, kappa: Tensor, complement: Tensor) -> Tensor:
-    r"""∂t/∂κ of a cosine at a fixed probability, given 1 − t: implicit reparameterisation.
+    r"""Return ∂t/∂κ of a cosine at a fixed probability, given 1 − t (implicit reparameterisation).
 
     From the angle θ with density ∝ f(φ) = sin^{d−2}φ e^{κ cos φ},
 
     .. math:: \frac{dt}{d\kappa} &= \frac{\sin\theta}{f(\theta)} \int_0^\theta (\cos\phi - A) f(\phi)\,d\phi \\
               &= -\frac{\sin\theta}{f(\theta)} \int_\theta^\pi (\cos\phi - A) f(\phi)\,d\phi,
 
-    of which the one whose integrand keeps its sign is taken (Figurnov, Mohamed, Mnih 2018 for the principle).
+    the integral is taken over the side where the integrand does not change sign (principle: Figurnov, Mohamed, Mnih
+    2018).
 
     Args:
         dim: Dimension of the ambient space, at least 2.
@@ -121,7 +123,7 @@ def cosine_shift(dim: int, kappa: Tensor, complement: Tensor) -> Tensor:
 
 @functools.cache
 def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
-    """Nodes and weights on [0, 1], by Newton's method on the Legendre recurrence."""
+    """Return the nodes and weights on [0, 1], by Newton's method on the Legendre recurrence."""
     rule = []
     for i in range(nodes):
         x = math.cos(math.pi * (i + 0.75) / (nodes + 0.5))
@@ -137,9 +139,10 @@ def gauss_legendre(nodes: int) -> tuple[tuple[float, float], ...]:
 
 
 def _log_polar_constant(dim: int) -> float:
-    """Log Γ(d/2) / (√π Γ((d−1)/2)): the density of the cosine under the uniform law, at cosine 0."""
+    """Return log Γ(d/2) / (√π Γ((d−1)/2)), the log density of the cosine under the uniform distribution, at 0."""
     x, ratio = (dim - 1) / 2, 1.0
-    while x < 64:  # Γ(x + ½) / Γ(x) by recurrence up to where its asymptotic series is exact (DLMF 5.11.13)
+    # Γ(x + ½) / Γ(x) by recurrence up to the x from which its asymptotic series is exact (DLMF 5.11.13).
+    while x < 64:
         ratio *= x / (x + 0.5)
         x += 1
     y = 1 / (8 * x)
@@ -148,10 +151,10 @@ def _log_polar_constant(dim: int) -> float:
 
 
 def _tail(dim: int, kappa: Tensor, y: Tensor, near: Tensor, nodes: int, mean_shift: bool) -> Tensor:
-    """∫ g f dφ / f(θ) over the angles from θ to the pole on its side of the mean cosine, cos θ = 1 − y.
+    """Return ∫ g f dφ / f(θ) over the angles from θ to the pole on its side of the mean cosine, cos θ = 1 − y.
 
-    f(φ) = sin^{d−2}φ e^{κ cos φ}; g is 1, or |cos φ − A| with ``mean_shift``. ``near`` says which angles lie
-    between the mean direction (φ = 0) and the mean.
+    f(φ) = sin^{d−2}φ e^{κ cos φ}; g is 1, or |cos φ − A| with ``mean_shift``. ``near`` is True for angles θ between
+    the mean direction (φ = 0) and the mean cosine.
     """
     theta = 2 * (y / 2).clamp(0, 1).sqrt().asin()
     m = dim - 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from penult.special import _bessel
-from penult.special._precision import check_dim, check_floating, traced, working_dtype
+from penult.special._precision import checked_dim, traced, working_dtype
 
 __all__ = [
     "concentration",
@@ -24,25 +24,26 @@ __all__ = [
 
 
 def log_sphere_area(dim: int) -> float:
-    r"""Logarithm of the surface area of the unit sphere in R^dim, log(2 π^{d/2} / Γ(d/2)).
+    r"""Return the logarithm of the surface area of the unit sphere in R^dim, log(2 π^{d/2} / Γ(d/2)).
 
     Args:
         dim: Dimension of the ambient space, at least 1 (where the "sphere" is two points, area 2).
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer.
 
     Example:
         >>> round(log_sphere_area(3), 6) == round(math.log(4 * math.pi), 6)
         True
     """
-    dim = check_dim(dim)
+    dim = checked_dim(dim)
     half = dim / 2
     return math.log(2.0) + half * math.log(math.pi) - math.lgamma(half)
 
 
 def log_sphere_mgf(dim: int, kappa: Tensor) -> Tensor:
-    r"""F(κ) = log E exp(κ t), t = u·μ with u uniform on the unit sphere: log 0F1(; d/2; κ²/4).
+    r"""Return F(κ) = log E exp(κ t), where t = u·μ and u is uniform on the unit sphere: log 0F1(; d/2; κ²/4).
 
     The normaliser of the von Mises-Fisher density is log C(κ) = −log_sphere_area(dim) − F(κ). In one
     dimension F = log cosh κ.
@@ -55,18 +56,18 @@ def log_sphere_mgf(dim: int, kappa: Tensor) -> Tensor:
         Tensor like ``kappa``. Relative error about 1e-15 in float64.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
-        TypeError: If ``kappa`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer, or ``kappa`` is not a floating tensor.
 
     Example:
         >>> log_sphere_mgf(3, torch.tensor([0.0, 1.0]))  # log(sinh κ / κ)
         tensor([0.0000, 0.1614])
     """
-    return _public(_bessel.LOG_MGF, dim, kappa)
+    return _in_working_dtype(_bessel.LOG_MGF, dim, kappa)
 
 
 def mean_resultant_length(dim: int, kappa: Tensor) -> Tensor:
-    r"""A(κ) = E[t] = I_{d/2}(κ) / I_{d/2−1}(κ), the mean cosine to the mean direction; tanh κ for dim 1.
+    r"""Return A(κ) = E[t] = I_{d/2}(κ) / I_{d/2−1}(κ), the mean cosine to the mean direction; tanh κ for dim 1.
 
     Args:
         dim: Dimension of the ambient space, at least 1.
@@ -76,38 +77,38 @@ def mean_resultant_length(dim: int, kappa: Tensor) -> Tensor:
         Tensor like ``kappa``, in [0, 1) for κ ≥ 0.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
-        TypeError: If ``kappa`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer, or ``kappa`` is not a floating tensor.
 
     Example:
         >>> mean_resultant_length(3, torch.tensor([0.0, 1.0, 1e6]))  # coth κ − 1/κ
         tensor([0.0000, 0.3130, 1.0000])
     """
-    return _public(_bessel.MEAN, dim, kappa)
+    return _in_working_dtype(_bessel.MEAN, dim, kappa)
 
 
 def mean_resultant_deficit(dim: int, kappa: Tensor) -> Tensor:
-    r"""1 − A(κ) for κ ≥ 0, to full relative accuracy where A is next to one.
+    r"""Return 1 − A(κ) for κ ≥ 0, with a small relative error even where A is close to 1.
 
     Args:
         dim: Dimension of the ambient space, at least 1.
         kappa: Concentrations ≥ 0, any shape, floating.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
-        TypeError: If ``kappa`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer, or ``kappa`` is not a floating tensor.
 
     Example:
         >>> mean_resultant_deficit(3, torch.tensor([1e12], dtype=torch.float64))  # 1/κ
         tensor([1.0000e-12], dtype=torch.float64)
     """
-    return _public(_bessel.MEAN_DEFICIT, dim, kappa)
+    return _in_working_dtype(_bessel.MEAN_DEFICIT, dim, kappa)
 
 
 def log_sphere_mgf_deficit(dim: int, kappa: Tensor) -> Tensor:
-    r"""κ − F(κ) for κ ≥ 0, which grows as ((d − 1)/2) log κ and is free of the cancellation of κ against F.
+    r"""Return κ − F(κ) for κ ≥ 0, without cancellation between κ and F; it grows as ((d − 1)/2) log κ.
 
-    With y = 1 − t it writes the von Mises-Fisher log density as κ − F − κ y − log_sphere_area, accurate for
+    With y = 1 − t, the von Mises-Fisher log density is κ − F − κ y − log_sphere_area; in this form it is accurate for
     any concentration.
 
     Args:
@@ -115,71 +116,70 @@ def log_sphere_mgf_deficit(dim: int, kappa: Tensor) -> Tensor:
         kappa: Concentrations ≥ 0, any shape, floating.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
-        TypeError: If ``kappa`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer, or ``kappa`` is not a floating tensor.
 
     Example:
         >>> log_sphere_mgf_deficit(1, torch.tensor([0.0, 50.0]))  # tends to log 2
         tensor([0.0000, 0.6931])
     """
-    return _public(_bessel.LOG_MGF_DEFICIT, dim, kappa)
+    return _in_working_dtype(_bessel.LOG_MGF_DEFICIT, dim, kappa)
 
 
 def cosine_variance(dim: int, kappa: Tensor) -> Tensor:
-    r"""V(κ) = A'(κ) = Var[t], the variance of the cosine; 1/d at κ = 0.
+    r"""Return V(κ) = A'(κ) = Var[t], the variance of the cosine; 1/d at κ = 0.
 
-    Never computed as 1 − A² − (d−1) A/κ, which cancels.
+    It is not computed as 1 − A² − (d−1) A/κ, because of cancellation.
 
     Args:
         dim: Dimension of the ambient space, at least 1.
         kappa: Concentrations, any shape, floating.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer.
-        TypeError: If ``kappa`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1.
+        TypeError: ``dim`` is not an integer, or ``kappa`` is not a floating tensor.
 
     Example:
         >>> cosine_variance(4, torch.tensor(0.0))
         tensor(0.2500)
     """
-    dim = check_floating(dim, kappa)
+    dim = checked_dim(dim, kappa=kappa)
     work = working_dtype(kappa.device)
     return _bessel.variance(kappa.to(work), dim).to(kappa.dtype)
 
 
 def concentration(dim: int, resultant: Tensor, complement: Tensor | None = None) -> Tensor:
-    r"""The inverse of :func:`mean_resultant_length`: the κ ≥ 0 with A(κ) = resultant.
+    r"""Invert :func:`mean_resultant_length`: return the κ ≥ 0 with A(κ) = resultant.
 
-    Three Halley steps from the midpoint of Amos's bounds (Amos 1974; Hornik and Grün 2014). It is the maximum
-    likelihood estimate of κ from a mean resultant length.
+    It is the maximum likelihood estimate of κ from a mean resultant length. Computed by three Halley steps from the
+    midpoint of Amos's bounds (Amos 1974; Hornik and Grün 2014).
 
     Args:
         dim: Dimension of the ambient space, at least 1.
         resultant: Mean resultant lengths R in [0, 1], any shape, floating. 0 gives 0 and 1 gives inf.
-        complement: 1 − R, same shape, where it is known better than ``1 - resultant``: near R = 1 the result
-            is conditioned on it. Gradients flow through ``resultant`` alone.
+        complement: 1 − R, same shape, where it is known more accurately than ``1 - resultant``: near R = 1 the error
+            of the result depends on it. Gradients flow through ``resultant`` only.
 
     Returns:
-        Tensor like ``resultant``; relative error ≤ 1e-12 given the complement.
+        Tensor like ``resultant``; relative error at most 1e-12 where the complement is given.
 
     Raises:
-        ValueError: If ``dim`` is not a positive integer, a value lies outside [0, 1] or the shapes differ.
-        TypeError: If ``resultant`` is not a floating tensor.
+        ValueError: ``dim`` is less than 1, a value lies outside [0, 1], or the shapes differ.
+        TypeError: ``dim`` is not an integer, or ``resultant`` is not a floating tensor.
 
     Example:
         >>> concentration(3, mean_resultant_length(3, torch.tensor([0.5, 20.0])))
         tensor([ 0.5000, 20.0000])
     """
-    dim = check_floating(dim, resultant)
+    dim = checked_dim(dim, resultant=resultant)
     if complement is not None and complement.shape != resultant.shape:
         raise ValueError(
-            f"complement has shape {tuple(complement.shape)} but resultant {tuple(resultant.shape)}; "
-            "pass 1 - resultant of the same shape, or leave it out"
+            f"complement has shape {tuple(complement.shape)}; expected {tuple(resultant.shape)}, the shape of "
+            "resultant. Pass 1 - resultant, or None"
         )
     if not traced(resultant) and not bool(((resultant >= 0) & (resultant <= 1)).all()):
         raise ValueError(
-            f"mean resultant lengths must lie in [0, 1]; got values from {float(resultant.min())} to "
-            f"{float(resultant.max())}"
+            f"resultant has values from {float(resultant.min())} to {float(resultant.max())}; expected values in [0, 1]"
         )
     work = working_dtype(resultant.device)
     r = resultant.to(work)
@@ -187,8 +187,9 @@ def concentration(dim: int, resultant: Tensor, complement: Tensor | None = None)
     return torch.as_tensor(_Concentration.apply(r, c, dim)).to(resultant.dtype)
 
 
-def _public(functions: _bessel.FunctionPair, dim: int, kappa: Tensor) -> Tensor:
-    dim = check_floating(dim, kappa)
+def _in_working_dtype(functions: _bessel.FunctionPair, dim: int, kappa: Tensor) -> Tensor:
+    """Check the arguments, compute in the working dtype, and round to the dtype of `kappa`."""
+    dim = checked_dim(dim, kappa=kappa)
     return _bessel.call(functions, kappa.to(working_dtype(kappa.device)), dim).to(kappa.dtype)
 
 
@@ -210,21 +211,22 @@ class _Concentration(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None, None], r: Tensor, c: Tensor, dim: int) -> Any:
-        at = next(i for i in in_dims[:2] if i is not None)
+        batch_dim = next(i for i in in_dims[:2] if i is not None)
         r, c = (
-            x if i == at else x.unsqueeze(at) if i is None else x.movedim(i, at)
+            x if i == batch_dim else x.unsqueeze(batch_dim) if i is None else x.movedim(i, batch_dim)
             for x, i in zip((r, c), in_dims[:2], strict=True)
         )
-        return _Concentration.apply(*torch.broadcast_tensors(r, c), dim), at
+        return _Concentration.apply(*torch.broadcast_tensors(r, c), dim), batch_dim
 
 
 def _invert(dim: int, r: Tensor, c: Tensor) -> Tensor:
-    """κ from R and 1 − R."""
+    """Compute κ from R and 1 − R."""
     if dim == 1:
         return 0.5 * torch.log1p(2 * r / c)
     nu = dim / 2 - 1
 
-    def bound(a: float, b: float) -> Tensor:  # the κ with R = κ / (a + √(κ² + b²))
+    def bound(a: float, b: float) -> Tensor:
+        """Return the κ with R = κ / (a + √(κ² + b²))."""
         return r * (a + (r * r * a * a + c * (2 - c) * b * b).sqrt()) / (c * (2 - c))
 
     low = torch.maximum(bound(nu, nu + 2), bound(nu + 0.5, nu + 0.5))
