@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 
@@ -13,19 +14,56 @@ def run(code):
     ).stdout
 
 
-def test_import_loads_torch_and_safetensors_alone():
-    before = set(run("import sys, torch, safetensors.torch; print(*sys.modules)").split())
-    after = set(run("import sys, penult; print(*sys.modules)").split())
-    new = {name.partition(".")[0] for name in after - before} - set(sys.stdlib_module_names)
-    assert new == {"penult"}
-    names = set(run("import sys, penult, penult.testing; print(*sys.modules)").split())
-    torch_only = set(run("import sys, torch; print(*sys.modules)").split())
-    assert not [name for name in HEAVY if name in names - torch_only]
+@functools.cache
+def modules_after(code):
+    return frozenset(run(f"import sys; {code}; print(*sys.modules)").split())
 
 
-def test_rooms_load_when_asked_for():
-    code = "import sys, penult; penult.testing.check_base; penult.data.digits; print('matplotlib' in sys.modules)"
-    assert run(code).strip() == "False"
+def packages(names):
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+CORE = "import torch, safetensors.torch"
+ALL_NAMES = "import penult; [getattr(penult, name) for name in penult.__all__]"
+
+
+def test_import_alone_loads_at_most_torch_and_safetensors():
+    loaded = modules_after("import penult")
+    assert packages(loaded - modules_after(CORE)) == {"penult"}
+    assert {name for name in loaded if name.partition(".")[0] == "penult"} == {"penult", "penult._version"}
+
+
+def test_every_public_name_loads_at_most_torch_and_safetensors():
+    new = modules_after(ALL_NAMES) - modules_after(CORE)
+    assert packages(new) == {"penult"}
+    assert "penult.pair" in new
+    assert not [name for name in HEAVY if name in new]
+
+
+def test_rooms_load_on_first_use_without_heavy_packages():
+    code = """
+import sys, penult
+assert "penult.data" not in sys.modules
+penult.testing.check_base; penult.data.digits
+assert "penult.data" in sys.modules
+print(*sys.modules)
+"""
+    new = set(run(code).split()) - modules_after(CORE)
+    assert not [name for name in HEAVY if name in new]
+
+
+def test_names_are_listed_and_unknown_ones_refused():
+    code = """
+import penult
+assert {*penult.__all__, "data", "testing", "processes"} <= set(dir(penult))
+try:
+    penult.nothing
+except AttributeError as error:
+    assert "'nothing'" in str(error)
+else:
+    raise AssertionError
+"""
+    run(code)
 
 
 def test_import_and_use_change_nothing_global():

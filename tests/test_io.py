@@ -47,9 +47,9 @@ def test_string_path_and_kinds(tmp_path):
     io.write(path, {}, "head", {})
     assert io.read(path).kind == "head"
     assert io.read(path, kind=("pair", "head")).kind == "head"
-    with pytest.raises(io.FileFormatError, match=r"holds a 'head', but 'pair' was wanted"):
+    with pytest.raises(io.FileFormatError, match=r"is of kind 'head'; expected 'pair'"):
         io.read(path, kind="pair")
-    with pytest.raises(io.FileFormatError, match=r"'gate' or 'pair' was wanted"):
+    with pytest.raises(io.FileFormatError, match=r"expected 'gate' or 'pair'"):
         io.read(path, kind={"pair", "gate"})
 
 
@@ -236,7 +236,7 @@ def test_index_round_trip(tmp_path):
     ("shards", "metadata", "error", "words"),
     [
         ({"none": {}}, {}, FileNotFoundError, "none"),
-        ({"../a": {}}, {}, ValueError, "no plain file name"),
+        ({"../a": {}}, {}, ValueError, "not a plain file name"),
         ({"a": {"bytes": 1}}, {}, ValueError, "may not use the names bytes"),
         ({"a": {}}, {"shards": []}, ValueError, "shards"),
         ({"a": {"o": object()}}, {}, TypeError, "JSON"),
@@ -263,18 +263,18 @@ def test_no_index(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("../x-0.safetensors", "no plain file name"),
-        ("/etc/passwd", "no plain file name"),
-        ("..", "no plain file name"),
-        ("sub/x-0.safetensors", "no plain file name"),
-        ("..\\x", "no plain file name"),
-        ("C:x", "no plain file name"),
-        ("x\0", "no plain file name"),
-        ("", "no plain file name"),
-        (".", "no plain file name"),
-        ("x-1.safetensors", "no name of its own"),
-        (None, "no name of its own"),
-        (["x"], "no name of its own"),
+        ("../x-0.safetensors", "not a plain file name"),
+        ("/etc/passwd", "not a plain file name"),
+        ("..", "not a plain file name"),
+        ("sub/x-0.safetensors", "not a plain file name"),
+        ("..\\x", "not a plain file name"),
+        ("C:x", "not a plain file name"),
+        ("x\0", "not a plain file name"),
+        ("", "not a plain file name"),
+        (".", "not a plain file name"),
+        ("x-1.safetensors", "no unique name"),
+        (None, "no unique name"),
+        (["x"], "no unique name"),
         ("x-9.safetensors", r"incomplete: x-9\.safetensors is missing"),
     ],
 )
@@ -296,10 +296,10 @@ def test_bad_shard_names(tmp_path, name, words):
         ("[1]", "no schema"),
         ('{"schema": 1}', "no kind"),
         ('{"schema": 7, "kind": "x"}', "written by schema 7.*upgrade penult"),
-        ('{"schema": 1, "kind": "y", "shards": []}', "holds a 'y', but 'x' was wanted"),
+        ('{"schema": 1, "kind": "y", "shards": []}', "is of kind 'y'; expected 'x'"),
         ('{"schema": 1, "kind": "x"}', "no list of shards"),
         ('{"schema": 1, "kind": "x", "shards": {}}', "no list of shards"),
-        ('{"schema": 1, "kind": "x", "shards": [1]}', "no name of its own"),
+        ('{"schema": 1, "kind": "x", "shards": [1]}', "no unique name"),
         ('{"schema": 1, "kind": "x", "shards": [{"name": "a"}]}', "no size"),
         ('{"schema": 1, "kind": "x", "shards": [{"name": "a", "bytes": "5"}]}', "no size"),
     ],

@@ -1,7 +1,7 @@
 """penult: the generative model inside a trained classifier.
 
-A classifier's last linear layer already defines the density of the activations it reads, class by class.
-:class:`GenerativePair` gives that law a name: exact densities, samples, a prior and a posterior.
+A classifier's last linear layer defines a density of the activations it reads for each class, given a base measure.
+:class:`GenerativePair` is that distribution: exact densities, samples, a prior and a posterior.
 
     >>> import torch, penult
     >>> pair = penult.GenerativePair(penult.Head(torch.eye(3)), penult.Sphere(4.0))

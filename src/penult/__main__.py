@@ -1,4 +1,4 @@
-"""``python -m penult``: what torchrun starts."""
+"""Entry point of ``python -m penult``, which torchrun starts."""
 
 from penult.cli import main
 

@@ -34,19 +34,19 @@ __all__ = [
 
 
 def described(value: Any) -> str:
-    """What messages call a value of a wrong type: the dtype of a tensor, else the name of the type."""
+    """Describe a value of a wrong type for a message: by the dtype of a tensor, or by the name of the type."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
-def check_integer(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """Raise unless a value is an int (bool is not) from `least` to `most`."""
-    want = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+def check_integer(name: str, value: Any, low: int = 1, high: int | None = None) -> None:
+    """Raise unless a value is an integer (bool is not) from `low` to `high`."""
+    want = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; expected {want}")
-    if int(value) < least or (most is not None and int(value) > most):
+    if int(value) < low or (high is not None and int(value) > high):
         raise ValueError(f"{name} is {value}; expected {want}")
 
 
@@ -91,7 +91,7 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def check_floating(name: str, value: Any, shape: str) -> None:
-    """Raise a TypeError unless a value is a floating-point tensor; `shape` is what the message asks for."""
+    """Raise a TypeError unless a value is a floating-point tensor; `shape` is the expected shape in the message."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} is {described(value)}; expected a floating-point tensor {shape}")
 
@@ -127,15 +127,15 @@ def integer_labels(
     offset: int = 0,
     values: bool = True,
 ) -> Tensor:
-    """Check labels and return them as an int64 tensor where they are.
+    """Check labels and return them as an int64 tensor on their own device.
 
     Args:
-        labels: Tensor of any integer dtype, or what ``torch.as_tensor`` makes one of.
-        shape: Shape that they must have; None for any.
+        labels: Tensor of any integer dtype, or any argument of ``torch.as_tensor`` that gives one.
+        shape: Required shape; None for any.
         num_classes: K, for labels in 0..K-1; None for any values.
-        name: What messages call them.
+        name: Name of the labels in messages.
         offset: Number added to the index that a message names.
-        values: Whether to look at the values; on an accelerator that waits for the device.
+        values: Whether to check the values; on an accelerator that waits for the device.
 
     Raises:
         TypeError: They are not integers.
@@ -185,25 +185,25 @@ def is_chance_level(accuracy: float, count: int, num_classes: int) -> bool:
 
 
 def check_weight(weight: Tensor, empty_rows: bool = False) -> None:
-    """Raise unless W is a finite floating tensor (K, d) with K >= 2 and no row of zeros; `empty_rows` admits those."""
+    """Raise unless W is a finite floating tensor (K, d) with K >= 2 and no row of zeros; `empty_rows` admits some."""
     check_floating("weight", weight, "(K, d)")
     if weight.ndim != 2 or weight.shape[1] < 1:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs (K, d), one row a class")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (K, d), one row for each class")
     if weight.shape[0] == 1:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, one row (K = 1): a single-logit (sigmoid) head is no "
+            f"weight has shape {tuple(weight.shape)}, one row (K = 1): a single-logit (sigmoid) head is not a "
             "softmax head. The two-class head of the same sigmoid, for row w and bias c, is "
             "Head(torch.stack([-w / 2, w / 2]), torch.stack([-c / 2, c / 2]))"
         )
     if weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; a head needs at least two classes")
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected at least two rows, one for each class")
     check_finite("weight", weight)
     zero = torch.cat([~rows.any(dim=1) for rows in blocks(weight)]).nonzero().flatten().tolist()
     if zero and not (empty_rows and len(zero) < len(weight)):
         names = ", ".join(map(str, zero[:8])) + (f" and {len(zero) - 8} more" if len(zero) > 8 else "")
         raise ValueError(
-            f"the rows of weight for class {names} are all zero: such classes were never trained (padding, "
-            "say). Drop them from weight and bias"
+            f"the rows of weight for class {names} are all zero: such classes were never trained (padding, for "
+            "example). Drop them from weight and bias"
         )
 
 
@@ -212,14 +212,15 @@ def check_bias(bias: Tensor | None, weight: Tensor) -> None:
     if bias is None:
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"bias is a {type(bias).__name__}; give a tensor (K,) or None")
+        raise TypeError(f"bias is {described(bias)}; expected a tensor (K,) or None")
     if bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; for a weight of shape {tuple(weight.shape)} it must be "
-            f"{tuple(weight.shape[:1])}"
+            f"bias has shape {tuple(bias.shape)}; expected {tuple(weight.shape[:1])} for a weight of shape "
+            f"{tuple(weight.shape)}"
         )
     if bias.dtype != weight.dtype or bias.device != weight.device:
         raise ValueError(
-            f"bias is {bias.dtype} on {bias.device}, weight {weight.dtype} on {weight.device}: use bias.to(weight)"
+            f"bias is {bias.dtype} on {bias.device}; expected {weight.dtype} on {weight.device}, as weight. Use "
+            "bias.to(weight)"
         )
     check_finite("bias", bias)

@@ -1,4 +1,4 @@
-"""Packages of the extra ``data``, imported when they are needed."""
+"""Lazy import of packages of the extra ``data``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any
 __all__ = ["extra"]
 
 
-def extra(module: str, what: str) -> Any:
-    """A module of the extra ``data``.
+def extra(module: str, purpose: str) -> Any:
+    """Import and return a module of the extra ``data``.
+
+    Args:
+        module: Full name of the module.
+        purpose: Why it is needed, the first part of the message.
 
     Raises:
-        ImportError: It is not installed; the message says what needs it and how to get it.
+        ImportError: It is not installed; the message gives the purpose and the command that installs it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{what}: pip install "penult[data]"', name=error.name) from error
+        raise ImportError(f'{purpose}: pip install "penult[data]"', name=error.name) from error

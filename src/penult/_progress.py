@@ -1,4 +1,4 @@
-"""How far a long task is."""
+"""Progress reports of long tasks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ __all__ = ["Progress", "reporting"]
 
 Progress = Callable[[int, int | None], object]
 
-_EVERY = 10  # seconds
+_SECONDS_BETWEEN_LINES = 10
 
 
 @contextmanager
 def reporting(progress: Progress | bool | None, streams: bool, unit: str = "batches") -> Iterator[Progress]:
-    """What to call after each step; None means a bar where `streams` is set and someone looks at stderr.
+    """Give a function to call after each step, with the number of steps done and their total.
 
     Args:
-        progress: True for a bar on stderr, False for nothing, or what to call with the steps done and their total.
+        progress: True for a bar on stderr, False for no report, or a function of the same arguments. None: a bar if
+            `streams` is set and stderr is a terminal.
         streams: Whether None may mean a bar.
-        unit: What the steps are, as the bar calls them.
+        unit: Name of the steps in the bar.
     """
     if progress is None:
         progress = streams and sys.stderr is not None and sys.stderr.isatty()
@@ -47,15 +48,16 @@ def _bar(unit: str) -> Iterator[Progress]:
     )
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    console, said = Console(stderr=True), time.monotonic()
+    console, last_line = Console(stderr=True), time.monotonic()
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(unit, total=None)
 
         def report(done: int, total: int | None) -> None:
-            nonlocal said
+            nonlocal last_line
             bar.update(task, completed=done, total=total)
-            if not console.is_terminal and time.monotonic() - said >= _EVERY:  # no bar is drawn there before the end
-                said = time.monotonic()
+            # Where stderr is not a terminal, the bar appears only at the end, so lines of text show the progress.
+            if not console.is_terminal and time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
                 console.print(f"{unit} {done}" + ("" if total is None else f"/{total}"), highlight=False)
 
         yield report

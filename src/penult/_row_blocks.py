@@ -1,4 +1,4 @@
-"""What is computed from W block by block, since W may fill most of the memory and a copy would not fit."""
+"""Functions of W that are computed block by block, because W may fill most of the memory and a copy may not fit."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ __all__ = ["blocks", "mean_row_of", "rounding", "rows_in_double", "span_of", "ve
 
 
 def version_of(tensor: Tensor) -> int:
-    """The tensor's change counter; -1 where none is kept: under inference mode, and while torch.compile traces."""
+    """Return the version counter of a tensor, or -1 if it has none."""
+    # Inference tensors have no version counter, and torch.compile cannot trace it.
     return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def blocks(tensor: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:
-    """Blocks of rows, since W may fill most of the memory and a copy of it would not fit."""
-    blocks: tuple[Tensor, ...] = tensor.detach().split(rows or max(1, 2**22 // max(1, tensor[:1].numel())))
-    return blocks
+    """Split a tensor into blocks of `rows` rows. Default: as many rows as hold about 4 million values."""
+    parts: tuple[Tensor, ...] = tensor.detach().split(rows or max(1, 2**22 // max(1, tensor[:1].numel())))
+    return parts
 
 
 def rows_in_double(weight: Tensor, rows: int | None = None) -> Iterator[Tensor]:
-    """The blocks in float64 (on the CPU where the device has none)."""
+    """Yield the blocks in float64, on the CPU if the device has no float64."""
     for block in blocks(weight, rows):
         yield block.cpu().double() if block.device.type == "mps" else block.double()
 
 
 def mean_row_of(weight: Tensor) -> Tensor:
-    """The mean of the rows, (d,), in float64."""
+    """Return the mean of the rows, (d,), in float64."""
     total: Tensor | None = None
     for rows in rows_in_double(weight):
         total = rows.sum(0) if total is None else total.add_(rows.sum(0))
@@ -38,18 +39,18 @@ def mean_row_of(weight: Tensor) -> Tensor:
 
 
 def rounding(weight: Tensor) -> float:
-    """Relative accuracy of W's entries; those of a half-precision W count as exact, as in `Head.span`."""
+    """Return the relative accuracy of the entries of W; half-precision entries count as exact, as in `Head.span`."""
     return min(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def span_of(weight: Tensor) -> Tensor:
-    """Orthonormal rows (q, d) of the span of the centered rows, see `Head.span`."""
+    """Return orthonormal rows (q, d) that span the centered rows, see `Head.span`."""
     mean = mean_row_of(weight)
     triangle = mean.new_empty(0, weight.shape[1])
     squares = 0.0
     for rows in rows_in_double(weight, max(weight.shape[1], 1024)):
         squares += float(rows.square().sum())
-        # R of a QR decomposition has the singular values and right vectors of all rows seen so far.
+        # The factor R of a QR decomposition has the singular values and right singular vectors of all rows so far.
         triangle = torch.cat([triangle, rows - mean])
         if triangle.shape[0] > triangle.shape[1]:
             triangle = torch.linalg.qr(triangle, mode="r").R

@@ -385,7 +385,7 @@ def test_bar(tmp_path, capsys, monkeypatch):
 
     assert "3/3" in printed(progress=True)
     with monkeypatch.context() as patch:
-        patch.setattr("penult._progress._EVERY", 0)
+        patch.setattr("penult._progress._SECONDS_BETWEEN_LINES", 0)
         assert "batches 1/3\nbatches 2/3\n" in printed(progress=True)  # where no bar is drawn
     assert printed() == printed(tmp_path / "a") == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -281,7 +281,7 @@ def test_a_truncated_shard(folder):
     ("entries", "words"),
     [
         ({"schema": 99}, "written by schema 99.*upgrade"),
-        ({"kind": "pair"}, "holds a 'pair', but 'activations' was wanted"),
+        ({"kind": "pair"}, "is of kind 'pair'; expected 'activations'"),
         ({"facts": None}, "is not what penult writes about activations"),
         ({"batches": "many"}, "'many' is no count"),
         ({"shards": []}, "there is no shard"),
@@ -305,7 +305,7 @@ def test_nothing_leads_out_of_the_folder(folder, name):
     record = index_of(folder)
     record["shards"][0]["name"] = name
     (folder / "index.json").write_text(json.dumps(record))
-    with pytest.raises(io.FileFormatError, match="no plain file name"):
+    with pytest.raises(io.FileFormatError, match="not a plain file name"):
         Activations.open(folder)
 
 

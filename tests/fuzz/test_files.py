@@ -179,14 +179,14 @@ def change_shard(folder, number=0, **facts):
 )  # fmt: skip
 def test_a_shard_lies_in_the_folder(acts, name):
     change_shard(acts, name=name)
-    with pytest.raises(io.FileFormatError, match="no plain file name") as caught:
+    with pytest.raises(io.FileFormatError, match="not a plain file name") as caught:
         penult.Activations.open(acts)
     assert str(caught.value).isprintable()
 
 
 def test_a_shard_named_by_its_full_path(acts):
     change_shard(acts, name=str(acts.parent / "outside.safetensors"))
-    with pytest.raises(io.FileFormatError, match="no plain file name"):
+    with pytest.raises(io.FileFormatError, match="not a plain file name"):
         penult.Activations.open(acts)
 
 
@@ -226,7 +226,7 @@ def test_rows_that_overlap_or_lack(acts):
     record = json.loads((acts / io.INDEX_NAME).read_text())
     record["shards"].append(record["shards"][0])
     (acts / io.INDEX_NAME).write_text(json.dumps(record))
-    with pytest.raises(io.FileFormatError, match="no name of its own"):
+    with pytest.raises(io.FileFormatError, match="no unique name"):
         penult.Activations.open(acts)
 
 
@@ -272,7 +272,7 @@ def test_no_schema(tmp_path, schema):
     ("changes", "words"),
     [
         ({"temperature": "1"}, "head and base cannot be rebuilt"),
-        ({"temperature": 0}, "temperature is 0; it must be positive"),
+        ({"temperature": 0}, "temperature is 0; expected a positive, finite number"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": None}, "head and base cannot be rebuilt"),
         ({"radius": -1.0}, "radius is -1.0"),
@@ -348,7 +348,7 @@ def test_pickles_are_refused(tmp_path, name, form):
     else:
         torch.save({"x": trap, "fc.weight": torch.eye(3)}, path, _use_new_zipfile_serialization=form == "zip")
     for read in (io.read, penult.load, load_generator, load_head, load_pair):
-        with pytest.raises(io.FileFormatError, match=f"{name} .*pickle or zip.*load it yourself, then penult.Head"):
+        with pytest.raises(io.FileFormatError, match=f"{name} .*pickle or zip.*Load it yourself"):
             read(path)
     assert is_file(str(path))
     with pytest.raises(ValueError, match=f"{name} is no safetensors file, and penult reads no pickles"):
@@ -363,7 +363,7 @@ def test_an_index_of_shards_is_no_head(tmp_path, name):
     folder.mkdir()
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"metadata": {}, "weight_map": {"fc.weight": name}}))
-    with pytest.raises(io.FileFormatError, match=r"index.json is JSON.*give the shard that holds the head"):
+    with pytest.raises(io.FileFormatError, match=r"index.json is JSON.*give the shard that it names for the head"):
         load_head(path)
 
 
@@ -372,7 +372,7 @@ def test_an_index_of_shards_is_no_head(tmp_path, name):
     [
         ({"fc.weight": torch.full((3, 4), float("nan"))}, "holds 12 values that are NaN"),
         ({"fc.weight": torch.ones(1, 4)}, "single-logit"),
-        ({"fc.weight": torch.ones(3, 4, dtype=torch.int64)}, "a head needs a floating-point tensor"),
+        ({"fc.weight": torch.ones(3, 4, dtype=torch.int64)}, "expected a floating-point tensor"),
         ({"a.weight": torch.ones(3, 4), "b.weight": torch.ones(3, 4)}, "no unambiguous head"),
         ({"fc.bias": torch.ones(3)}, "no unambiguous head"),
         ({}, "no unambiguous head"),

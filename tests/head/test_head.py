@@ -80,16 +80,16 @@ def bad_weights():
     zero = good.clone()
     zero[1] = 0
     return {
-        "list": ([[1.0, 2.0]], None, TypeError, "weight is list"),
+        "list": ([[1.0, 2.0]], None, TypeError, "weight is a list"),
         "integer": (good.long(), None, TypeError, "torch.int64"),
         "vector": (good[0], None, ValueError, r"shape \(4,\)"),
         "three dimensions": (good[None], None, ValueError, r"shape \(1, 3, 4\)"),
         "no features": (torch.ones(3, 0), None, ValueError, r"shape \(3, 0\)"),
-        "no classes": (torch.ones(0, 4), None, ValueError, "at least two classes"),
+        "no classes": (torch.ones(0, 4), None, ValueError, "at least two rows"),
         "one class": (good[:1], None, ValueError, r"K = 1.*sigmoid.*Head\(torch.stack\(\[-w / 2, w / 2\]\)"),
         "nan": (nan, None, ValueError, r"weight holds 2 values .*first at index \[1, 2\]"),
         "zero row": (zero, None, ValueError, r"class 1 are all zero.*Drop"),
-        "bias shape": (good, torch.ones(4), ValueError, r"bias has shape \(4,\).*must be \(3,\)"),
+        "bias shape": (good, torch.ones(4), ValueError, r"bias has shape \(4,\); expected \(3,\)"),
         "bias dtype": (good, torch.ones(3).double(), ValueError, r"bias is torch.float64.*bias.to\(weight\)"),
         "bias device": (good, torch.ones(3, device="meta"), ValueError, "on meta"),
         "bias nan": (good, torch.tensor([0, math.nan, 0]), ValueError, r"bias holds 1 .*\[1\]"),
@@ -240,9 +240,9 @@ def test_calibrate_says_why_not():
         head.calibrate(logits, logits.argmax(1))
     with pytest.raises(ValueError, match="say nothing about these labels"):
         head.calibrate(logits, logits.argmin(1))
-    with pytest.raises(ValueError, match=r"labels\[4\] is 3, outside of 0..2"):
+    with pytest.raises(ValueError, match=r"labels\[4\] is 3, out of range \(2 such labels\); expected 0 to 2"):
         head.calibrate(logits, torch.tensor([0, 1, 2, 0, 3, 0, 0, 0, -1, 0]))
-    with pytest.raises(ValueError, match=r"labels have shape \(9,\)"):
+    with pytest.raises(ValueError, match=r"labels has shape \(9,\); expected \(10,\)"):
         head.calibrate(logits, labels[:9])
     with pytest.raises(ValueError, match=r"logits have shape \(10, 2\).*\(N, 3\)"):
         head.calibrate(logits[:, :2], labels)

@@ -96,7 +96,7 @@ def test_refusals_are_those_of_all_processes(together):
         assert "shuffle=False" in found["shuffled"]
         assert "how many batches" in found["endless"]
         assert "give out" in found["memory"]
-        assert "1 of 83 activations hold NaN" in found["bad"]
+        assert "1 of 83 rows of activations hold NaN" in found["bad"]
     assert not (together[0] / "no").exists()
 
 

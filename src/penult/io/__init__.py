@@ -1,7 +1,7 @@
 """Files: tensors in safetensors with JSON metadata, written atomically and read without running any code.
 
-One file holds tensors, a kind and metadata (`write`, `read`). What is too large for one file is a folder of such files,
-its shards, with a JSON index that is written last (`write_index`, `read_index`).
+One file holds tensors, a kind and metadata (`write`, `read`). Data that is too large for one file is stored as a folder
+of such files, its shards, with a JSON index that is written last (`write_index`, `read_index`).
 """
 
 from penult.io._atomic import aside, leftovers, sweep, write_bytes

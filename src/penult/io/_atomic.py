@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Atomic writing of files: a reader sees a complete file or none."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 __all__ = ["aside", "leftovers", "sweep", "write_bytes"]
 
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its name when the block ends well, and else goes.
+    """Give a temporary file in the folder of ``path``; rename it to ``path`` at the end, or remove it on an error.
 
     A reader sees the old file or the new one, never a part of either. A writer that was killed leaves its temporary
-    file behind; the next one of the same ``path`` removes it.
+    file behind; the next writer of the same ``path`` removes it.
 
     Raises:
-        OSError: The disk is full, or nothing may be written there; the error names ``path``.
+        OSError: The disk is full or not writable; the error names ``path``.
 
     Example:
         >>> import tempfile
@@ -42,27 +42,30 @@ def aside(path: Path) -> Iterator[Path]:
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
-        os.chmod(temporary, mode)  # safetensors leaves files that their owner alone may read
+        # safetensors may create files that only their owner can read.
+        os.chmod(temporary, mode)
+        # Without fsync, a power cut could leave the new name on an empty file.
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # otherwise a power cut could leave the new name on an empty file
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
         raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno)}") from error
     finally:
-        with suppress(OSError):  # of a file system that has become read-only; the first error tells more
-            temporary.unlink(missing_ok=True)  # after a successful replace there is none
+        # The file system may have become read-only. The first error is then the informative one.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def leftovers(folder: str | os.PathLike[str]) -> dict[Path, str]:
-    """Temporary files of `aside` that lie in a folder: their writer was killed, or is still at work.
+    """Return the temporary files of `aside` in a folder, whose writers were killed or are still running.
 
     Args:
-        folder: Where to look.
+        folder: Folder to search.
 
     Returns:
-        The name that each of them was to take.
+        For each temporary file, the name that it would have been renamed to.
 
     Example:
         >>> import tempfile
@@ -71,16 +74,16 @@ def leftovers(folder: str | os.PathLike[str]) -> dict[Path, str]:
         ...         list(leftovers(folder).values())
         ['note.txt']
     """
-    found = {path: _TEMPORARY.fullmatch(path.name) for path in sorted(Path(folder).iterdir())}
-    return {path: match[1] for path, match in found.items() if match}
+    matches = {path: _TEMPORARY.fullmatch(path.name) for path in sorted(Path(folder).iterdir())}
+    return {path: match[1] for path, match in matches.items() if match}
 
 
 def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
-    """Remove temporary files of `aside` whose writer was killed; those of processes that live are left alone.
+    """Remove the temporary files of `aside` whose writer was killed, and keep those of running processes.
 
     Args:
-        folder: Where to look; it need not exist.
-        name: Only those that were to take this name.
+        folder: Folder to search; it need not exist.
+        name: Remove only files that would have been renamed to this name. Default: all.
 
     Example:
         >>> import tempfile
@@ -94,14 +97,16 @@ def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
         return
     for entry in os.listdir(folder):
         match = _TEMPORARY.fullmatch(entry)
-        if match and name in (None, match[1]) and not _lives(int(match[2])):
-            with suppress(OSError):  # another process was faster, or nothing may be removed there
+        if match and name in (None, match[1]) and not _is_running(int(match[2])):
+            # Another process may have removed the file first, or the folder may be read-only.
+            with suppress(OSError):
                 os.unlink(os.path.join(folder, entry))
 
 
-def _lives(pid: int) -> bool:
-    """Whether there is such a process on this machine; there may be, where that cannot be asked."""
-    if sys.platform == "win32":  # where the question would kill it
+def _is_running(pid: int) -> bool:
+    """Whether a process runs on this machine; True if that is unknown."""
+    # On Windows, os.kill would kill the process.
+    if sys.platform == "win32":
         return True
     try:
         os.kill(pid, 0)
@@ -113,11 +118,11 @@ def _lives(pid: int) -> bool:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
-    """Write a file of any kind, such as a page or a picture, atomically; missing folders are made.
+    """Write a file of any kind, such as a page or a picture, atomically; create missing folders.
 
     Args:
-        path: Where to write; a file of that name is replaced.
-        data: All that the file is to hold.
+        path: Path of the file; an existing file is replaced.
+        data: Contents of the file.
 
     Returns:
         The path written.

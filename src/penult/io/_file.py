@@ -25,12 +25,12 @@ _METADATA_KEY = "penult"
 
 @dataclass(frozen=True, eq=False)
 class File:
-    """What one penult file holds.
+    """Contents of one penult file.
 
     Attributes:
         tensors: The tensors by name.
-        kind: What the file is, for example ``"pair"``.
-        metadata: The writer's metadata, as JSON gives it back (tuples have become lists).
+        kind: Kind of the file, for example ``"pair"``.
+        metadata: The writer's metadata after a round trip through JSON (tuples have become lists).
         versions: The versions of penult and torch that wrote the file.
 
     Example:
@@ -47,14 +47,14 @@ class File:
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, Any]) -> Path:
     """Write tensors and metadata to one file, atomically.
 
-    Everything goes to a temporary file in the same folder, which takes the name ``path`` only once it is
-    whole and on disk: a reader sees the old file or the new one, never a part of either.
+    The data is written to a temporary file in the same folder, which is renamed to ``path`` once it is complete and on
+    disk: a reader sees the old file or the new one, never a part of either.
 
     Args:
-        path: Where to write; the folder must exist, a file of that name is replaced.
-        tensors: Tensors of any shape by name; what several of them share is written several times.
-        kind: What the file is; `read` can insist on it.
-        metadata: JSON-able entries; the names ``schema``, ``kind`` and ``versions`` are taken.
+        path: Path of the file; the folder must exist, an existing file is replaced.
+        tensors: Tensors of any shape by name; storage that several tensors share is written several times.
+        kind: Kind of the file; `read` can require it.
+        metadata: JSON-able entries; the names ``schema``, ``kind`` and ``versions`` are reserved.
 
     Returns:
         The path written.
@@ -62,9 +62,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
     Raises:
         FileNotFoundError: The folder does not exist.
         IsADirectoryError: `path` is a folder.
-        OSError: The disk is full, or nothing may be written there; what was there before is as it was.
-        TypeError: A value of `tensors` is no tensor, or `metadata` cannot be written as JSON.
-        ValueError: `metadata` uses a taken name, or holds NaN or infinity.
+        OSError: The disk is full or not writable; an existing file stays as it was.
+        TypeError: A value of `tensors` is not a tensor, or `metadata` cannot be written as JSON.
+        ValueError: `metadata` uses a reserved name, or holds NaN or infinity.
 
     Example:
         >>> import tempfile
@@ -82,7 +82,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
     header = {_METADATA_KEY: encode(kind, metadata)}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"tensors[{name!r}] is a {type(value).__name__}, not a tensor; put it in metadata")
+            raise TypeError(f"tensors[{name!r}] is a {type(value).__name__}; expected a tensor. Put it in metadata")
     with aside(path) as temporary:
         save_file(tensors, temporary, metadata=header)
     return path
@@ -93,23 +93,23 @@ def read(
     kind: str | Collection[str] | None = None,
     device: str | torch.device = "cpu",
 ) -> File:
-    """Read a file that `write` made. Nothing in the file is ever executed.
+    """Read a file that `write` wrote. Nothing in the file is ever executed.
 
-    On the CPU the tensors are the file itself, mapped into memory: what is never looked at is never read, and writing
-    to them leaves the file as it is.
+    On the CPU the tensors are memory-mapped: parts that are not accessed are not read from disk, and writing to a
+    tensor does not change the file.
 
     Args:
         path: The file.
-        kind: The kind, or kinds, that will do; None takes any.
-        device: Where the tensors shall live.
+        kind: The kind, or kinds, to accept. Default: any.
+        device: Device of the tensors.
 
     Returns:
         The file's tensors, kind and metadata.
 
     Raises:
         FileNotFoundError: There is no such file.
-        FileFormatError: The file is truncated, no safetensors file, one that penult did not write, written
-            by a newer penult, or of another kind.
+        FileFormatError: The file is truncated, is not a safetensors file, was not written by penult or was written by
+            a newer penult, or is of another kind.
 
     Example:
         >>> read("missing.penult.safetensors")
@@ -119,7 +119,8 @@ def read(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if not path.is_file():  # a pipe would be waited for, a device never end
+    # Reading a pipe would block, and reading a device would never end.
+    if not path.is_file():
         raise FileFormatError(f"{path} is {'a folder' if path.is_dir() else 'a device or pipe'}, not a penult file")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -133,45 +134,48 @@ def read(
 
 
 def _tensor(path: Path, file: Any, name: str) -> Tensor:
-    """A tensor of an open file. A size beyond 64 bits passes safetensors where another one is 0, but not torch."""
+    """Return a tensor of an open file."""
+    # safetensors accepts a size beyond 64 bits if another size is 0; torch does not.
     try:
         tensor: Tensor = file.get_tensor(name)
     except (OverflowError, TypeError, ValueError) as error:
         shape = file.get_slice(name).get_shape()
         raise FileFormatError(
-            f"{path} is damaged: no tensor is of the shape {shape} that {name!r} claims; copy or write it again"
+            f"{path} is damaged: {name!r} has the impossible shape {shape}; copy or write the file again"
         ) from error
     return tensor
 
 
 def _foreign(path: Path, keys: list[str]) -> str:
+    """Return the message for a safetensors file that penult did not write."""
     shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
     return (
         f"{path} is a safetensors file that penult did not write (it holds {shown or 'nothing'}). "
-        "A head can be built from a weight (K, d) and a bias (K,) among them: penult.Head(weight, bias)"
+        "If it holds the weight (K, d) and bias (K,) of a head, build penult.Head(weight, bias)"
     )
 
 
 def _damaged(path: Path, error: SafetensorError) -> str:
+    """Return the message for a file that is not safetensors, by its first bytes."""
     with open(path, "rb") as file:
         start = file.read(9)
     # A safetensors file begins with an eight-byte length and then "{"; torch.save writes a zip or a pickle.
     if start[8:9] == b"{":
-        return f"{path} is truncated or damaged ({error}): copy or write it again"
+        return f"{path} is truncated or damaged ({error}); copy or write it again"
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return (
             f"{path} is not a safetensors file but a pickle or zip (torch.save writes such files). penult "
-            "never unpickles, because that can run any code: load it yourself, then penult.Head(weight, bias)"
+            "never unpickles, because that can run any code. Load it yourself, then build penult.Head(weight, bias)"
         )
     if start[:1] == b"{":
         return (
-            f"{path} is JSON, not a safetensors file; where it is the index of a model in shards, give the shard that "
-            "holds the head, which it names"
+            f"{path} is JSON, not a safetensors file. If it is the index of a sharded model, give the shard that it "
+            "names for the head"
         )
     return f"{path} is not a safetensors file, or only the first bytes of one ({error})"
 
 
-# --- The JSON record that says what a file or a folder is ---------------------------------------------------
+# --- The JSON record of a file or folder: its schema, kind, versions and metadata ----------------------------
 
 
 SCHEMA_VERSION = 1
@@ -181,11 +185,11 @@ _RESERVED = ("schema", "kind", "versions")
 
 
 class FileFormatError(ValueError):
-    """A file is not what it should be: damaged, foreign, of another kind or from a newer penult."""
+    """A file cannot be used: it is damaged, foreign, of another kind or from a newer penult."""
 
 
 class Record(NamedTuple):
-    """What a record says."""
+    """Contents of a JSON record."""
 
     kind: str
     metadata: dict[str, Any]
@@ -193,10 +197,10 @@ class Record(NamedTuple):
 
 
 def encode(kind: str, metadata: Mapping[str, Any], indent: int | None = None, **own: Any) -> str:
-    """The record as JSON. `own` are further entries of penult's, whose names `metadata` may not use."""
-    taken = sorted({*_RESERVED, *own} & set(metadata))
-    if taken:
-        raise ValueError(f"metadata may not use the names {', '.join(taken)}: penult writes them itself")
+    """Return the record as JSON; `own` are further entries by penult, with names that `metadata` may not use."""
+    reserved = sorted({*_RESERVED, *own} & set(metadata))
+    if reserved:
+        raise ValueError(f"metadata may not use the names {', '.join(reserved)}: penult writes them itself")
     versions = {"penult": __version__, "torch": torch.__version__}
     record = {"schema": SCHEMA_VERSION, "kind": kind, **metadata, **own, "versions": versions}
     try:
@@ -210,7 +214,7 @@ def encode(kind: str, metadata: Mapping[str, Any], indent: int | None = None, **
 
 
 def decode(path: Path, text: str | bytes, kind: str | Collection[str] | None) -> Record:
-    """The record of a file, which is of that kind or one of those kinds."""
+    """Return the record of a file; raise if it is damaged or not of that kind, or one of those kinds."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -225,20 +229,20 @@ def decode(path: Path, text: str | bytes, kind: str | Collection[str] | None) ->
             f"{path} was written by schema {schema}, this penult reads up to {SCHEMA_VERSION}: "
             "upgrade penult with pip install -U penult"
         )
-    found, versions = record.get("kind"), record.get("versions", {})
-    if not isinstance(found, str) or not isinstance(versions, dict):
+    own_kind, versions = record.get("kind"), record.get("versions", {})
+    if not isinstance(own_kind, str) or not isinstance(versions, dict):
         raise FileFormatError(f"{path}: the penult metadata has no kind or no versions; write the file again")
-    wanted = (kind,) if isinstance(kind, str) else kind
-    if wanted is not None and found not in wanted:
-        names = " or ".join(repr(name) for name in sorted(wanted))
-        raise FileFormatError(f"{path} holds a {found!r}, but {names} was wanted")
-    return Record(found, {name: value for name, value in record.items() if name not in _RESERVED}, versions)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if kinds is not None and own_kind not in kinds:
+        raise FileFormatError(f"{path} is of kind {own_kind!r}; expected {' or '.join(map(repr, sorted(kinds)))}")
+    return Record(own_kind, {name: value for name, value in record.items() if name not in _RESERVED}, versions)
 
 
 # --- The bytes of a safetensors file ------------------------------------------------------------------------
 
 
-_NAMES = {  # in the order of safetensors
+# Names of dtypes in safetensors files, in the order in which safetensors sorts them.
+_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -262,19 +266,16 @@ _RANKS = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 def save_file(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a safetensors file, straight to its path and without a copy of them.
-
-    ``safetensors.torch.save_file`` writes to a file of another name beside the path first, which a writer that is
-    killed leaves behind under a name that says nothing; and it calls a full disk a SafetensorError.
+    """Write tensors to a safetensors file, directly to its path and without copying them.
 
     Args:
-        tensors: Tensors by name, of any device.
-        path: Where to write, over what is there; see :func:`aside` for a file that is whole or not there.
+        tensors: Tensors by name, on any device.
+        path: Path of the file; an existing file is overwritten, not atomically (see :func:`aside`).
         metadata: Text by name.
 
     Raises:
         OSError: The file cannot be written.
-        TypeError: A dtype has no name in such files.
+        TypeError: A dtype is not supported by safetensors files.
 
     Example:
         >>> import tempfile
@@ -283,15 +284,18 @@ def save_file(
         ...     safetensors.torch.load_file(f"{folder}/x.safetensors")
         {'x': tensor([1., 1.])}
     """
+    # safetensors.torch.save_file is not used, because it writes to a temporary file of its own first, which a killed
+    # writer leaves behind under a name that `sweep` cannot recognise, and because it hides OSErrors of a full disk.
     for name, value in tensors.items():
         if value.dtype not in _NAMES:
-            raise TypeError(f"tensors[{name!r}] is of {value.dtype}, which is not written to files")
-    if sys.byteorder == "big":  # the file's is the other one
-        held = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+            raise TypeError(f"tensors[{name!r}] has dtype {value.dtype}, which safetensors files do not support")
+    # Files are little-endian; safetensors swaps the bytes.
+    if sys.byteorder == "big":
+        copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         with open(path, "wb") as file:
-            file.write(safetensors.torch.save(held, None if metadata is None else dict(metadata)))
+            file.write(safetensors.torch.save(copies, None if metadata is None else dict(metadata)))
         return
-    # As safetensors does: wide numbers first, so that each lies at a multiple of its own size.
+    # As in safetensors, wide numbers come first, so that each number is aligned to its own size.
     names = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0

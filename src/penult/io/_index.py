@@ -1,4 +1,4 @@
-"""A folder of shards with an index of them."""
+"""Folders of shards with a JSON index."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from penult.io._file import FileFormatError, decode, encode
 __all__ = ["INDEX_NAME", "Index", "read_index", "write_index"]
 
 INDEX_NAME = "index.json"
-"""The file in a folder of shards that says what the folder holds."""
+"""Name of the index file in a folder of shards."""
 
-_TAKEN = ("name", "bytes")
+_RESERVED = ("name", "bytes")
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """What a folder of shards holds.
+    """Contents of a folder of shards.
 
     Attributes:
         shards: Facts about each shard by its file name, in order.
-        kind: What the folder is, for example ``"activations"``.
-        metadata: The writer's metadata, as JSON gives it back (tuples have become lists).
+        kind: Kind of the folder, for example ``"activations"``.
+        metadata: The writer's metadata after a round trip through JSON (tuples have become lists).
         versions: The versions of penult and torch that wrote the index.
 
     Example:
@@ -43,14 +43,14 @@ class Index:
 def write_index(
     folder: str | os.PathLike[str], shards: Mapping[str, Mapping[str, Any]], kind: str, metadata: Mapping[str, Any]
 ) -> Path:
-    """Write the index of shards that lie in a folder, atomically: once it is there, the folder is complete.
+    """Write the index of the shards in a folder, atomically. A folder that has an index is complete.
 
     Args:
-        folder: Where the shards are.
+        folder: Folder of the shards.
         shards: JSON-able facts about each shard by its file name, in order; the names ``name`` and ``bytes`` are
-            taken. The size of the file is recorded with them.
-        kind: What the folder is; `read_index` can insist on it.
-        metadata: JSON-able entries; the names ``schema``, ``kind``, ``versions`` and ``shards`` are taken.
+            reserved. The size of the file is recorded with them.
+        kind: Kind of the folder; `read_index` can require it.
+        metadata: JSON-able entries; the names ``schema``, ``kind``, ``versions`` and ``shards`` are reserved.
 
     Returns:
         The path of the index.
@@ -58,8 +58,8 @@ def write_index(
     Raises:
         FileNotFoundError: A shard does not exist.
         TypeError: Facts or metadata cannot be written as JSON.
-        ValueError: The name of a shard is no plain file name, facts or metadata use a taken name, or hold NaN or
-            infinity.
+        ValueError: The name of a shard is not a plain file name, or facts or metadata use a reserved name or hold NaN
+            or infinity.
 
     Example:
         >>> import tempfile
@@ -72,31 +72,32 @@ def write_index(
     folder = Path(folder)
     entries = []
     for name, facts in shards.items():
-        if not _plain(name):
-            raise ValueError(f"{name!r} is no plain file name; the shards of {folder} must lie in it")
-        if taken := sorted(set(_TAKEN) & set(facts)):
-            raise ValueError(f"facts of {name} may not use the names {', '.join(taken)}: penult writes them itself")
+        if not _is_plain(name):
+            raise ValueError(f"{name!r} is not a plain file name; the shards of {folder} must be directly in it")
+        if reserved := sorted(set(_RESERVED) & set(facts)):
+            raise ValueError(f"facts of {name} may not use the names {', '.join(reserved)}: penult writes them itself")
         entries.append({"name": name, "bytes": (folder / name).stat().st_size, **facts})
     text = encode(kind, metadata, indent=1, shards=entries)
     return write_bytes(folder / INDEX_NAME, text.encode())
 
 
 def read_index(folder: str | os.PathLike[str], kind: str | Collection[str] | None = None) -> Index:
-    """Read the index that `write_index` made, and see that each shard is there with the size it had.
+    """Read the index that `write_index` wrote, and check that each shard exists with its recorded size.
 
-    Shards are not opened. Their names are plain file names, so that nothing outside of the folder can be meant.
+    Shards are not opened. Only plain file names are accepted, so that an index cannot refer to files outside of its
+    folder.
 
     Args:
         folder: The folder.
-        kind: The kind, or kinds, that will do; None takes any.
+        kind: The kind, or kinds, to accept. Default: any.
 
     Returns:
         The shards, kind and metadata.
 
     Raises:
         FileNotFoundError: There is no such folder, or no index in it.
-        FileFormatError: The index is damaged, was not written by penult or by a newer one, is of another kind or
-            names what is no plain file; or a shard is missing or has another size.
+        FileFormatError: The index is damaged, was not written by penult or was written by a newer penult, is of
+            another kind, or holds a name that is not a plain file name; or a shard is missing or has another size.
 
     Example:
         >>> read_index("missing")
@@ -119,25 +120,28 @@ def read_index(folder: str | os.PathLike[str], kind: str | Collection[str] | Non
     for number, entry in enumerate(entries):
         name, size = (entry.get("name"), entry.get("bytes")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(size, int) or name in shards:
-            raise FileFormatError(f"{path}: shard {number} has no name of its own or no size; write the folder again")
-        if not _plain(name):
-            raise FileFormatError(f"{path} names {name!r}, which is no plain file name: a shard must lie in the folder")
-        if not os.path.isfile(folder / name):  # also where the name is too long for the system to look
+            raise FileFormatError(f"{path}: shard {number} has no unique name or no size; write the folder again")
+        if not _is_plain(name):
+            raise FileFormatError(
+                f"{path} names {name!r}, which is not a plain file name; shards must be directly in the folder"
+            )
+        # os.path.isfile is False, not an error, for names that are too long for the file system.
+        if not os.path.isfile(folder / name):
             raise FileFormatError(f"{folder} is incomplete: {name} is missing; copy or write the folder again")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise FileFormatError(
-                f"{folder / name} is a link that leads out of the folder, where nothing is opened; copy the file "
-                "itself (huggingface_hub's snapshot_download does with local_dir=)"
+                f"{folder / name} is a link that leads out of the folder, and files outside of it are not opened. Copy "
+                "the file itself (huggingface_hub's snapshot_download does so with local_dir=)"
             )
-        if (found := (folder / name).stat().st_size) != size:
+        if (num_bytes := (folder / name).stat().st_size) != size:
             raise FileFormatError(
-                f"{folder / name} has {found} bytes, but {size} in the index: it is truncated or another file; "
-                "copy or write the folder again"
+                f"{folder / name} has {num_bytes} bytes, but {size} in the index: it is truncated or another file. "
+                "Copy or write the folder again"
             )
-        shards[name] = {key: value for key, value in entry.items() if key not in _TAKEN}
+        shards[name] = {key: value for key, value in entry.items() if key not in _RESERVED}
     return Index(shards, *record)
 
 
-def _plain(name: str) -> bool:
-    """Whether it names a file in the folder it is looked for in, on every system, and can be printed."""
+def _is_plain(name: str) -> bool:
+    """Whether a name has no folder part on any operating system, and is printable."""
     return name not in ("", ".", "..") and not set(name) & set("/\\:") and name.isprintable()
