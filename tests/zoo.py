@@ -455,7 +455,7 @@ REFUSED = {
     "relu after the head": (lambda: mlp(nn.Tanh()).append(nn.ReLU()), VECTORS, "applies relu"),
     "one logit": (lambda: net(lambda self, x: self.fc(self.a(x)), fc=nn.Linear(8, 1)), VECTORS, "sigmoid"),
     "one logit, squeezed": (
-        lambda: net(lambda self, x: self.fc(self.a(x)).squeeze(-1), fc=nn.Linear(8, 1)), VECTORS, "one number a sample"
+        lambda: net(lambda self, x: self.fc(self.a(x)).squeeze(-1), fc=nn.Linear(8, 1)), VECTORS, "one number for each"
     ),
     "scale of the sample": (
         lambda: net(lambda self, x: self.fc(self.a(x)) * x.norm(dim=1, keepdim=True)), VECTORS, "depends on the input"

@@ -247,28 +247,28 @@ def late(self, x):
 
 
 NOT = {
-    "gelu": (lambda: mlp(nn.GELU()), "'GELU', and no ReLU"),
-    "leaky": (lambda: mlp(nn.LeakyReLU()), "'LeakyReLU', and no ReLU"),
+    "gelu": (lambda: mlp(nn.GELU()), "'GELU', not a ReLU"),
+    "leaky": (lambda: mlp(nn.LeakyReLU()), "'LeakyReLU', not a ReLU"),
     "leaky, of slope 0": (lambda: mlp(nn.LeakyReLU(0.0)), "'LeakyReLU'"),
-    "relu6": (lambda: mlp(nn.ReLU6()), "'ReLU6', and no ReLU"),
-    "capped": (functional(lambda x: x.clamp(0, 5)), "'clamp' stands before the head, but h was not seen"),
-    "cut elsewhere": (functional(lambda x: x.clamp(min=-1)), "'clamp' stands before"),
-    "linear": (lambda: mlp(), "'Linear', and no ReLU"),
-    "nothing": (lambda: shake(nn.Linear(4, 3)), "the input of the model, and no ReLU"),
-    "a liar": (lying, "'ReLU' stands before the head, but h was not seen to be"),
-    "batch norm": (lambda: mlp(nn.ReLU(), nn.BatchNorm1d(8)), "'BatchNorm1d', and no ReLU"),
-    "layer norm": (lambda: mlp(nn.ReLU(), nn.LayerNorm(8)), "a LayerNorm stands right before .* folded into it"),
-    "rms norm": (lambda: mlp(nn.ReLU(), nn.RMSNorm(8)), "a RMSNorm stands right before .* folded into it"),
-    "normalised": (functional(lambda x: F.normalize(x.relu(), dim=-1)), "'normalize', and no ReLU"),
-    "pooled": (lambda: net(lambda self, x: self.fc(tokens(self, x).relu().mean(1))), "'mean', and no ReLU"),
+    "relu6": (lambda: mlp(nn.ReLU6()), "'ReLU6', not a ReLU"),
+    "capped": (functional(lambda x: x.clamp(0, 5)), "'clamp' is before the head, but h was not observed"),
+    "cut elsewhere": (functional(lambda x: x.clamp(min=-1)), "'clamp' is before"),
+    "linear": (lambda: mlp(), "'Linear', not a ReLU"),
+    "nothing": (lambda: shake(nn.Linear(4, 3)), "the input of the model, not a ReLU"),
+    "a liar": (lying, "'ReLU' is before the head, but h was not observed to be"),
+    "batch norm": (lambda: mlp(nn.ReLU(), nn.BatchNorm1d(8)), "'BatchNorm1d', not a ReLU"),
+    "layer norm": (lambda: mlp(nn.ReLU(), nn.LayerNorm(8)), "a LayerNorm is right before .* folded into it"),
+    "rms norm": (lambda: mlp(nn.ReLU(), nn.RMSNorm(8)), "a RMSNorm is right before .* folded into it"),
+    "normalised": (functional(lambda x: F.normalize(x.relu(), dim=-1)), "'normalize', not a ReLU"),
+    "pooled": (lambda: net(lambda self, x: self.fc(tokens(self, x).relu().mean(1))), "'mean', not a ReLU"),
     "pooled after the head": (
-        lambda: net(lambda self, x: self.fc(tokens(self, x).relu()).mean(1)), "'mean' makes logits of the head's pos"
+        lambda: net(lambda self, x: self.fc(tokens(self, x).relu()).mean(1)), "the positions 'mean' combine several"
     ),
-    "shifted": (functional(lambda x: x.relu() + 1), "'add', and no ReLU"),
-    "changed in place": (lambda: net(late), "no ReLU|'relu' stands before"),
-    "dropout that never ends": (functional(lambda x: F.dropout(x.relu())), "'relu' stands before the head, but h"),
+    "shifted": (functional(lambda x: x.relu() + 1), "'add', not a ReLU"),
+    "changed in place": (lambda: net(late), "not a ReLU|'relu' is before"),
+    "dropout that never ends": (functional(lambda x: F.dropout(x.relu())), "'relu' is before the head, but h"),
     "W is rectified, h not": (
-        lambda: net(lambda self, x: F.linear(self.a(x).square(), self.w.relu()), w=param(3, 8)), "no ReLU"
+        lambda: net(lambda self, x: F.linear(self.a(x).square(), self.w.relu()), w=param(3, 8)), "not a ReLU"
     ),
 }  # fmt: skip
 
@@ -291,7 +291,7 @@ def test_no_pre_activation(name, tmp_path):
 
 def test_a_norm_that_is_not_folded():
     tap = tapped(mlp(nn.ReLU(), nn.LayerNorm(8)), VECTORS, fold=False)
-    with pytest.raises(ValueError, match="'LayerNorm', and no ReLU"):
+    with pytest.raises(ValueError, match="'LayerNorm', not a ReLU"):
         tap.pre_activation(VECTORS)
 
 
@@ -325,7 +325,7 @@ def test_dropout_in_training(inplace):
     tap(VECTORS)
     state = torch.get_rng_state()
     torch.manual_seed(0)
-    with pytest.raises(RuntimeError, match=r"shape \(6, 8\).* not max\(u, 0\).*differ by up to.*tap.eval\(\) ends it"):
+    with pytest.raises(RuntimeError, match=r"shape \(6, 8\).* not max\(u, 0\).*differ by up to.*call tap.eval\(\)"):
         tap.pre_activation(VECTORS)
     assert torch.equal(torch.get_rng_state(), state)  # nothing more was drawn
     tap.eval()
@@ -341,9 +341,9 @@ def test_dropout_in_training(inplace):
 def test_another_path():
     model = net(lambda self, x, act=F.relu: self.fc(act(self.a(x))))
     tap = tapped(model, VECTORS)
-    with pytest.raises(RuntimeError, match=r"no ReLU stands right before the head in this forward.*another path"):
+    with pytest.raises(RuntimeError, match=r"no ReLU is right before the head in this forward.*another path"):
         tap.pre_activation(VECTORS, act=F.gelu)
-    with pytest.raises(RuntimeError, match=r"no ReLU stands right before"):
+    with pytest.raises(RuntimeError, match=r"no ReLU is right before"):
         tap.pre_activation(VECTORS, act=lambda x: x.relu_().add_(1))
     with pytest.raises(RuntimeError, match=r"not max\(u, 0\).*change of u in place"):
         tap.pre_activation(VECTORS, act=lambda x: (x.relu(), x.neg_())[0])

@@ -180,7 +180,7 @@ def test_pre_activations(penult_json, refused, here, monkeypatch):
     words = "pre_activation is True there and False now"
     assert words in refused("extract", "rectifiednets:mlp", "digits", "--out", "u")
     assert penult_json("extract", "rectifiednets:mlp", "digits", "--out", "u", "--pre-activation")["was_complete"]
-    words = "what stands right before the head is 'AdaptiveAvgPool2d', and no ReLU"
+    words = "right before the head is 'AdaptiveAvgPool2d', not a ReLU"
     assert words in refused("extract", "usernets:trained", "digits", "--out", "pooled", "--pre-activation")
     assert not (here / "pooled").exists()
 

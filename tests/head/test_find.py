@@ -306,7 +306,7 @@ def test_models_that_cannot_be_watched():
         scripted = torch.jit.script(mlp(nn.ReLU()))
     with pytest.raises(TypeError, match="TorchScript"):
         find_head(scripted, seeded(6, 4))
-    with pytest.raises(HeadNotFoundError, match="'0' computes is TorchScript and cannot be watched"):
+    with pytest.raises(HeadNotFoundError, match="'0' is TorchScript, so its computation cannot be watched"):
         find_head(nn.Sequential(scripted), seeded(6, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -333,7 +333,7 @@ def test_a_second_batch_that_a_model_refuses():
     assert find_head(model, x).certificate.confirmed is None
     assert "not confirmed" in str(find_head(model, x).certificate)
     model.scale = 2
-    with pytest.raises(HeadNotFoundError, match="takes a second batch to confirm"):
+    with pytest.raises(HeadNotFoundError, match="needs a second batch to confirm"):
         find_head(model, x)
 
 
@@ -355,7 +355,7 @@ def test_path():
 
 
 def test_bad_models_and_outputs():
-    with pytest.raises(TypeError, match=r"model is a function, not an nn\.Module"):
+    with pytest.raises(TypeError, match=r"model is a function; expected an nn\.Module"):
         find_head(lambda x: x, batch(""))
     with pytest.raises(TypeError, match=r"a dict with keys \['z', 'y'\], which holds no logits"):
         find_head(net(lambda self, x: {"z": self.fc(self.a(x)), "y": x}), batch(""))

@@ -122,9 +122,9 @@ def test_bad_norm_and_bad_activations():
         Head(torch.eye(2), norm="batch")
     head = random_head(5, 8)
     for h in (torch.ones(8, 3), torch.tensor(1.0)):
-        with pytest.raises(ValueError, match=r"shape .*takes activations of shape \(\.\.\., 8\)"):
+        with pytest.raises(ValueError, match=r"shape .*expected activations of shape \(\.\.\., 8\)"):
             head(h)
-        with pytest.raises(ValueError, match="takes activations"):
+        with pytest.raises(ValueError, match="expected activations"):
             head.centered_logits(h)
 
 
@@ -244,9 +244,9 @@ def test_calibrate_says_why_not():
         head.calibrate(logits, torch.tensor([0, 1, 2, 0, 3, 0, 0, 0, -1, 0]))
     with pytest.raises(ValueError, match=r"labels has shape \(9,\); expected \(10,\)"):
         head.calibrate(logits, labels[:9])
-    with pytest.raises(ValueError, match=r"logits have shape \(10, 2\).*\(N, 3\)"):
+    with pytest.raises(ValueError, match=r"logits has shape \(10, 2\); expected \(N, 3\)"):
         head.calibrate(logits[:, :2], labels)
-    with pytest.raises(ValueError, match=r"logits have shape \(0, 3\)"):
+    with pytest.raises(ValueError, match=r"logits has shape \(0, 3\)"):
         head.calibrate(logits[:0], labels[:0])
     with pytest.raises(TypeError, match=r"torch\.float32"):
         head.calibrate(logits, labels.float())

@@ -1,4 +1,4 @@
-"""The head: the last linear layer of a classifier, and how it is found by evidence in any model."""
+"""Heads, the last linear layers of classifiers, and the search for the head of any model."""
 
 from penult.head._capture import capture
 from penult.head._certificate import HeadCertificate, HeadNotFoundError

@@ -1,4 +1,4 @@
-"""The temperature at which held-out labels are most likely."""
+"""Temperature scaling by maximum likelihood of held-out labels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ __all__ = ["best_inverse_temperature"]
 
 
 def best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
-    """1/T in [0.01, 100] at the minimum of the convex mean negative log-likelihood, see `Head.calibrate`."""
+    """Return 1/T in [0.01, 100] at the minimum of the convex mean negative log-likelihood, see `Head.calibrate`."""
     size = max(1, 2**22 // logits.shape[1])
 
     def derivatives(beta: float) -> tuple[float, float]:
+        """Return the first and second derivative of the negative log-likelihood in beta = 1/T."""
         slope = curvature = 0.0
         for part, label in zip(rows_in_double(logits, size), labels.split(size), strict=True):
             probabilities = torch.softmax(beta * part, dim=1)
@@ -30,20 +31,20 @@ def best_inverse_temperature(logits: Tensor, labels: Tensor) -> float:
         right = (logits.argmax(1) == labels).float().mean().item()
         raise ValueError(
             f"the likelihood of the {len(labels)} held-out labels still grows at T = 0.01, so no temperature "
-            f"fits them: {right:.1%} are predicted right, with room to spare. Give more held-out data (data "
-            "that the model was trained on will not do)"
+            f"fits them: {right:.1%} are predicted right, with large margins. Give more held-out data (not data that "
+            "the model was trained on)"
         )
     if derivatives(low)[0] >= 0:
         raise ValueError(
-            f"the likelihood of the {len(labels)} held-out labels still grows at T = 100: the logits say "
-            "nothing about these labels. Check that labels and logits are in the same order"
+            f"the likelihood of the {len(labels)} held-out labels still grows at T = 100: the logits say nothing about "
+            "these labels. Check that labels and logits are in the same order"
         )
     beta, step = 1.0, high
     for _ in range(200):
         slope, curvature = derivatives(beta)
         low, high = (beta, high) if slope < 0 else (low, beta)
         newton = -slope / curvature if curvature > 0 else math.inf
-        # Newton's steps may leave the bracket or crawl in the flat tail; halving log T then does better.
+        # Newton's steps may leave the bracket or shrink in the flat tail; bisection of log T is then faster.
         if low < beta + newton < high and abs(newton) <= abs(step) / 2:
             step = newton
         else:

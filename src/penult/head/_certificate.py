@@ -1,4 +1,4 @@
-"""What was found of a head, and what was not."""
+"""The certificate of a head that was found, and the error for one that was not."""
 
 from __future__ import annotations
 
@@ -34,52 +34,54 @@ class HeadNotFoundError(ValueError):
 
 @dataclass(frozen=True)
 class HeadCertificate:
-    """How a head was found, and what was seen of the activations h that it consumes.
+    """How a head was found, and statistics of the activations h that it reads.
 
     Attributes:
         path: Name of the module in whose forward the head's product is computed, ``""`` for the model itself.
-        kind: What computes it: ``"linear"``, ``"matmul"``, ``"einsum"``, a pointwise ``"conv"``, or ``"cosine"``
-            where h and the rows of W before the scale have norm 1.
-        scale: The number by which the model multiplies W h before it returns it.
-        residual: max abs(head(h) - logits) / max(1, max abs(logits)), of softmax outputs where ``log_softmax``.
+        kind: Operation that computes it: ``"linear"``, ``"matmul"``, ``"einsum"``, a pointwise ``"conv"``, or
+            ``"cosine"`` where h and the rows of W before the scale have norm 1.
+        scale: Number by which the model multiplies W h before it returns the logits.
+        residual: max abs(head(h) - logits) / max(1, max abs(logits)), computed after a log-softmax where
+            ``log_softmax``.
         shape: (K, d).
         bias: Whether the head has a bias.
-        before: What stands just before the head: class name of the module, or name of the function, whose output is
-            h, looking through dropout, casts, views and selections; None for the model's own input.
-        support: Where the observed h lie. ``"sphere"``: all norms agree within 1e-3, and a norm layer was
+        before: Class name of the module, or name of the function, whose output is h, ignoring dropout, casts, views
+            and selections in between; None if h is the model's own input.
+        support: Set in which the observed h lie. ``"sphere"``: all norms agree within 1e-3, and a norm layer was
             folded or vectors were normalised. ``"ball"``: a norm layer was folded but the norms differ (its eps
-            shrinks vectors of little variance, or a mean over positions follows it). ``"cube"``: a tanh or softsign
-            stands before. ``"box"``: a bounded activation (ReLU6, Hardtanh, sigmoid, hard sigmoid) does, or an
+            shrinks vectors of little variance, or a mean over positions follows it). ``"cube"``: `before` is a tanh or
+            softsign. ``"box"``: `before` is a bounded activation (ReLU6, Hardtanh, sigmoid, hard sigmoid) or an
             average of one. ``"orthant"``: no h is negative. ``"reals"``: none of these.
-        zeros: Share of exact zeros.
+        zeros: Fraction of exact zeros.
         norms: Smallest and largest Euclidean norm.
         minimum: Smallest coordinate.
         maximum: Largest coordinate.
-        gauge: Norm of the mean row of W, which the softmax does not see.
+        gauge: Norm of the mean row of W, which does not change the softmax.
         folded: ``"LayerNorm"`` or ``"RMSNorm"`` if the gain and offset of such a layer were folded into the head; h is
             then the vector before them.
-        samples: Number of activations seen.
+        samples: Number of activations observed.
         norm_path: Name of the folded layer's module, or None.
-        weight: Name of the parameter that is W, or of which W is a view; None if W is computed.
+        weight: Name of the parameter that is W, or that W is a view of; None if W is computed.
         weight_first: Whether W is the first operand of the product, as in ``W @ h.T``.
-        operand: Whether the product is given the parameter itself, not a view of it.
-        call: Which product with this W (of this shape, if W is computed) in the module's forward makes the logits,
-            counted from 0.
-        forward_call: The same in the whole model's forward, where W is known only if it is the operand; None in files
-            of older versions.
+        operand: Whether the operand of the product is the parameter itself, not a view of it.
+        call: Index, from 0, of the product that gives the logits among the products with this W (of this shape, if W is
+            computed) in the module's forward.
+        forward_call: The same index in the whole model's forward, where products are matched by W only if it is the
+            operand; None in files of older versions.
         class_axis: Axis of the classes in the model's own output: -1, or 1 for maps (B, K, H, W).
         axes: Names of the axes before the last of h and of logits, as `Tap` gives them.
-        positions: What happens to the positions of W h + b until they are logits, and so to those of h:
-            ``"same"``, the ``"mean"`` over them, one a sample ``"picked"``, or the interpolation of a map.
-        shifted: Whether a bias was fitted, beside what the product itself adds.
-        log_softmax: Whether the model returns log-probabilities: logits up to a number a sample.
-        empty: Number of classes whose row of W is zero, as of padding tokens that were never trained.
-        confirmed: The residual on a second batch (the first one reversed and paler), which the head had not seen; None
-            if the model does not take it.
+        positions: How the positions of W h + b, and so those of h, become those of the logits: ``"same"``, batch and
+            tokens ``"swapped"``, the ``"mean"`` over positions, one position of each sample ``"picked"``, or the name
+            of the interpolation that resizes a map.
+        shifted: Whether a bias was fitted, in addition to that of the product itself.
+        log_softmax: Whether the model returns log-probabilities, which are logits up to one constant for each sample.
+        empty: Number of classes whose row of W is zero, for example padding tokens that were never trained.
+        confirmed: The residual on a second batch (the first one reversed and scaled), which the head was not fitted
+            to; None if the model raised an error for it.
         unit_offset: Whether the folded gain is 1 + weight.
-        rectified: Whether h was seen to be max(u, 0), entry by entry, of the u that a ReLU right before the head
-            reads (a module, a function or a clamp at 0, in place or not), looking through what `before` looks through:
-            `Tap.pre_activation` and ``extract(..., pre_activation=True)`` then deliver u. False in files of older
+        rectified: Whether h equals max(u, 0), entry by entry, where u is the input of a ReLU right before the head (a
+            module, a function or a clamp at 0, in place or not), ignoring the same operations as `before`.
+            `Tap.pre_activation` and ``extract(..., pre_activation=True)`` then give u. False in files of older
             versions.
 
     Example:

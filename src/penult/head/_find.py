@@ -1,4 +1,4 @@
-"""The head found by evidence: what the model computed, and what reproduces its logits."""
+"""Search for the head of a model: the recorded product that reproduces its logits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from penult.head._certificate import HeadCertificate, Support
 from penult.head._head import Head
 from penult.head._match import Match, axes_of, matches, relative_error
 from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
-from penult.head._origin import Norm, Origin, gains, invertible, without_gain
+from penult.head._origin import Norm, Origin, gain_and_offset, invertible, without_gain
 from penult.head._record import Candidate, Recorder
-from penult.head._refusal import are_probabilities, not_confirmed, not_found, refuse_other_tasks
+from penult.head._refusal import are_probabilities, not_confirmed_error, not_found_error, refuse_other_tasks
 
 __all__ = ["find_head"]
 
-_TRIES = 3  # fitted candidates that a second batch is spent on
+# Number of candidates that are tested on a second batch, at most.
+_TRIES = 3
 
 
 def find_head(
@@ -34,38 +35,38 @@ def find_head(
     fold: bool = True,
     **kwargs: Any,
 ) -> Head:
-    """Find the linear map that makes a model's logits, and prove it.
+    """Find the linear map that gives a model's logits, and verify it.
 
     The model runs on a small batch, in eval mode and without gradients, while every product of activations with one
-    matrix is recorded: linear layers and functions, matmul, addmm, einsum, pointwise convolutions, cosines. Each
-    with as many rows as there are logits is a candidate; the logits are computed again from its W, b and h, and the
-    one that reproduces them is the head. Names play no part. A scale and a bias added later are fitted; a mean over
-    positions, a position picked from each sample, and a resized map are recognised, since they commute with the
-    head. The head then has to reproduce a second batch: the first one reversed, its floats times 0.7. The model's
-    training flags, buffers, hooks and the random number generators are left as they were.
+    matrix is recorded: linear layers and functions, matmul, addmm, einsum, pointwise convolutions, cosines. Products
+    whose number of rows is the number of logits are candidates. The logits are computed again from the W, b and h of
+    each candidate, and the one that reproduces them is the head. Names are not used. A scale and a bias added later
+    are fitted. A mean over positions, a position picked from each sample, and a resized map are recognised, because
+    they commute with the head. The head must then reproduce a second batch: the first one reversed, with floats
+    multiplied by 0.7. The model's training flags, buffers and hooks and the random number generators are restored.
 
-    Where a LayerNorm or RMSNorm stands right before the head (dropout, casts, views such as a class token, and a
-    mean over positions apart), its gain and offset are folded into the head: the weight becomes W diag(gamma), the
-    bias b + W beta, in at least float32 and in storage of its own, and h is the normalised vector.
+    If a LayerNorm or RMSNorm is right before the head (ignoring dropout, casts, views such as a class token, and a
+    mean over positions), its gain and offset are folded into the head: the weight becomes W diag(gamma), the bias
+    b + W beta, in at least float32 and in its own storage, and h is the normalised vector.
 
     Args:
-        model: Any classifier. DataParallel, DistributedDataParallel and torch.compile wrappers are opened.
-        *args: What the model takes: a small batch.
-        path: Name of the head's module, if known. It is put to the same proof.
+        model: Any classifier. DataParallel, DistributedDataParallel and torch.compile wrappers are removed.
+        *args: Positional arguments of the model, with a small batch.
+        path: Name of the head's module, if known. It is verified in the same way.
         tolerance: Largest residual to accept, relative to max(1, max abs(logits)).
         fold: Whether to fold a norm layer before the head.
-        **kwargs: What the model takes by keyword.
+        **kwargs: Keyword arguments of the model.
 
     Returns:
         The head, with its ``certificate``.
 
     Raises:
-        HeadNotFoundError: Nothing reproduces the logits, or no softmax reads them (one logit, multi-label); the three
-            nearest candidates are named with their residuals, and the likely cause.
-        TypeError: `model` is no module or cannot be watched (TorchScript, FSDP), its output holds no logits, or it
-            takes no mapping by position, and is given one.
-        ValueError: `path` names no module of the model, the logits are not finite, or the layer found
-            is no softmax head (see `Head`).
+        HeadNotFoundError: No product reproduces the logits, or the model has no softmax (one logit, multi-label). The
+            message names the three nearest candidates with their residuals, and the likely cause.
+        TypeError: `model` is not a module or cannot be watched (TorchScript, FSDP), its output holds no logits, or it
+            failed on a mapping that was passed by position.
+        ValueError: `path` is not a module of the model, the logits are not finite, or the layer is not a valid
+            softmax head (see `Head`).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(), nn.Linear(8, 3))
@@ -74,7 +75,7 @@ def find_head(
         ('3', 'LayerNorm', 'layer')
     """
     model = unwrap(model)
-    wanted = None if path is None else submodule(model, path)
+    named_module = None if path is None else submodule(model, path)
     with untouched(model), compiled_parts_eager(model):
         with Recorder(model) as recorder:
             try:
@@ -83,63 +84,70 @@ def find_head(
                 if not any(isinstance(value, Mapping) for value in args):
                     raise
                 raise TypeError(
-                    f"the model takes no mapping by position ({type(error).__name__}: {error}); "
-                    "what a processor or tokeniser gives goes by keyword: find_head(model, **batch), without labels"
+                    f"the model takes no mapping by position ({type(error).__name__}: {error}). "
+                    "Pass the output of a processor or tokeniser by keyword: find_head(model, **batch), without labels"
                 ) from error
             logits = logits_of(output)
         squashed_by = recorder.squashed_by(logits) or ("a softmax" if are_probabilities(logits) else None)
         logits = logits.detach()
         refuse_other_tasks(model, logits)
         check_finite("the model's output", logits)
+
+        def limit(match: Match) -> float:
+            return _residual_limit(tolerance, logits, match)
+
+        # Of equal candidates, the last call is the head.
         candidates = [
             candidate
             for group in recorder.candidates.values()
-            for candidate in reversed(group)  # of equals, the last call is the head
-            if wanted is None or _belongs(model, wanted, candidate)
+            for candidate in reversed(group)
+            if named_module is None or _is_computed_in(model, named_module, candidate)
         ]
-        everything: list[Match] = []
+        all_matches: list[Match] = []
         for fit in (False, True):
-            found = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
-            found.sort(key=lambda match: match.residual)
-            # Where values are small even a soft cap looks affine, so that what was seen to run decides.
-            good = [match for match in found if not squashed_by and match.residual <= _slack(tolerance, logits, match)]
+            new_matches = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
+            new_matches.sort(key=lambda match: match.residual)
+            # For small values even a soft cap looks affine, so a recorded function decides against every match.
+            good = [match for match in new_matches if not squashed_by and match.residual <= limit(match)]
             good.sort(key=lambda match: (match.scale != 1) + (match.shift is not None))
             refused: list[tuple[Match, float | None]] = []
             for match in good[:_TRIES]:
-                head = _head_of(model, match, logits, tolerance, fold, recorder)
+                head = _build_head(model, match, logits, tolerance, fold, recorder)
                 second = _second_residual(model, head, match, args, kwargs)
-                if second <= _slack(tolerance, logits, match) if second is not None else not match.fitted:
-                    return _certified(head, confirmed=second, path=path, model=model)
+                if second <= limit(match) if second is not None else not match.fitted:
+                    return _complete_certificate(head, confirmed=second, path=path, model=model)
                 refused.append((match, second))
             if refused:
-                raise not_confirmed(*refused[0], tolerance)
-            everything += found
-        everything.sort(key=lambda match: match.residual)
-        raise not_found(model, logits, everything, recorder.candidates, path, tolerance, squashed_by)
+                raise not_confirmed_error(*refused[0], tolerance)
+            all_matches += new_matches
+        all_matches.sort(key=lambda match: match.residual)
+        raise not_found_error(model, logits, all_matches, recorder.candidates, path, tolerance, squashed_by)
 
 
-def _slack(tolerance: float, logits: Tensor, match: Match) -> float:
-    """The tolerance, or what half precision rounds away where any part of the head is computed in it."""
+def _residual_limit(tolerance: float, logits: Tensor, match: Match) -> float:
+    """Return the tolerance, or the rounding error of half precision if part of the head is computed in it."""
     parts = (logits, match.candidate.product.h, match.candidate.product.weight)
     return max(tolerance, *(2 * torch.finfo(part.dtype).eps for part in parts))
 
 
-def _belongs(model: nn.Module, wanted: nn.Module, candidate: Candidate) -> bool:
+def _is_computed_in(model: nn.Module, module: nn.Module, candidate: Candidate) -> bool:
     """Whether a product was computed in a module, or with its weight."""
-    inside = model.get_submodule(candidate.path) in set(wanted.modules())
-    return inside or _name_of(wanted, candidate.product.weight) is not None
+    inside = model.get_submodule(candidate.path) in set(module.modules())
+    return inside or _parameter_name(module, candidate.product.weight) is not None
 
 
-def _name_of(module: nn.Module, tensor: Tensor) -> str | None:
-    """Name of the parameter or buffer that a tensor shows all of."""
+def _parameter_name(module: nn.Module, tensor: Tensor) -> str | None:
+    """Return the name of the parameter or buffer that a tensor is a view of, as a whole; None if there is none."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.numel() == tensor.numel() and value.data_ptr() == tensor.data_ptr() and value.device == tensor.device:
             return name
     return None
 
 
-def _head_of(model: nn.Module, match: Match, logits: Tensor, tolerance: float, fold: bool, recorder: Recorder) -> Head:
-    """The head that a match stands for, with its certificate."""
+def _build_head(
+    model: nn.Module, match: Match, logits: Tensor, tolerance: float, fold: bool, recorder: Recorder
+) -> Head:
+    """Build the head of a match, with its certificate."""
     product, layout = match.candidate.product, match.layout
     target = logits.movedim(layout.class_axis, -1)
     weight = product.weight.detach()
@@ -149,29 +157,30 @@ def _head_of(model: nn.Module, match: Match, logits: Tensor, tolerance: float, f
     if match.scale != 1:
         weight, bias = weight * match.scale, None if bias is None else bias * match.scale
     if match.shift is not None:
-        shift = _known(model, match.shift, tolerance).to(weight)
+        shift = _exact_shift(model, match.shift, tolerance).to(weight)
         bias = shift if bias is None else bias + shift
-    head, residual, norm = Head._of_model(weight, bias, sources=_sources(model, match, None)), match.residual, None
-    if fold and (folded := _folded(model, head, h, match, target, tolerance)) is not None:
+    head = Head._of_model(weight, bias, sources=_source_tensors(model, match, None))
+    residual, norm = match.residual, None
+    if fold and (folded := _fold_norm(model, head, h, match, target, tolerance)) is not None:
         head, h, residual, norm = folded
     head.certificate = _certify(model, match, head, h, target, residual, norm, recorder)
     return head
 
 
-def _sources(model: nn.Module, match: Match, norm: Norm | None) -> list[Tensor]:
-    """The model's tensors that a head was computed from, so that it can tell when they change."""
+def _source_tensors(model: nn.Module, match: Match, norm: Norm | None) -> list[Tensor]:
+    """Return the model's tensors that a head is computed from, so that the head can detect changes of them."""
     tensors = {id(x): x for x in (match.candidate.product.operand, match.candidate.product.bias) if x is not None}
     if norm is not None:
         tensors |= {id(x): x for x in model.get_submodule(norm.path).parameters()}
     path = match.candidate.path
-    if match.fitted or _name_of(model, match.candidate.product.weight) is None:
-        # A scale, or what W was computed from, is among what the module has of its own.
+    if match.fitted or _parameter_name(model, match.candidate.product.weight) is None:
+        # The parameters of the module include the scale, or the tensors that W was computed from.
         tensors |= {id(x): x for x in model.get_submodule(path).parameters(recurse=path != "")}
     return list(tensors.values())
 
 
-def _known(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
-    """The model's own parameter if a fitted shift is one, since that is exact."""
+def _exact_shift(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
+    """Return the parameter of the model that a fitted shift approximates, or the fitted shift if there is none."""
     for value in (*model.parameters(), *model.buffers()):
         if value.shape == shift.shape and value.is_floating_point():
             if relative_error(value.detach().to(shift), shift) <= tolerance:
@@ -182,12 +191,13 @@ def _known(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
 def _second_residual(
     model: nn.Module, head: Head, match: Match, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> float | None:
-    """The residual on the batch reversed; None if the model does not take it, or sees nothing new in it."""
+    """Return the residual on the reversed batch; None if the model raises an error, or h is the same as before."""
     assert head.certificate is not None
     args, kwargs = pytree.tree_map_only(Tensor, _reversed, (args, kwargs))
+    # A model may raise any error for a batch that it was not written for.
     try:
         h, logits = capture(model, head.certificate, args, kwargs)
-    except Exception:  # whatever a model says to a batch that it was not meant for
+    except Exception:
         return None
     first = match.candidate.product.h
     if h.shape[-1] == first.shape[-1] and h.numel() == first.numel() and head.certificate.folded is None:
@@ -198,7 +208,7 @@ def _second_residual(
 
 
 def _reversed(x: Tensor) -> Tensor:
-    """A batch of the same shapes that looks different: images upside down and paler, texts read backwards."""
+    """Return a different batch of the same shapes: images upside down and darker, texts in reverse order."""
     if x.ndim == 0 or x.is_complex():
         return x
     if x.is_floating_point():
@@ -207,19 +217,24 @@ def _reversed(x: Tensor) -> Tensor:
     return x.flatten().roll(1).view_as(x) if torch.equal(backwards, x) else backwards
 
 
-def _folded(
+def _fold_norm(
     model: nn.Module, head: Head, h: Tensor, match: Match, logits: Tensor, tolerance: float
 ) -> tuple[Head, Tensor, float, Norm] | None:
-    """The head that reads h before gain and offset, that h, the residual and the norm; None if that is not proved."""
+    """Fold the gain and offset of a norm layer before the head.
+
+    Returns:
+        The new head, its activations h, the residual and the norm; None if there is no norm, or if folding it does not
+        reproduce the logits.
+    """
     norm, direct = _norm_before(match.candidate.origin)
-    # The head has to read the normalised axis, and all of it.
+    # The head must read the whole normalised axis.
     if norm is None or h.shape[-1] != norm.width or match.candidate.stride not in (1, norm.stride):
         return None
-    gain, offset = gains(model.get_submodule(norm.path), norm.unit_offset)
+    gain, offset = gain_and_offset(model.get_submodule(norm.path), norm.unit_offset)
     if not invertible(gain, offset, h.dtype):
         return None
     z = without_gain(h, gain, offset)
-    if not _on_ball(z, norm.kind, h.dtype):
+    if not _is_within_ball(z, norm.kind, h.dtype):
         return None
     weight, wide = head.weight, torch.promote_types(head.weight.dtype, torch.float32)
     bias = None if head.bias is None else head.bias.to(wide)
@@ -228,22 +243,23 @@ def _folded(
         bias = (shift if bias is None else shift + bias.to(shift)).to(wide)
     weight = weight.to(wide) if gain is None else weight.to(wide) * gain.to(wide)
     direct = direct and match.layout.positions in ("same", "swapped", "picked")
-    new = Head._of_model(weight, bias, norm=norm.kind if direct else None, sources=_sources(model, match, norm))
+    sources = _source_tensors(model, match, norm)
+    new = Head._of_model(weight, bias, norm=norm.kind if direct else None, sources=sources)
     guess = new(z.to(wide))
     residual = relative_error(guess.log_softmax(-1) if match.log_softmax else guess, logits)
-    # The model rounds what the fold leaves exact, which half precision shows.
-    return (new, z, residual, norm) if residual <= _slack(tolerance, logits, match) else None
+    # The model rounds the output of the norm and the folded head does not; in half precision the difference is large.
+    return (new, z, residual, norm) if residual <= _residual_limit(tolerance, logits, match) else None
 
 
 def _norm_before(origin: Origin | None) -> tuple[Norm | None, bool]:
-    """The norm that made a tensor, or that its average was taken of; and whether it did so directly."""
+    """Return the norm whose output, or an average of whose output, a tensor is; and whether it is the output itself."""
     if origin is None or origin.norm is not None:
         return None if origin is None else origin.norm, True
     return None if origin.pooled is None else origin.pooled.norm, False
 
 
-def _on_ball(z: Tensor, kind: Literal["layer", "rms"], dtype: torch.dtype) -> bool:
-    """Whether z can be what a norm gives, or a mean of it: the norm's own axis was read, not another."""
+def _is_within_ball(z: Tensor, kind: Literal["layer", "rms"], dtype: torch.dtype) -> bool:
+    """Whether z can be the output of a norm, or a mean of such outputs; it cannot if the head reads another axis."""
     slack = max(1e-3, 8 * torch.finfo(dtype).eps)
     d = z.shape[-1]
     inside = bool((torch.linalg.vector_norm(z, dim=-1) <= (1 + slack) * d**0.5).all())
@@ -260,14 +276,16 @@ def _certify(
     norm: Norm | None,
     recorder: Recorder,
 ) -> HeadCertificate:
+    """Return the certificate of a head, without the residual on the second batch."""
     candidate, layout = match.candidate, match.layout
     norms = torch.linalg.vector_norm(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
     low, high = h.min().item(), h.max().item()
-    name, operand = _name_of(model, candidate.product.weight), candidate.product.operand
-    if layout.positions == "picked":  # the whole forward is watched
-        call = recorder.before_in_model(candidate, by_address=name is not None)
+    name, operand = _parameter_name(model, candidate.product.weight), candidate.product.operand
+    # For a picked position, `capture` watches the whole forward, and otherwise only the module of the head.
+    if layout.positions == "picked":
+        call = recorder.earlier_calls_in_model(candidate, by_address=name is not None)
     else:
-        call = recorder.before(candidate, by_address=name is not None)
+        call = recorder.earlier_calls_in_module(candidate, by_address=name is not None)
     return HeadCertificate(
         path=candidate.path,
         kind="cosine" if norm is None and _is_cosine(norms, candidate.product.weight) else candidate.product.kind,
@@ -289,7 +307,7 @@ def _certify(
         weight_first=candidate.product.first,
         operand=isinstance(operand, nn.Parameter),
         call=call,
-        forward_call=recorder.before_in_model(candidate, by_operand=isinstance(operand, nn.Parameter)),
+        forward_call=recorder.earlier_calls_in_model(candidate, by_operand=isinstance(operand, nn.Parameter)),
         class_axis=layout.class_axis,
         axes=axes_of(logits.ndim, layout.class_axis, layout.positions),
         positions=layout.positions,
@@ -302,7 +320,7 @@ def _certify(
 
 
 def _is_cosine(norms: Tensor, weight: Tensor) -> bool:
-    """Whether activations and rows have norm 1."""
+    """Whether all activations and rows have norm 1."""
     unit = bool(((norms - 1).abs() <= 1e-3).all())
     return unit and all(bool(((rows.norm(dim=1) - 1).abs() <= 1e-3).all()) for rows in rows_in_double(weight))
 
@@ -310,15 +328,16 @@ def _is_cosine(norms: Tensor, weight: Tensor) -> bool:
 def _support(
     origin: Origin | None, norm: Norm | None, direct: bool, low: float, high: float, norms: Tensor, features: int
 ) -> Support:
-    """Where the activations lie, by what made them and what was seen."""
-    names = {each.name.lower().rstrip("_") for each in (origin, origin and origin.pooled) if each is not None}
+    """Return the set in which the activations lie, by their origin and their observed values."""
+    origins = (origin, origin and origin.pooled)
+    names = {operation.name.lower().rstrip("_") for operation in origins if operation is not None}
     shortest, longest = norms.min().item(), norms.max().item()
     if norm is not None:
         radius = features**0.5
         return "sphere" if direct and max(longest - radius, radius - shortest) <= 1e-3 * radius else "ball"
-    alike = longest - shortest <= 1e-3 * longest
+    equal_norms = longest - shortest <= 1e-3 * longest
     scaled = norms.numel() > 1 and origin is not None and origin.scaled
-    if alike and (abs(longest - 1) <= 1e-3 or scaled or (origin is not None and origin.normalized)):
+    if equal_norms and (abs(longest - 1) <= 1e-3 or scaled or (origin is not None and origin.normalized)):
         return "sphere"
     if names & {"tanh", "softsign"} and -1 <= low and high <= 1:
         return "cube"
@@ -327,8 +346,8 @@ def _support(
     return "orthant" if low >= 0 else "reals"
 
 
-def _certified(head: Head, *, confirmed: float | None, path: str | None, model: nn.Module) -> Head:
-    """The head with what the second batch said, under the name that the user gave its module."""
+def _complete_certificate(head: Head, *, confirmed: float | None, path: str | None, model: nn.Module) -> Head:
+    """Add the residual on the second batch to the certificate, and the name by which the user knows the module."""
     assert head.certificate is not None
     head.certificate = dataclasses.replace(head.certificate, confirmed=confirmed)
     if path is not None and model.get_submodule(path) is model.get_submodule(head.certificate.path):

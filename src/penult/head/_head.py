@@ -1,4 +1,4 @@
-"""The head as a module."""
+"""The softmax head as a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penult._checks import check_bias, check_finite, check_labels, check_positive, check_weight
+from penult._checks import check_bias, check_choice, check_finite, check_labels, check_positive, check_weight
 from penult._row_blocks import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of
 from penult.head._calibration import best_inverse_temperature
 from penult.head._certificate import HeadCertificate
@@ -25,30 +25,30 @@ __all__ = ["Head"]
 class Head(nn.Module):
     """A softmax head: logits = W h + b.
 
-    W and b are held by reference, detached: a head takes no memory beside the model's own, and follows the
-    model if it is trained further. (A head that `find_head` had to compute, with a scale or a norm's gain folded in,
-    does not: find it again.) Loading a state dict into it writes into the model, too; `clone` first if
-    that is not wanted. ``version`` counts the changes of W.
+    The head shares the memory of W and b with the model, detached: it needs no memory of its own, and changes if the
+    model is trained further. (A head that `find_head` had to compute, with a scale or the gain of a norm folded in,
+    does not: find it again.) Loading a state dict into the head also changes the model; use `clone` to avoid that.
+    ``version`` counts the changes of W.
 
     Args:
-        weight: (K, d), one row w_y a class, K >= 2; any floating dtype.
+        weight: (K, d), one row w_y for each class, K >= 2; any floating dtype.
         bias: (K,), or None for no bias.
         certificate: How the head was found, see `find_head`.
         norm: ``"layer"`` or ``"rms"`` if h is the output of a LayerNorm or RMSNorm without affine part, so
-            that it lies on the sphere of radius sqrt(d) (for ``"layer"``, where sum(h) = 0); None if not.
+            that it lies on the sphere of radius sqrt(d) (and sum(h) = 0 for ``"layer"``); None if not.
 
     Attributes:
         weight: (K, d).
         bias: (K,) or None.
-        mean_row: (d,), the mean of the rows, which is the part of W that no softmax sees; as it was when the
-            head was built or last loaded.
-        certificate: As given.
-        norm: As given.
+        mean_row: (d,), the mean of the rows, which does not change the softmax; computed when the head is built or
+            loaded.
+        certificate: The argument.
+        norm: The argument.
         radius: Radius of the sphere on which h lies when `norm` is given, else None.
-        temperature: Product of the temperatures that the head was divided by; 1 at first.
+        temperature: Product of the temperatures that the head was divided by; 1 for a new head.
 
     Raises:
-        TypeError: `weight` or `bias` is no floating tensor.
+        TypeError: `weight` or `bias` is not a floating tensor.
         ValueError: A wrong shape, fewer than two classes, NaN or infinity, an all-zero row, or a bias that
             differs from the weight in dtype or device.
 
@@ -79,9 +79,8 @@ class Head(nn.Module):
         super().__init__()
         check_weight(weight)
         check_bias(bias, weight)
-        if norm not in ("layer", "rms", None):
-            raise ValueError(f"norm is {norm!r}; it must be 'layer', 'rms' or None")
-        self._hold(weight, bias)
+        check_choice("norm", norm, ("layer", "rms", None))
+        self._set_tensors(weight, bias)
         self.certificate = certificate
         self.norm = norm
         self.radius = None if norm is None else math.sqrt(self.in_features)
@@ -96,44 +95,45 @@ class Head(nn.Module):
         norm: Literal["layer", "rms"] | None = None,
         sources: Sequence[Tensor] = (),
     ) -> Head:
-        """A head as a model has it: some rows may be zero, as those of padding tokens.
+        """Build the head of a model, in which some rows may be zero, as those of padding tokens.
 
         Args:
             weight: (K, d).
             bias: (K,) or None.
-            norm: As for a head.
+            norm: As for `Head`.
             sources: The model's tensors that W and b were computed from; ``version`` counts their changes, too.
         """
         check_weight(weight, empty_rows=True)
         check_bias(bias, weight)
         head = cls.__new__(cls)
         nn.Module.__init__(head)
-        head._hold(weight, bias)
+        head._set_tensors(weight, bias)
         head.certificate, head.norm, head.temperature = None, norm, 1.0
         head.radius = None if norm is None else math.sqrt(head.in_features)
         head._sources = [weakref.ref(source) for source in sources]
-        head._seen = [version_of(source) for source in sources]
+        head._source_versions = [version_of(source) for source in sources]
         return head
 
-    def _hold(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _set_tensors(self, weight: Tensor, bias: Tensor | None) -> None:
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("mean_row", _wide_mean_row(self.weight), persistent=False)
         self._span: tuple[Tensor, int, Tensor] | None = None
         self._sources: list[weakref.ref[Tensor]] = []
-        self._seen: list[int] = []
+        # The last known version of each source, which may be deleted before the head.
+        self._source_versions: list[int] = []
 
     def _derive(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, temperature: float = 1.0) -> Head:
-        """A head of the same classes with other numbers, which are not checked: centered rows may be zero."""
+        """Build a head of the same classes with other tensors, which are not checked: centered rows may be zero."""
         head = Head.__new__(Head)
         nn.Module.__init__(head)
-        head._hold(weight, bias)
-        # Where h is scaled, the model's own activations are no longer what the head consumes.
+        head._set_tensors(weight, bias)
+        # If h is scaled, the head no longer reads the model's own activations.
         head.certificate = self.certificate if scale == 1.0 else None
         head.norm = self.norm
         head.radius = None if self.radius is None else self.radius * scale
         head.temperature = self.temperature * temperature
-        head._sources, head._seen = list(self._sources), list(self._seen)
+        head._sources, head._source_versions = list(self._sources), list(self._source_versions)
         return head
 
     @property
@@ -148,7 +148,7 @@ class Head(nn.Module):
 
     @property
     def full_bias(self) -> Tensor:
-        """B (K,), or zeros where the head has none."""
+        """The bias b (K,), or zeros if the head has none."""
         return self.weight.new_zeros(self.num_classes) if self.bias is None else self.bias
 
     @property
@@ -156,12 +156,12 @@ class Head(nn.Module):
         """Changes whenever W or b, or a tensor of the model that they were computed from, is changed in place."""
         for i, source in enumerate(self._sources):
             tensor = source()
-            if tensor is not None:  # the model is still there
-                self._seen[i] = version_of(tensor)
-        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias), *self._seen
+            if tensor is not None:
+                self._source_versions[i] = version_of(tensor)
+        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias), *self._source_versions
 
     def forward(self, h: Tensor) -> Tensor:
-        """The logits of activations.
+        """Return the logits of activations.
 
         Args:
             h: (..., d).
@@ -173,22 +173,20 @@ class Head(nn.Module):
             ValueError: The last dimension of `h` is not d, or its dtype is not the head's.
         """
         if h.ndim == 0 or h.shape[-1] != self.in_features:
-            raise ValueError(
-                f"h has shape {tuple(h.shape)}; the head takes activations of shape (..., {self.in_features})"
-            )
+            raise ValueError(f"h has shape {tuple(h.shape)}; expected activations of shape (..., {self.in_features})")
         if h.dtype != self.weight.dtype and not torch.is_autocast_enabled(h.device.type):
             raise ValueError(
-                f"h is {h.dtype}, but the head is {self.weight.dtype}; convert one: h.to(head.weight.dtype)"
+                f"h is {h.dtype}; expected {self.weight.dtype}, the dtype of the head. Use h.to(head.weight.dtype)"
             )
         return F.linear(h, self.weight, self.bias)
 
     def centered_logits(self, h: Tensor) -> Tensor:
-        """The logits that the centered rows give: the same softmax, and no second W.
+        """Return the logits of the centered rows, which have the same softmax, without a copy of W.
 
-        They are computed in the dtype of `h` under torch.autocast as well, unlike the model's own logits.
+        Unlike the model's own logits, they are computed in the dtype of `h` even under torch.autocast.
 
         Args:
-            h: (..., d), in any floating dtype: where it is not that of W, rows are converted block by block.
+            h: (..., d), in any floating dtype. If it is not that of W, rows are converted block by block.
 
         Returns:
             (W - mean row) h + b, (..., K), in the dtype of `h`.
@@ -208,10 +206,10 @@ class Head(nn.Module):
             return torch.cat(parts, dim=-1) + self.full_bias.to(h.dtype)
 
     def centered_weight(self, index: Tensor | slice | int | None = None) -> Tensor:
-        """Centered rows w_y - mean row.
+        """Return the centered rows w_y - mean row.
 
         Args:
-            index: Which rows, as one indexes a tensor; None means all, which costs a second W.
+            index: Index of the rows, as for a tensor. Default: all rows, which need as much memory as W.
 
         Returns:
             (K, d), or (*index.shape, d); float32 for a head of half precision.
@@ -224,7 +222,7 @@ class Head(nn.Module):
         return rows - self.mean_row
 
     def centered_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The centered rows in blocks, so that all of them can be looked at without a second W.
+        """Yield the centered rows in blocks, so that a pass over all rows needs no copy of W.
 
         Yields:
             The classes as a slice, and their rows (block, d).
@@ -240,7 +238,7 @@ class Head(nn.Module):
             start = part.stop
 
     def centered(self) -> Head:
-        """The same classifier with rows w_y - mean row and biases b_y - mean bias.
+        """Return the same classifier with rows w_y - mean row and biases b_y - mean bias.
 
         Returns:
             A new head with its own storage.
@@ -254,14 +252,14 @@ class Head(nn.Module):
         return self._derive(self.centered_weight().to(self.weight.dtype), bias)
 
     def rescaled(self, row_norm: float = 1 / math.sqrt(3)) -> tuple[Head, float]:
-        """The same classifier in another unit of h: head(h) equals new(scale * h).
+        """Return the same classifier for rescaled h: head(h) equals new(scale * h).
 
         Args:
-            row_norm: What the mean norm of the new head's centered rows shall be.
+            row_norm: Mean norm of the centered rows of the new head.
 
         Returns:
-            The new head (W / scale, b), and scale. The new head has no certificate, because the model's
-            activations fit it only after they are multiplied by scale.
+            The new head (W / scale, b), and scale. The new head has no certificate, because it reads the model's
+            activations only after they are multiplied by scale.
 
         Raises:
             ValueError: `row_norm` is not positive and finite, or all rows of W are equal.
@@ -283,13 +281,13 @@ class Head(nn.Module):
         return self._derive(self.weight / scale, self.bias, scale=scale), scale
 
     def with_temperature(self, temperature: float) -> Head:
-        """The head of softmax(logits / temperature).
+        """Return the head of softmax(logits / temperature).
 
         Args:
-            temperature: Above 1 makes the head less sure of itself, below 1 more.
+            temperature: Values above 1 make the head less confident, values below 1 more confident.
 
         Returns:
-            A new head (W / T, b / T) with its own storage; its ``temperature`` is the product of all.
+            A new head (W / T, b / T) with its own storage; its ``temperature`` is the product of all temperatures.
 
         Raises:
             ValueError: `temperature` is not positive and finite.
@@ -303,7 +301,7 @@ class Head(nn.Module):
         return self._derive(self.weight / temperature, bias, temperature=float(temperature))
 
     def with_bias(self, bias: Tensor | None) -> Head:
-        """The same rows, shared, with another bias: what a change of the class prior does to a head.
+        """Return a head with the same rows, shared, and another bias, as for another class prior.
 
         Args:
             bias: (K,), or None for no bias.
@@ -312,7 +310,7 @@ class Head(nn.Module):
             A new head. It has no certificate, since the model's own logits are no longer its logits.
 
         Raises:
-            TypeError: `bias` is no tensor.
+            TypeError: `bias` is not a tensor.
             ValueError: `bias` has a wrong shape, dtype or device, or is not finite.
 
         Example:
@@ -325,7 +323,7 @@ class Head(nn.Module):
         return head
 
     def config(self) -> dict[str, Any]:
-        """JSON facts that, with the buffers, rebuild this head in `from_config`.
+        """Return JSON facts from which, together with the buffers, `from_config` rebuilds this head.
 
         Example:
             >>> Head.from_config(Head(torch.eye(2)).config(), {"weight": torch.eye(2)})
@@ -345,8 +343,8 @@ class Head(nn.Module):
 
         Raises:
             KeyError: A part is missing.
-            TypeError: A part is of the wrong kind.
-            ValueError: The tensors, or the numbers in `config`, are no head's.
+            TypeError: A part has a wrong type.
+            ValueError: The tensors, or the numbers in `config`, are not valid for a head.
         """
         weight, bias = tensors["weight"], tensors.get("bias")
         if weight.ndim != 2 or len(weight) < 2 or weight.shape[1] < 1 or not weight.is_floating_point():
@@ -355,17 +353,17 @@ class Head(nn.Module):
         check_bias(bias, weight)
         head = cls.__new__(cls)
         nn.Module.__init__(head)
-        head._hold(weight, bias)
+        head._set_tensors(weight, bias)
         facts = config["certificate"]
         head.certificate = None
         if facts is not None:
             parts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()}
             head.certificate = HeadCertificate(**parts)
-            str(head.certificate)  # so that a fact of the wrong kind is found here, not where a page is made
+            # Formatting raises an error for facts of a wrong type, here and not later when a page is written.
+            str(head.certificate)
         head.norm, head.radius = config["norm"], config["radius"]
         head.temperature = config["temperature"]
-        if head.norm not in ("layer", "rms", None):
-            raise ValueError(f"norm is {head.norm!r}; it must be 'layer', 'rms' or None")
+        check_choice("norm", head.norm, ("layer", "rms", None))
         if head.radius is not None:
             check_positive("radius", head.radius)
         check_positive("temperature", head.temperature)
@@ -373,20 +371,20 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, logits: Tensor, labels: Tensor) -> Head:
-        """The head at the temperature that makes held-out labels most likely.
+        """Return the head at the temperature that makes held-out labels most likely.
 
         The mean negative log-likelihood is convex in 1/T; its minimum in [0.01, 100] is found by Newton's
         method, safeguarded by bisection, in float64.
 
         Args:
-            logits: (N, K), what this head gives on held-out data.
+            logits: (N, K), the logits of this head on held-out data.
             labels: (N,), integers in 0..K-1.
 
         Returns:
             ``with_temperature(T)`` for the best T.
 
         Raises:
-            TypeError: `labels` are no integers.
+            TypeError: `labels` are not integers.
             ValueError: Wrong shapes, no data, logits that are not finite, a label out of range, or a best T
                 outside of [0.01, 100].
 
@@ -397,24 +395,24 @@ class Head(nn.Module):
             1.8205
         """
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or len(logits) == 0:
-            raise ValueError(f"logits have shape {tuple(logits.shape)}; they must have (N, {self.num_classes}), N >= 1")
+            raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (N, {self.num_classes}) with N >= 1")
         check_labels(labels, logits.shape)
         check_finite("logits", logits)
         return self.with_temperature(1 / best_inverse_temperature(logits, labels.to(logits.device, torch.int64)))
 
     @property
     def rank(self) -> int:
-        """The dimension q of the span of the centered rows, which is all that the softmax sees; <= K - 1."""
+        """Dimension q <= K - 1 of the span of the centered rows, the only part of h that changes the softmax."""
         return len(self.span())
 
     @torch.no_grad()
     def span(self) -> Tensor:
-        """An orthonormal basis of the span of the centered rows, the widest direction first.
+        """Return an orthonormal basis of the span of the centered rows, in order of decreasing singular values.
 
-        Computed in float64 in blocks of rows, so that a large W needs no second copy, and kept until W
-        changes. Directions whose singular value is below 8 eps ||W||_F, more than the rounding of W's entries
-        brings about, do not count (eps of W's dtype; float32's for half precision, whose entries are taken
-        as they are). Signs are such that the largest entry of a row is positive.
+        Computed in float64 in blocks of rows, so that a large W needs no second copy, and cached until W changes.
+        Directions with a singular value below 8 eps ||W||_F are left out, since rounding of W's entries can cause them
+        (eps of W's dtype; that of float32 for half precision, whose entries count as exact). The largest entry of each
+        row is positive.
 
         Returns:
             (q, d), in W's dtype but at least float32, and on its device.
@@ -423,15 +421,15 @@ class Head(nn.Module):
             >>> Head(torch.tensor([[3.0, 5.0], [1.0, 5.0]])).span()
             tensor([[1., 0.]])
         """
-        kept = self._span
+        cached = self._span
         version = version_of(self.weight)
-        if kept is None or kept[0] is not self.weight or kept[1] != version:
+        if cached is None or cached[0] is not self.weight or cached[1] != version:
             with outside_transforms():
-                self._span = kept = (self.weight, version, span_of(self.weight))
-        return kept[2]
+                self._span = cached = (self.weight, version, span_of(self.weight))
+        return cached[2]
 
     def clone(self) -> Head:
-        """The same head with its own storage, so that it no longer follows the model.
+        """Return a copy with its own storage, which does not change with the model.
 
         Example:
             >>> head = Head(torch.eye(2))
@@ -441,21 +439,24 @@ class Head(nn.Module):
         return self._derive(self.weight.clone(), None if self.bias is None else self.bias.clone())
 
     def extra_repr(self) -> str:
-        """The part of ``repr(head)`` between the brackets."""
+        """Return the part of ``repr(head)`` between the brackets."""
         text = f"num_classes={self.num_classes}, in_features={self.in_features}, bias={self.bias is not None}"
         text += "" if self.norm is None else f", norm={self.norm!r}"
         return text if self.temperature == 1 else f"{text}, temperature={self.temperature:.4g}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Head:
         if self.certificate is not None and self.certificate.folded is not None:
-            fn = _at_least_single(fn)  # what the fold computes, half precision could not hold
+            # Half precision is too coarse for a folded weight.
+            fn = _at_least_single(fn)
         super()._apply(fn, recurse)
-        self._span = None  # it holds on to the weight as it was
-        self.mean_row = _wide_mean_row(self.weight)  # which a move to half precision would have rounded
+        # The cached span refers to the old weight, and conversion to half precision would round the mean row.
+        self._span = None
+        self.mean_row = _wide_mean_row(self.weight)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sources": [], "_seen": []}  # a copy belongs to no model
+        # A copy does not belong to the model.
+        return {**self.__dict__, "_sources": [], "_source_versions": []}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -463,16 +464,16 @@ class Head(nn.Module):
 
 
 def _at_least_single(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same move, but floating tensors stay in at least float32."""
+    """Return a conversion that keeps floating tensors in at least float32."""
 
-    def moved(tensor: Tensor) -> Tensor:
+    def converted(tensor: Tensor) -> Tensor:
         new = fn(tensor)
         narrow = new.is_floating_point() and torch.finfo(new.dtype).bits < 32
         return tensor.to(new.device, torch.promote_types(tensor.dtype, torch.float32)) if narrow else new
 
-    return moved
+    return converted
 
 
 def _wide_mean_row(weight: Tensor) -> Tensor:
-    """The mean row in at least float32: rounded to half precision it would tilt every class."""
+    """Return the mean row in at least float32; rounding to half precision would change all logits."""
     return mean_row_of(weight).to(weight.device, torch.promote_types(weight.dtype, torch.float32))

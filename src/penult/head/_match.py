@@ -1,4 +1,4 @@
-"""Whether a product makes the logits: the few maps between the two that commute with W h + b."""
+"""Comparison of products with a model's logits, through the maps between them that commute with W h + b."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ __all__ = ["Layout", "Match", "axes_of", "class_axes", "is_log_softmax", "layout
 # --- Layouts: from the product that a model computes to the logits that it returns --------------------------
 
 
-_RESIZED: dict[Positions, tuple[int, dict[str, Any]]] = {  # number of spatial axes, and how
+# Number of spatial axes and arguments of F.interpolate.
+_RESIZED: dict[Positions, tuple[int, dict[str, Any]]] = {
     "linear": (1, {"mode": "linear", "align_corners": False}),
     "bilinear": (2, {"mode": "bilinear", "align_corners": False}),
     "bilinear aligned": (2, {"mode": "bilinear", "align_corners": True}),
@@ -32,22 +33,21 @@ _RESIZED: dict[Positions, tuple[int, dict[str, Any]]] = {  # number of spatial a
 
 @dataclass(frozen=True)
 class Layout:
-    """How positions of a product (..., K) become those of the logits (..., K), classes last in both.
+    """How positions of a product (..., K) become those of the logits (..., K), with classes last in both.
 
-    Each of these maps is linear in the values, the same for every class, and leaves constants as they are; so it
-    commutes with W h + b, and can be applied to h instead.
+    These maps are linear in the values, are the same for every class, and do not change constants. So they commute
+    with W h + b and can be applied to h instead.
 
     Attributes:
         class_axis: Axis of the classes in the model's own output.
-        positions: ``"same"``; batch and tokens ``"swapped"``; the ``"mean"`` over positions; one position a sample
-            ``"picked"``; or the interpolation that resizes a map.
+        positions: As in `HeadCertificate`.
     """
 
     class_axis: int
     positions: Positions
 
     def apply(self, h: Tensor, product: Tensor, logits: Tensor) -> Tensor:
-        """The activations that stand for the logits.
+        """Map activations to the positions of the logits.
 
         Args:
             h: (*P, d), at the positions of the product.
@@ -58,14 +58,14 @@ class Layout:
             (*S, d).
 
         Raises:
-            RuntimeError: The model no longer returns one row of logits for each that the head gives.
+            RuntimeError: The model no longer returns one row of logits for each row of h.
         """
         shape = (*logits.shape[:-1], h.shape[-1])
         if self.positions == "same":
             if h.shape[:-1].numel() != logits.shape[:-1].numel():
                 raise RuntimeError(
                     f"the head gives {tuple(h.shape[:-1])} rows of logits and the model returns "
-                    f"{tuple(logits.shape[:-1])}, which came to the same for the batch that the head was found with: "
+                    f"{tuple(logits.shape[:-1])}; the numbers were equal for the batch that the head was found with: "
                     "find the head again with a batch like this one"
                 )
             return h.reshape(shape)
@@ -84,7 +84,7 @@ class Layout:
 
 
 def class_axes(logits: Tensor, classes: int) -> Iterator[int]:
-    """The axes of a model's output that may count the classes: the last, or that after the batch."""
+    """Yield the axes of a model's output that may be the classes: the last one, or the one after the batch."""
     if logits.ndim and logits.shape[-1] == classes:
         yield -1
     if logits.ndim > 2 and logits.shape[1] == classes:
@@ -92,9 +92,9 @@ def class_axes(logits: Tensor, classes: int) -> Iterator[int]:
 
 
 def layouts(product: torch.Size, logits: torch.Size, class_axis: int) -> Iterator[Layout]:
-    """The layouts that shapes (*P, K) and (*S, K) allow."""
+    """Yield the layouts that are possible for shapes (*P, K) and (*S, K)."""
     p, s = product[:-1], logits[:-1]
-    # Positions may be flattened or not, but where there are as many axes, a reshape would mix them up.
+    # Positions may be flattened or not, but with equally many axes, a reshape would mix up positions.
     if p == s or (p.numel() == s.numel() and len(p) != len(s)):
         yield Layout(class_axis, "same")
     if len(p) >= 2 and s == (p[1], p[0], *p[2:]):
@@ -115,10 +115,10 @@ _SPATIAL: dict[int, tuple[str, ...]] = {1: ("length",), 2: ("height", "width"), 
 
 
 def axes_of(ndim: int, class_axis: int, positions: Positions) -> tuple[str, ...]:
-    """Names of the axes before the last of h (..., d) and of logits (..., K)."""
+    """Return the names of all axes but the last of h (..., d) and of logits (..., K)."""
     if positions == "swapped":
-        first, second, *rest = axes_of(ndim, class_axis, "same")
-        return (second, first, *rest)
+        first, second, *others = axes_of(ndim, class_axis, "same")
+        return (second, first, *others)
     spatial = ndim - 2
     if spatial < 0:
         return ()
@@ -127,7 +127,10 @@ def axes_of(ndim: int, class_axis: int, positions: Positions) -> tuple[str, ...]
     return ("batch", *_SPATIAL.get(spatial, tuple(f"axis {i}" for i in range(1, spatial + 1))))
 
 
-_ROWS = 4096  # that a scale and a shift are fitted to
+# --- Matches of products with the logits ---------------------------------------------------------------------
+
+# Number of rows that a scale and a shift are fitted to, at most.
+_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +139,7 @@ class Match:
 
     Attributes:
         candidate: The product.
-        layout: Where its positions and classes went.
+        layout: How its positions and classes became those of the logits.
         scale: A number.
         shift: (K,), or None.
         log_softmax: Whether a log-softmax follows.
@@ -152,41 +155,43 @@ class Match:
 
     @property
     def fitted(self) -> bool:
-        """Whether numbers were fitted, which a second batch has to confirm."""
+        """Whether a scale or shift was fitted, which a second batch has to confirm."""
         return self.scale != 1 or self.shift is not None
 
 
 def matches(candidate: Candidate, logits: Tensor, *, fit: bool) -> Iterator[Match]:
-    """The readings of a model's output through one product, with or without fitted scale and shift."""
+    """Yield the matches of one product with a model's output, with or without a fitted scale and shift."""
     product = candidate.product
     if not (product.weight.is_floating_point() and product.h.is_floating_point()) or product.weight.shape[0] < 2:
         return
     for axis in class_axes(logits, product.weight.shape[0]):
         target = logits.movedim(axis, -1)
         shape = torch.Size((*product.h.shape[:-1], target.shape[-1]))
-        found = list(layouts(shape, target.shape, axis))
-        if not found:
+        possible_layouts = list(layouts(shape, target.shape, axis))
+        if not possible_layouts:
             continue
         log_softmax = is_log_softmax(target)
-        for layout in found:
+        for layout in possible_layouts:
             step = math.ceil(target.shape[:-1].numel() / _ROWS)
-            if layout.positions == "same" and step > 1:  # large maps: some rows first, all if those fit
+            # Large maps are compared in some rows first, and in all rows only if those match.
+            if layout.positions == "same" and step > 1:
                 h, part = (x.reshape(-1, x.shape[-1])[::step] for x in (product.h, target))
-                first = list(_readings(candidate, layout, h, part, log_softmax, fit))
+                first = list(_matches_in_layout(candidate, layout, h, part, log_softmax, fit))
                 if min(match.residual for match in first) > 1e-2:
                     yield from first
                     continue
-            yield from _readings(candidate, layout, product.h, target, log_softmax, fit)
+            yield from _matches_in_layout(candidate, layout, product.h, target, log_softmax, fit)
 
 
-def _readings(
+def _matches_in_layout(
     candidate: Candidate, layout: Layout, h: Tensor, logits: Tensor, log_softmax: bool, fit: bool
 ) -> Iterator[Match]:
+    """Yield the matches in one layout: for each fitted scale and shift, with and without a log-softmax."""
     values = F.linear(h, candidate.product.weight, candidate.product.bias)
     wide = torch.promote_types(logits.dtype, torch.float32)
     aligned, target = layout.apply(values, values, logits).to(wide), logits.to(wide)
     for after in (False, True) if log_softmax else (False,):
-        for scale, shift in _fits(aligned, target, centred=after) if fit else [(1.0, None)]:
+        for scale, shift in _fit_scale_and_shift(aligned, target, centred=after) if fit else [(1.0, None)]:
             guess = aligned * scale
             guess = guess if shift is None else guess + shift
             guess = guess.log_softmax(-1) if after else guess
@@ -194,10 +199,10 @@ def _readings(
 
 
 def relative_error(guess: Tensor, logits: Tensor) -> float:
-    """Largest absolute error over max(1, max abs(logits)); inf for NaN.
+    """Return the largest absolute error divided by max(1, max abs(logits)); inf for NaN.
 
-    Classes that a model masks with a huge negative number, the same for all samples, are judged by themselves: they
-    would hide any error of the others.
+    The error of classes that a model masks with a huge number, the same for all samples, is computed separately.
+    Otherwise these classes would hide the error of the others.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     z, y = (x.to(wide).reshape(-1, x.shape[-1]) for x in (logits, guess))
@@ -211,17 +216,18 @@ def relative_error(guess: Tensor, logits: Tensor) -> float:
 
 
 def is_log_softmax(logits: Tensor) -> bool:
-    """Whether every row of logits (..., K) is log-probabilities."""
+    """Whether all rows of logits (..., K) are log-probabilities."""
     slack = max(1e-4, 8 * torch.finfo(logits.dtype).eps)
     return bool((logits.logsumexp(-1).abs() <= slack).all())
 
 
-def _fits(values: Tensor, logits: Tensor, *, centred: bool) -> Iterator[tuple[float, Tensor | None]]:
-    """Least squares of logits = scale * values + shift: a shift alone, a scale alone, both."""
-    p, z = (each.reshape(-1, each.shape[-1]) for each in (values, logits))
+def _fit_scale_and_shift(values: Tensor, logits: Tensor, *, centred: bool) -> Iterator[tuple[float, Tensor | None]]:
+    """Fit logits = scale * values + shift by least squares, with a shift only, a scale only, and both."""
+    p, z = (x.reshape(-1, x.shape[-1]) for x in (values, logits))
     step = math.ceil(len(p) / _ROWS)
     p, z = in_double(p[::step]), in_double(z[::step])
-    if centred:  # what is the same for all classes is gone
+    # A log-softmax removes any constant that all classes share.
+    if centred:
         p, z = p - p.mean(-1, keepdim=True), z - z.mean(-1, keepdim=True)
     p_mean, z_mean = p.mean(0), z.mean(0)
     yield 1.0, (z_mean - p_mean).to(values)

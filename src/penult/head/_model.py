@@ -1,4 +1,4 @@
-"""Running someone else's model without leaving a trace, and reading what it returns."""
+"""Running a user's model without changing it, and finding the logits in its output."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = [
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile.
+    """Return the model inside DataParallel, DistributedDataParallel and torch.compile.
 
     Raises:
-        TypeError: The model is no module, or one whose calls or weights cannot be seen: TorchScript, FSDP, DTensor.
+        TypeError: The model is not a module, or its calls or weights cannot be watched: TorchScript, FSDP, DTensor.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, not an nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -43,12 +43,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             break
     if is_scripted(model):
-        raise TypeError("the model is TorchScript, whose calls cannot be watched; give the model it was made from")
+        raise TypeError("the model is TorchScript, whose calls cannot be watched; pass the model it was scripted from")
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise TypeError(
-                f"the weights of {name or 'the model'!r} are sharded (FSDP), and a head that refers to them would soon "
-                "refer to nothing; gather them into a plain copy of the model first"
+                f"the weights of {name or 'the model'!r} are sharded (FSDP), and the gathered weights that a head "
+                "would refer to are freed after each forward; gather them into a plain copy of the model first"
             )
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor":
@@ -62,7 +62,7 @@ def is_scripted(module: nn.Module) -> bool:
 
 
 def tensor_at(model: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer of that name, or None."""
+    """Return the parameter or buffer of that name, or None."""
     path, _, last = name.rpartition(".")
     try:
         tensor = getattr(model.get_submodule(path), last, None)
@@ -72,7 +72,7 @@ def tensor_at(model: nn.Module, name: str) -> Tensor | None:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module of that name, or a ValueError that lists those there are."""
+    """Return the module of that name; raise a ValueError that lists the last modules if there is none."""
     try:
         return model.get_submodule(path)
     except AttributeError:
@@ -82,7 +82,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def has_compiled_parts(model: nn.Module) -> bool:
-    """Whether torch.compile has taken a module of the model."""
+    """Whether torch.compile was applied to a module of the model."""
     return any(
         "_orig_mod" in name.split(".") or getattr(module, "_compiled_call_impl", None) is not None
         for name, module in model.named_modules()
@@ -90,10 +90,16 @@ def has_compiled_parts(model: nn.Module) -> bool:
 
 
 def compiled_parts_eager(model: nn.Module, path: str | None = None) -> AbstractContextManager[Any]:
-    """Run what torch.compile has taken as it was written: anywhere, or if it holds the module at a path."""
+    """Return a context that runs compiled modules without compilation.
+
+    Args:
+        model: The model.
+        path: If given, do so only if a compiled module contains the module at that path.
+    """
     if path is not None and "_orig_mod" not in path.split("."):
         return nullcontext()
-    # Before it is loaded, which takes seconds, nothing can be compiled; older versions of torch have no stances.
+    # Nothing is compiled before torch._dynamo is loaded, and loading it takes seconds. Older versions of torch have no
+    # set_stance.
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -102,20 +108,21 @@ def compiled_parts_eager(model: nn.Module, path: str | None = None) -> AbstractC
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients for a while; afterwards training flags, buffers and random states are as before.
+    """Switch to eval mode without gradients; at the end restore training flags, buffers and random states.
 
-    Random states are torch's, Python's and NumPy's; a generator of the model's own cannot be seen.
+    The random states of torch, Python and NumPy are restored, but not those of a generator that the model owns.
     """
     buffers = [(module, dict(module._buffers)) for module in model.modules() if not is_scripted(module)]
-    copies = [(value, value.clone()) for _, held in buffers for value in held.values() if value is not None]
+    copies = [(value, value.clone()) for _, named in buffers for value in named.values() if value is not None]
     tensors = list(chain(model.parameters(), (value for value, _ in copies)))
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    born = any(tensor.is_inference() for tensor in tensors)  # such a model runs in inference mode only
+    # A model with inference tensors runs in inference mode only.
+    inference = any(tensor.is_inference() for tensor in tensors)
     with (
         evaluating(model),
         torch.random.fork_rng(devices=devices),
-        _kept_random(),
-        nullcontext() if born else torch.inference_mode(False),
+        _random_states_restored(),
+        nullcontext() if inference else torch.inference_mode(False),
         torch.no_grad(),
     ):
         try:
@@ -124,14 +131,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for value, copy in copies:
                 if value.shape != copy.shape or not torch.equal(value, copy):
                     value.resize_(copy.shape).copy_(copy)
-            for module, held in buffers:
+            for module, named in buffers:
                 module._buffers.clear()
-                module._buffers.update(held)
+                module._buffers.update(named)
 
 
 @contextmanager
-def _kept_random() -> Iterator[None]:
-    """The random states of Python and, if it is loaded, NumPy."""
+def _random_states_restored() -> Iterator[None]:
+    """Restore the random states of Python and, if it is loaded, NumPy at the end."""
     numpy = sys.modules.get("numpy")
     python, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
@@ -144,24 +151,25 @@ def _kept_random() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module has its own training flag again."""
+    """Switch to eval mode; at the end restore the training flag of every module."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         yield
     finally:
         for module, training in flags:
-            if type(module).train is not nn.Module.train:  # which may do more than set the flag, as merging weights
+            # An overridden `train` may do more than set the flag, for example merge weights.
+            if type(module).train is not nn.Module.train:
                 module.train(training)
         for module, training in flags:
             module.training = training
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output, as `find_head` and `Tap` understand it.
+    """Return the logits in a model's output, as `find_head` and `Tap` use it.
 
-    That is the tensor itself, ``.logits``, ``["logits"]``, ``["out"]``, a tuple's or list's first tensor that is
-    no scalar (a loss, say), or the one such tensor of a mapping or dataclass.
+    They are the tensor itself, ``.logits``, ``["logits"]``, ``["out"]``, the first tensor of a tuple or list that is
+    not a scalar (such as a loss), or the only such tensor of a mapping or dataclass.
     """
     candidates = [output, getattr(output, "logits", None)]
     names = ""
@@ -189,6 +197,6 @@ def logits_of(output: Any) -> Tensor:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The input of a layer that takes one tensor, as its forward hook sees it."""
+    """Return the first argument of a call if it is a tensor, or None."""
     value = next(iter([*args, *kwargs.values()]), None)
     return value if isinstance(value, Tensor) else None

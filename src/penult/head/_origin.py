@@ -1,4 +1,4 @@
-"""Where a tensor came from: which module or function made it, and whether that was a norm."""
+"""Origins of tensors: the module or function that returned them, and whether it is a norm layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     "Norm",
     "Origin",
     "Origins",
-    "gains",
+    "gain_and_offset",
     "invertible",
     "key_of",
     "tensors_in",
@@ -37,17 +37,17 @@ _PASS_THROUGH_MODULES = (
 )  # fmt: skip
 _KINDS: tuple[Literal["layer", "rms"], ...] = ("layer", "rms")
 _POOLING = ("mean", "avg_pool", "avgpool")
-# What such a function does to a tensor is worth more to know than the name of the module around it.
-_TELLING = ("relu", "tanh", "sigmoid", "softsign", "elu", "silu", "swish", "norm", *_POOLING)
+# For functions with these words in their names, the function says more than the name of the module around it.
+_INFORMATIVE = ("relu", "tanh", "sigmoid", "softsign", "elu", "silu", "swish", "norm", *_POOLING)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm layer, by the evidence of what it read and gave.
+    """A norm layer, recognised by its input and output.
 
     Attributes:
-        path: Its module's name.
-        kind: ``"layer"`` if the mean is taken off, ``"rms"`` if not.
+        path: Name of its module.
+        kind: ``"layer"`` if the mean is subtracted, ``"rms"`` if not.
         unit_offset: Whether its gain is 1 + weight.
         width: Length of the normalised axis.
         stride: Its stride in the output.
@@ -62,88 +62,90 @@ class Norm:
 
 @dataclass(frozen=True)
 class Origin:
-    """What made a tensor.
+    """The module or function that returned a tensor.
 
     Attributes:
         name: Class name of the module or name of the function.
-        norm: Facts, if it is a norm layer.
-        behind: What made the (largest) tensor that it read.
+        norm: The norm layer, if it is one.
+        source: Origin of its (largest) input tensor.
         inner: The last function that it ran, if it is a module.
     """
 
     name: str
     norm: Norm | None
-    behind: Origin | None
+    source: Origin | None
     inner: Origin | None = None
 
     @property
     def pooled(self) -> Origin | None:
-        """What an average was taken of, if this is one."""
+        """Origin of the tensor that was averaged, if this is an average."""
         if self.inner is not None:
             return self.inner.pooled
-        return self.behind if any(word in self.name.lower() for word in _POOLING) else None
+        return self.source if any(word in self.name.lower() for word in _POOLING) else None
 
     @property
     def scaled(self) -> bool:
-        """Whether something was multiplied or divided."""
+        """Whether it is a multiplication or division."""
         return self.name.strip("_") in ("mul", "rmul", "div", "truediv")
 
     @property
     def normalized(self) -> bool:
-        """Whether vectors were divided by their norms, and at most multiplied by a number since."""
-        return "normalize" in self.name or (self.scaled and self.behind is not None and self.behind.normalized)
+        """Whether it divided vectors by their norms, or multiplied such vectors by a number."""
+        return "normalize" in self.name or (self.scaled and self.source is not None and self.source.normalized)
 
 
 class Origins:
-    """Remembers which call made each tensor, by storage and version.
+    """Remembers which call returned each tensor, by storage and version.
 
-    Views so count as the tensor that they show, and what an in-place operation made of it does not. A weak reference
-    frees the memory but keeps the address.
+    So a view has the origin of its base, and an in-place operation gives a tensor a new origin.
     """
 
     def __init__(self) -> None:
-        self._of: dict[Key, tuple[Origin, int]] = {}
+        # The keys hold weak references to storages, which free the memory but keep the address from being used again.
+        self._origins: dict[Key, tuple[Origin, int]] = {}
 
-    def of(self, key: Key | None) -> Origin | None:
-        """What made a tensor; None for what the model was given, or its parameters."""
-        found = None if key is None else self._of.get(key)
-        return None if found is None else found[0]
+    def get(self, key: Key | None) -> Origin | None:
+        """Return the origin of a tensor; None for the model's inputs and parameters."""
+        entry = None if key is None else self._origins.get(key)
+        return None if entry is None else entry[0]
 
-    def function(self, func: Any, source: Origin | None, output: Any) -> None:
-        """A torch function made `output` of a tensor that came from `source`."""
+    def record_function(self, func: Any, source: Origin | None, output: Any) -> None:
+        """Record that a torch function returned `output` for a tensor of origin `source`."""
         name = getattr(func, "__name__", "")
         if name in PASS_THROUGH:
-            self._made(output, source, rank=0, over=-1)
+            self._record(output, source, rank=0, replaced_rank=-1)
         else:
-            telling = any(word in name for word in _TELLING)
-            self._made(output, Origin(name, None, source), rank=1 if telling else 0, over=-1)
+            informative = any(word in name for word in _INFORMATIVE)
+            self._record(output, Origin(name, None, source), rank=1 if informative else 0, replaced_rank=-1)
 
-    def module(self, module: nn.Module, path: str, x: Tensor | None, key: Key | None, output: Any) -> None:
-        """A module made `output` of x, whose key was `key` before."""
-        source = self.of(key)
+    def record_module(self, module: nn.Module, path: str, x: Tensor | None, key: Key | None, output: Any) -> None:
+        """Record that a module returned `output` for x, whose key was `key` before the call."""
+        source = self.get(key)
         if isinstance(module, _PASS_THROUGH_MODULES):
-            self._made(output, source, rank=2, over=-1)
+            self._record(output, source, rank=2, replaced_rank=-1)
             return
         leaf = next(module.children(), None) is None
-        norm = None if x is None or not isinstance(output, Tensor) else _norm_of(module, path, x, output)
+        norm = None if x is None or not isinstance(output, Tensor) else _detect_norm(module, path, x, output)
         origin = Origin(type(module).__name__, norm, source)
-        self._made(output, origin, rank=2, over=1 if leaf or norm is not None else 0, unless=key)
+        self._record(output, origin, rank=2, replaced_rank=1 if leaf or norm is not None else 0, input_key=key)
 
-    def _made(self, output: Any, origin: Origin | None, *, rank: int, over: int, unless: Key | None = None) -> None:
-        """Note an origin, unless one of a rank above `over` is known, or the output is the input.
-
-        A container ends after its last layer and gives the same tensor: the layer stays. A layer replaces the
-        functions that it called.
-        """
+    def _record(
+        self, output: Any, origin: Origin | None, *, rank: int, replaced_rank: int, input_key: Key | None = None
+    ) -> None:
+        """Store an origin, unless one of a rank above `replaced_rank` is stored, or the output is the input."""
+        # A container returns the tensor of its last layer, and the origin stays that layer. A layer replaces the
+        # functions that it called.
         for tensor in tensors_in([output]):
             key = key_of(tensor)
-            known = None if key is None else self._of.get(key)
-            if origin is not None and key is not None and key != unless and (known is None or known[1] <= over):
-                self._of[key] = (origin if known is None else replace(origin, inner=known[0])), rank
+            if origin is None or key is None or key == input_key:
+                continue
+            known = self._origins.get(key)
+            if known is None or known[1] <= replaced_rank:
+                self._origins[key] = (origin if known is None else replace(origin, inner=known[0])), rank
 
 
-def gains(module: nn.Module, unit_offset: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and offset of a norm layer as they are now, in at least float32; None where it has none."""
+def gain_and_offset(module: nn.Module, unit_offset: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Return the current gain and offset of a norm layer, in at least float32; None for those that it lacks."""
     gain, offset = getattr(module, "weight", None), getattr(module, "bias", None)
     gain = None if gain is None else gain.to(torch.promote_types(gain.dtype, torch.float32))
     if gain is not None and unit_offset:
@@ -152,24 +154,24 @@ def gains(module: nn.Module, unit_offset: bool) -> tuple[Tensor | None, Tensor |
 
 
 def without_gain(h: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
-    """The z (..., d) of h = gain * z + offset, in at least float32."""
+    """Return z (..., d) with h = gain * z + offset, in at least float32."""
     z = h.to(torch.promote_types(h.dtype, torch.float32))
     z = z if offset is None else z - offset
     return z if gain is None else z / gain
 
 
 def invertible(gain: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `without_gain` is well defined, and the rounding of an h of this dtype stays below 1 in every z."""
+    """Whether `without_gain` is well defined, and rounding of h in this dtype changes every z by less than 1."""
     if gain is None:
         return True
     loss = torch.zeros_like(gain) if offset is None else torch.finfo(dtype).eps * offset.abs()
     return bool(((gain != 0) & (loss <= gain.abs())).all())
 
 
-def _norm_of(module: nn.Module, path: str, x: Tensor, output: Tensor) -> Norm | None:
-    """The norm over the last axis, or over the channels of maps, that this call proves a module to be.
+def _detect_norm(module: nn.Module, path: str, x: Tensor, output: Tensor) -> Norm | None:
+    """Return the norm over the last axis, or over the channels of maps, that maps x to the output; None if none does.
 
-    Its class plays no part; None if it is none.
+    The class of the module is not used.
     """
     gain = getattr(module, "weight", None)
     plain = next(module.parameters(), None) is None and "norm" in type(module).__name__.lower()
@@ -177,43 +179,45 @@ def _norm_of(module: nn.Module, path: str, x: Tensor, output: Tensor) -> Norm | 
         return None
     for axis in (-1, 1) if x.ndim == 4 else (-1,):
         if plain or (isinstance(gain, Tensor) and gain.shape == output.movedim(axis, -1).shape[-1:]):
-            found = _kind_of(module, plain, x.movedim(axis, -1), output.movedim(axis, -1))
-            if found is not None:
-                return Norm(path, *found, output.shape[axis], output.stride(axis))
+            kind = _norm_kind(module, plain, x.movedim(axis, -1), output.movedim(axis, -1))
+            if kind is not None:
+                return Norm(path, *kind, output.shape[axis], output.stride(axis))
     return None
 
 
-def _kind_of(module: nn.Module, plain: bool, x: Tensor, output: Tensor) -> tuple[Literal["layer", "rms"], bool] | None:
-    """Which norm over the last axis makes this output of x, and whether its gain is 1 + weight."""
+def _norm_kind(
+    module: nn.Module, plain: bool, x: Tensor, output: Tensor
+) -> tuple[Literal["layer", "rms"], bool] | None:
+    """Return the kind of norm over the last axis that maps x to the output, and whether its gain is 1 + weight."""
     given_eps = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
     eps = next((value for value in given_eps if value is not None), 0.0)
-    x, given = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (x, output))
-    bound = max(1e-4, 4 * torch.finfo(output.dtype).eps) * float(given.abs().max())
+    x, target = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (x, output))
+    bound = max(1e-4, 4 * torch.finfo(output.dtype).eps) * float(target.abs().max())
     for kind in _KINDS:
         centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
         z = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
         for unit_offset in (False,) if plain else (False, True):
-            factor, offset = (None, None) if plain else gains(module, unit_offset)
+            factor, offset = (None, None) if plain else gain_and_offset(module, unit_offset)
             expected = z if factor is None else z * factor
             expected = expected if offset is None else expected + offset
-            if bool(((expected - given).abs() <= bound).all()):
+            if bool(((expected - target).abs() <= bound).all()):
                 return kind, unit_offset
     return None
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among some values, and those directly inside containers among them."""
+    """Yield the tensors among some values and directly inside containers among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, Mapping):
-            yield from (each for each in value.values() if isinstance(each, Tensor))
+            yield from (item for item in value.values() if isinstance(item, Tensor))
         elif isinstance(value, tuple | list):
-            yield from (each for each in value if isinstance(each, Tensor))
+            yield from (item for item in value if isinstance(item, Tensor))
 
 
 def key_of(tensor: Tensor) -> Key | None:
-    """Storage and version of a tensor; None for one without storage."""
+    """Return the storage and version of a tensor; None if it has no storage, as sparse tensors."""
     if tensor.layout != torch.strided:
-        return None  # a sparse one
+        return None
     return StorageWeakRef(tensor.untyped_storage()), version_of(tensor)

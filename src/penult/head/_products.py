@@ -1,4 +1,4 @@
-"""Linear algebra that could make logits: what one call multiplies, read as h (..., d) by rows W (K, d)."""
+"""Calls of linear algebra, read as products of activations h (..., d) with rows W (K, d)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Product(NamedTuple):
     """One reading of a call as W h + b.
 
     Attributes:
-        kind: What was called.
-        h: (..., d), the activations as the call reads them, d moved last.
+        kind: Kind of the called function.
+        h: (..., d), the activations that the call reads, with d moved last.
         weight: (K, d), a view of the operand.
         bias: (K,) if the call adds one.
-        axis: The axis of the call's output that counts the K classes.
+        axis: Axis of the K classes in the call's output.
+        operand: The tensor that the call was given as W, often a parameter; ``weight`` is a view of it.
         first: Whether W is the first of the two operands.
-        operand: W as it was given: a parameter, often, where ``weight`` is a view of one.
     """
 
     kind: Kind
@@ -36,16 +36,16 @@ class Product(NamedTuple):
     first: bool = False
 
     @property
-    def place(self) -> tuple[int, int, bool]:
-        """K, d and `first`: what tells this reading from others of the same call, whatever the batch size."""
+    def signature(self) -> tuple[int, int, bool]:
+        """K, d and `first`, which tell this reading from others of the same call for any batch size."""
         return (*self.weight.shape, self.first)
 
 
 def products(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Product]:
-    """Every reading of a call, none if it is no product of activations with one matrix.
+    """Yield every reading of a call; none if it is not a product of activations with one matrix.
 
-    Where both operands are matrices either could be W, so that there are two readings; which of them makes the
-    logits is for their values to say.
+    Where both operands are matrices, either could be W, so there are two readings. Their values decide which of them
+    gives the logits.
     """
     reader = _READERS.get(func)
     if reader is not None:
@@ -53,7 +53,7 @@ def products(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
 
 
 def _contract(kind: Kind, a: Tensor, i: int, b: Tensor, j: int, bias: Tensor | None = None) -> Iterator[Product]:
-    """A product over axis i of `a` and axis j of `b` whose output has the axes of `a`, then those of `b`."""
+    """Read a product over axis i of `a` and axis j of `b`, whose output has the axes of `a`, then those of `b`."""
     if b.ndim == 2:
         yield Product(kind, a.movedim(i, -1), b.movedim(j, -1), bias, -1, b)
     if a.ndim == 2:
@@ -66,7 +66,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
 
 
 def _matmul(*args: Any, **kwargs: Any) -> Iterator[Product]:
-    input, other = [*args, *kwargs.values()][:2]  # torch has several names for the second
+    # torch has several names for the second argument.
+    input, other = [*args, *kwargs.values()][:2]
     if other.ndim == 2 and input.ndim >= 1:
         yield Product("matmul", input, other.mT, None, -1, other)
     if input.ndim == 2 and other.ndim >= 1:
@@ -104,7 +105,8 @@ def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:
         return
     inputs, arrow, output = equation.replace(" ", "").replace("...", ".").partition("->")
     axes = inputs.split(",")
-    if not arrow:  # what is named once, in the order of the alphabet
+    # Without an arrow, the output has the axes that occur once, in alphabetical order.
+    if not arrow:
         output = "." * ("." in inputs) + "".join(sorted(c for c in set(inputs) - {",", "."} if inputs.count(c) == 1))
     for swapped in (False, True):
         (h, h_axes), (weight, w_axes) = (operands[swapped], axes[swapped]), (operands[not swapped], axes[not swapped])
@@ -112,16 +114,16 @@ def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:
         if len(w_axes) != 2 or "." in w_axes or len(summed) != 1 or len(classes) != 1:
             continue
         d, k = summed.pop(), classes.pop()
-        rest = h_axes.replace(d, "")
-        # The other axes of h must come out as they went in: no further sum, no diagonal.
-        if h_axes.count(d) == 1 and k not in rest and output.replace(k, "") == rest and output.count(k) == 1:
+        positions = h_axes.replace(d, "")
+        # The other axes of h must be in the output in the same order: no further sum, no diagonal.
+        if h_axes.count(d) == 1 and k not in positions and output.replace(k, "") == positions and output.count(k) == 1:
             oriented = weight if w_axes.index(d) == 1 else weight.mT
-            place, axis = (_axis(name, names) for name, names in ((d, h_axes), (k, output)))
-            yield Product("einsum", h.movedim(place, -1), oriented, None, axis, weight, first=swapped)
+            h_axis, class_axis = _axis(d, h_axes), _axis(k, output)
+            yield Product("einsum", h.movedim(h_axis, -1), oriented, None, class_axis, weight, first=swapped)
 
 
 def _axis(name: str, names: str) -> int:
-    """Where an axis is, counted from the end if an ellipsis comes before it."""
+    """Return the index of an axis, counted from the end if an ellipsis comes before it."""
     index = names.index(name)
     return index - len(names) if "." in names[:index] else index
 
@@ -135,16 +137,16 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Iterator[Product]:
-    def only(value: Any, one: Any) -> bool:
-        return all(v == one for v in value) if isinstance(value, tuple | list) else value == one
+    def all_equal(value: Any, number: int) -> bool:
+        return all(v == number for v in value) if isinstance(value, tuple | list) else value == number
 
-    pointwise = all(size == 1 for size in weight.shape[2:]) and groups == 1 and only(stride, 1)
-    if pointwise and (padding in ("valid", "same") or only(padding, 0)) and input.ndim == weight.ndim:
+    pointwise = all(size == 1 for size in weight.shape[2:]) and groups == 1 and all_equal(stride, 1)
+    if pointwise and (padding in ("valid", "same") or all_equal(padding, 0)) and input.ndim == weight.ndim:
         yield Product("conv", input.movedim(1, -1), weight.flatten(1), bias, 1, weight)
 
 
 def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Iterator[Product]:
-    """Cosines of (..., 1, d) with (K, d)."""
+    """Read the cosines of (..., 1, d) with (K, d)."""
     width = max(x1.ndim, x2.ndim)
     if dim not in (-1, width - 1):
         return

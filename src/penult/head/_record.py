@@ -1,4 +1,4 @@
-"""What a model computes in one forward: every product that could be its head."""
+"""Record of one forward of a model: every product that could be its head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from penult.head._rectified import Rectifiers, is_rectified
 
 __all__ = ["Candidate", "Lineage", "Recorder"]
 
-# --- What became of products on the way to the output -------------------------------------------------------
+# --- Functions between the products and the output ----------------------------------------------------------
 
 
 _SQUASHING = frozenset(
@@ -29,16 +29,19 @@ _SQUASHING = frozenset(
 
 
 class Lineage:
-    """Follows tensors that came of a product, and remembers a function, not affine, that they went through.
+    """Follows tensors that depend on a product, and remembers the non-affine function that was applied to them.
 
-    Where values are small even a soft cap looks affine, so that their numbers alone do not tell.
+    For small values even a soft cap looks affine, so the values alone do not show such a function.
     """
 
     def __init__(self) -> None:
-        self._squashed_by: dict[Key, str | None] = {}  # of what came of a product
+        # For each tensor that depends on a product: the name of the function, or None.
+        self._squashed_by: dict[Key, str | None] = {}
 
-    def function(self, func: Any, operands: Sequence[Key | None], made: Sequence[Tensor], *, product: bool) -> None:
-        """A torch function made, or changed in place, some tensors, of operands that had these keys before."""
+    def record_function(
+        self, func: Any, operands: Sequence[Key | None], outputs: Sequence[Tensor], *, product: bool
+    ) -> None:
+        """Record a torch function, with the keys of its operands before the call and the tensors that it wrote."""
         known = [self._squashed_by[key] for key in operands if key is not None and key in self._squashed_by]
         if product:
             status = None
@@ -47,44 +50,55 @@ class Lineage:
         else:
             name = getattr(func, "__name__", "").strip("_")
             status = next((squash for squash in known if squash is not None), None)
+            # The logarithm of a softmax gives log-probabilities, which are allowed.
             if name == "log" and status == "softmax":
-                status = None  # log-probabilities
+                status = None
             elif status is None and name in _SQUASHING:
                 status = name
-        for tensor in made:
+        for tensor in outputs:
             key = key_of(tensor)
             if key is not None and (product or key not in operands):
                 self._squashed_by[key] = status
 
     def squashed_by(self, output: Tensor) -> str | None:
-        """The function that an output went through after its last product, if it is not affine."""
+        """Return the non-affine function that was applied to an output after its last product, or None."""
         key = key_of(output)
         return None if key is None else self._squashed_by.get(key)
 
 
-_KEPT = 32  # of each number of classes: they hold activations, and the head is among the last
+# --- Candidates ---------------------------------------------------------------------------------------------
+
+# Number of candidates that are kept for each number of classes. They hold activations, and the head is one of the last.
+_MAX_CANDIDATES = 32
 
 
-class Call(NamedTuple):
-    """A product that was computed, without its tensors."""
+class ProductCall(NamedTuple):
+    """A product that was computed, without its tensors.
 
-    modules: frozenset[str]  # that were running
-    place: tuple[int, int, bool]
-    address: int  # of W
-    operand: int  # identity of the tensor that was given as W
+    Attributes:
+        modules: Names of the modules that were running.
+        signature: That of the product.
+        address: Memory address of W.
+        operand: Identity of the tensor that was given as W.
+    """
+
+    modules: frozenset[str]
+    signature: tuple[int, int, bool]
+    address: int
+    operand: int
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A product that could make the logits.
+    """A product that could give the logits.
 
     Attributes:
-        product: The product; its h is a copy, safe from what the model does next.
+        product: The product; its h is a copy, so that later in-place operations do not change it.
         path: Name of the innermost module that was running.
-        number: How many products the model had computed before.
-        origin: What made h.
+        number: Number of products that the model had computed before.
+        origin: Origin of h.
         stride: Stride of h along d.
-        rectified: Whether h is max(u, 0) of what a ReLU read.
+        rectified: Whether h is max(u, 0) of the input u of a ReLU.
     """
 
     product: Product
@@ -96,18 +110,19 @@ class Candidate:
 
 
 class Recorder(TorchFunctionMode):
-    """Watches one forward of a model."""
+    """Records the products of one forward of a model, and the origins of their activations."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._names = {module: name for name, module in model.named_modules() if not is_scripted(module)}
         self._hooks = ExitStack()
-        self._running: list[tuple[str, Key | None]] = []  # modules, and the key of what each reads
-        self._calls: list[Call] = []
+        # Names of the running modules, and the keys of their inputs.
+        self._running: list[tuple[str, Key | None]] = []
+        self._calls: list[ProductCall] = []
         self._origins = Origins()
         self._lineage = Lineage()
         self._rectifiers = Rectifiers()
-        self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(lambda: deque(maxlen=_MAX_CANDIDATES))
 
     def __enter__(self) -> Recorder:
         with ExitStack() as hooks:
@@ -126,18 +141,19 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        found = False
+        is_product = False
         for product in products(func, args, kwargs):
-            u = self._rectifiers.read_by(product, func, args, kwargs)
-            self._candidate(product, rectified=is_rectified(u, product.h))
-            found = True
+            u = self._rectifiers.pre_activation_of(product, func, args, kwargs)
+            self._add_candidate(product, rectified=is_rectified(u, product.h))
+            is_product = True
         operands = list(tensors_in([*args, *kwargs.values()]))
-        keys = [key_of(operand) for operand in operands]  # before an in-place change
+        # The keys are taken before the call, which may change operands in place.
+        keys = [key_of(operand) for operand in operands]
         source = self._origin_of(max(operands, key=Tensor.numel, default=None))
         output = self._rectifiers.run(func, args, kwargs)
-        self._origins.function(func, source, output)
+        self._origins.record_function(func, source, output)
         changed = [operand for operand, key in zip(operands, keys, strict=True) if key_of(operand) != key]
-        self._lineage.function(func, keys, [*tensors_in([output]), *changed], product=found)
+        self._lineage.record_function(func, keys, [*tensors_in([output]), *changed], product=is_product)
         return output
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,36 +162,38 @@ class Recorder(TorchFunctionMode):
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         path, key = self._running.pop()
-        self._origins.module(module, path, first_input(args, kwargs), key, output)
+        self._origins.record_module(module, path, first_input(args, kwargs), key, output)
 
     def squashed_by(self, output: Tensor) -> str | None:
-        """The function, not affine, that the output went through after its last product; None if there is none."""
+        """Return the non-affine function that was applied to an output after its last product, or None."""
         return self._lineage.squashed_by(output)
 
     def _origin_of(self, tensor: Tensor | None) -> Origin | None:
-        return None if tensor is None else self._origins.of(key_of(tensor))
+        return None if tensor is None else self._origins.get(key_of(tensor))
 
-    def before(self, candidate: Candidate, *, by_address: bool) -> int:
-        """How many products like this one its module had computed before, told by place and perhaps by W."""
-        mine = self._calls[candidate.number]
+    def earlier_calls_in_module(self, candidate: Candidate, *, by_address: bool) -> int:
+        """Count the earlier products in the candidate's module with its signature, and with its W if `by_address`."""
+        own_call = self._calls[candidate.number]
         return sum(
             candidate.path in call.modules
-            and call.place == mine.place
-            and not (by_address and call.address != mine.address)
+            and call.signature == own_call.signature
+            and not (by_address and call.address != own_call.address)
             for call in self._calls[: candidate.number]
         )
 
-    def before_in_model(self, candidate: Candidate, *, by_address: bool = False, by_operand: bool = False) -> int:
-        """How many the model had, told by place and perhaps by W, or by the very tensor that was given as W."""
-        mine = self._calls[candidate.number]
+    def earlier_calls_in_model(
+        self, candidate: Candidate, *, by_address: bool = False, by_operand: bool = False
+    ) -> int:
+        """Count the earlier products in the model with its signature, and with its W or the same operand if asked."""
+        own_call = self._calls[candidate.number]
         return sum(
-            call.place == mine.place
-            and not (by_address and call.address != mine.address)
-            and not (by_operand and call.operand != mine.operand)
+            call.signature == own_call.signature
+            and not (by_address and call.address != own_call.address)
+            and not (by_operand and call.operand != own_call.operand)
             for call in self._calls[: candidate.number]
         )
 
-    def _candidate(self, product: Product, *, rectified: bool) -> None:
+    def _add_candidate(self, product: Product, *, rectified: bool) -> None:
         running = [path for path, _ in self._running] or [""]
         candidate = Candidate(
             product=product._replace(h=product.h.detach().clone()),
@@ -186,5 +204,6 @@ class Recorder(TorchFunctionMode):
             rectified=rectified,
         )
         address = product.operand.data_ptr()
-        self._calls.append(Call(frozenset({*running, ""}), product.place, address, id(product.operand)))
+        modules = frozenset({*running, ""})
+        self._calls.append(ProductCall(modules, product.signature, address, id(product.operand)))
         self.candidates[product.weight.shape[0]].append(candidate)

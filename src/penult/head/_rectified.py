@@ -1,4 +1,4 @@
-"""The pre-activations u of a head that reads h = max(u, 0): followed from the ReLU to the product."""
+"""Pre-activations u of heads that read h = max(u, 0), followed from the ReLU to the product."""
 
 from __future__ import annotations
 
@@ -17,70 +17,82 @@ from penult.head._products import Product, products
 
 __all__ = ["Rectifiers", "check_rectified", "is_rectified", "refuse_unrectified"]
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a function is given
+# Positional and keyword arguments of a function.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Rectifiers:
-    """Keeps what each ReLU of a forward reads, for as long as what it gives is alive.
+    """Keeps the input u of each ReLU in a forward for as long as its output h is alive.
 
-    Dropout, casts, views and selections of a ReLU's output are done to its input, too: they change places, not
-    values, so that the two stay h and u. What else is done to an output, also in place, ends it.
+    Dropout, casts, views and selections that are applied to h are applied to u as well. They move values but do not
+    change them, so h = max(u, 0) still holds. After any other operation on h, also in place, u is forgotten.
     """
 
     def __init__(self) -> None:
-        self._inputs = WeakTensorKeyDictionary()  # output -> its version, and u
+        # For each output h of a ReLU: its version, and u.
+        self._inputs = WeakTensorKeyDictionary()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call a torch function, and note it."""
+        """Call a torch function, and remember u if its output is the output of a ReLU."""
         name = getattr(func, "__name__", "")
-        u = _read_by_relu(name, args, kwargs)
+        u = _input_of_relu(name, args, kwargs)
         if u is not None:
-            in_place = _in_place(name, args, kwargs)
+            in_place = _is_in_place(name, args, kwargs)
+            # An in-place ReLU overwrites its input.
             if in_place:
-                u = u.clone()  # before it is overwritten
+                u = u.clone()
             output = func(*args, **kwargs)
+            # With equal strides, every operation that gives a view of h gives a view of u.
             if not in_place and u.stride() != output.stride():
-                u = torch.zeros_like(output).copy_(u)  # so that every view of the output is one of u, too
-        elif name in PASS_THROUGH and (replayed := self._replayed(args, kwargs)) is not None:
+                u = torch.zeros_like(output).copy_(u)
+        elif name in PASS_THROUGH and (arguments := self._with_inputs(args, kwargs)) is not None:
             output = func(*args, **kwargs)
-            # In eval mode dropout does nothing. In training mode it must not draw twice; h then is not max(u, 0).
-            u = first_input(*replayed) if "dropout" in name else func(*replayed[0], **replayed[1])
+            # In eval mode dropout does nothing. In training mode h is not max(u, 0) after dropout, and a second call
+            # would use random numbers.
+            u = first_input(*arguments) if "dropout" in name else func(*arguments[0], **arguments[1])
         else:
             return func(*args, **kwargs)
-        if isinstance(u, Tensor):  # and not the shape of one, say
+        # Functions such as Tensor.shape.__get__ return no tensor.
+        if isinstance(u, Tensor):
             self._inputs[output] = version_of(output), u
         return output
 
-    def read_by(self, product: Product, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """What one reading of a call would have for h without the ReLU (..., d); None if no ReLU made it."""
-        if product.kind == "cosine":  # whose h is divided by its norm
+    def pre_activation_of(
+        self, product: Product, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Return the u (..., d) that replaces h in one reading of a call; None if h is not the output of a ReLU."""
+        # The h of a cosine is divided by its norm, so it is not max(u, 0).
+        if product.kind == "cosine":
             return None
-        replayed = self._replayed(args, kwargs, but=product.operand)
-        if replayed is None:
+        arguments = self._with_inputs(args, kwargs, skip=product.operand)
+        if arguments is None:
             return None
-        return next(other.h for other in products(func, *replayed) if other.first == product.first)
+        return next(other.h for other in products(func, *arguments) if other.first == product.first)
 
-    def _replayed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], but: Tensor | None = None) -> Call | None:
-        """The arguments with u in place of what a ReLU made; None if it made none of them."""
+    def _with_inputs(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], skip: Tensor | None = None
+    ) -> Arguments | None:
+        """Return the arguments with each output of a ReLU replaced by its input u; None if there is no such output."""
 
         def known(value: Any) -> bool:
-            return isinstance(value, Tensor) and value is not but and self._of(value) is not None
+            return isinstance(value, Tensor) and value is not skip and self._input_of(value) is not None
 
         if not any(map(known, (*args, *kwargs.values()))):
             return None
         return (
-            tuple(self._of(value) if known(value) else value for value in args),
-            {name: self._of(value) if known(value) else value for name, value in kwargs.items()},
+            tuple(self._input_of(value) if known(value) else value for value in args),
+            {name: self._input_of(value) if known(value) else value for name, value in kwargs.items()},
         )
 
-    def _of(self, output: Tensor) -> Tensor | None:
+    def _input_of(self, output: Tensor) -> Tensor | None:
+        """Return the u of an output of a ReLU that was not changed since, or None."""
         version, u = self._inputs.get(output, (None, None))
         known = isinstance(u, Tensor) and version == version_of(output)
         return u if known and (u.shape, u.dtype) == (output.shape, output.dtype) else None
 
 
-def _read_by_relu(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The x of a call that gives max(x, 0); None if it is another one."""
+def _input_of_relu(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the x of a call that computes max(x, 0); None for any other call."""
     name = name.rstrip("_")
     x = first_input(args, dict(kwargs))
     if x is None or x.layout != torch.strided or x.is_nested or "out" in kwargs:
@@ -92,60 +104,57 @@ def _read_by_relu(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return x if name == "relu" else None
 
 
-def _in_place(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _is_in_place(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return name.endswith("_") or bool(kwargs.get("inplace")) or (name == "relu" and args[1:] == (True,))
 
 
 @torch.no_grad()
 def is_rectified(u: Tensor | None, h: Tensor) -> bool:
-    """Whether h is max(u, 0), to the last bit."""
+    """Whether h is exactly max(u, 0)."""
     return u is not None and torch.allclose(u.clamp(min=0), h, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def check_rectified(u: Tensor | None, h: Tensor) -> Tensor:
-    """The u of an h that the head read in this forward.
+    """Return u if h is max(u, 0).
 
     Raises:
-        RuntimeError: No ReLU made h, or h is not max(u, 0).
+        RuntimeError: There is no u, or h is not max(u, 0).
     """
     if u is None:
         raise RuntimeError(
-            f"no ReLU stands right before the head in this forward, which reads h of shape {tuple(h.shape)}, as one "
-            "did when the head was found: the model has taken another path. Find the head again with a batch like "
-            "this one"
+            f"no ReLU is right before the head in this forward, in which h has shape {tuple(h.shape)}, but one was "
+            "when the head was found: the model has taken another path. Find the head again with a batch like this one"
         )
     if not is_rectified(u, h):
         error = float((u.detach().clamp(min=0) - h.detach()).abs().max())
         raise RuntimeError(
-            f"the h of shape {tuple(h.shape)} that the head read in this forward is not max(u, 0) of what its ReLU "
-            f"read: they differ by up to {error:.2g}. A dropout between them that is in training mode does that "
-            "(tap.eval() ends it), or a change of u in place"
+            f"the h of shape {tuple(h.shape)} that the head read in this forward is not max(u, 0) of the input u of "
+            f"its ReLU: they differ by up to {error:.2g}. The cause is a dropout in training mode between them (call "
+            "tap.eval()) or a change of u in place"
         )
     return u
 
 
 def refuse_unrectified(certificate: HeadCertificate) -> None:
-    """Raise where no pre-activation stands for h.
+    """Raise unless a head is rectified, so that it has pre-activations.
 
     Raises:
-        ValueError: The certificate is of no rectified head.
+        ValueError: The head is not rectified; the message says why.
     """
     if certificate.rectified:
         return
     before = certificate.before or ""
     if certificate.folded is not None:
-        reason = f"a {certificate.folded} stands right before the head and is folded into it"
+        reason = f"a {certificate.folded} is right before the head and is folded into it"
     elif certificate.positions not in ("same", "swapped", "picked"):
-        reason = f"{certificate.positions!r} makes logits of the head's positions, and so h of several rectified ones"
+        reason = f"the positions {certificate.positions!r} combine several rectified vectors into one h"
     elif before.lower().rstrip("_") in ("relu", "clamp", "clip", "clamp_min"):
         reason = (
-            f"{before!r} stands before the head, but h was not seen to be max(u, 0) of what it reads (a head that was "
+            f"{before!r} is before the head, but h was not observed to be max(u, 0) of its input u (a head that was "
             "found by an older penult has to be found again)"
         )
     else:
-        reason = (
-            f"what stands right before the head is {repr(before) if before else 'the input of the model'}, and no ReLU"
-        )
+        reason = f"right before the head is {repr(before) if before else 'the input of the model'}, not a ReLU"
     raise ValueError(
-        f"this head has no pre-activations u with h = max(u, 0): {reason}. Take h: leave pre_activation out"
+        f"this head has no pre-activations u with h = max(u, 0): {reason}. Use h: leave pre_activation out"
     )
