@@ -45,7 +45,7 @@ def test_every_block_runs(code, tmp_path, monkeypatch):
 
 
 def test_every_name_in_the_table_exists():
-    table = README.read_text().split("## What it does today")[1].split("##")[0]
+    table = README.read_text().split("## Features")[1].split("##")[0]
     for name in re.findall(r"`((?:[A-Z]\w+|penult\.)[\w.]*)", table):
         parts = name.removeprefix("penult.").split(".")
         found = penult.testing if parts[0] == "testing" else penult
