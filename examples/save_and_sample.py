@@ -1,6 +1,6 @@
-"""A classifier becomes one small file, and activations of every class are drawn from it without the model.
+"""Save the pair of a classifier to one small file, and sample activations of every class from it without the model.
 
-The weights here are random, and so no data is needed at all; any nn.Module that ends in a linear layer will do.
+The weights are random here, so that no data is needed. Any nn.Module that ends in a linear layer can be used.
 
 Run: python examples/save_and_sample.py
 """
@@ -30,16 +30,16 @@ def save(path: Path) -> None:
 
 
 def sample(path: Path) -> None:
-    """Load the pair and draw from it; nothing of the model is left."""
+    """Load the pair and sample activations from it, without the model."""
     pair = penult.load(path)
     generator = torch.Generator().manual_seed(0)
     classes = torch.arange(pair.head.num_classes)
     h = pair.given(classes).sample((200,), generator=generator)  # type: ignore[call-arg]
-    right = (pair.head(h).argmax(-1) == classes).float().mean()
+    accuracy = (pair.head(h).argmax(-1) == classes).float().mean()
     error = (pair.posterior(h).probs - pair.head(h).softmax(-1)).abs().max()
-    print(f"\n{path.name}: {path.stat().st_size} bytes hold {pair.head} and {pair.base}")
-    print(f"drawn {tuple(h.shape)}; norms {h.norm(dim=-1).min():.3f} to {h.norm(dim=-1).max():.3f}")
-    print(f"the head gives {right:.0%} of the draws their own class: untrained rows are short, classes overlap")
+    print(f"\n{path.name}: {path.stat().st_size} bytes with {pair.head} and {pair.base}")
+    print(f"samples {tuple(h.shape)}; norms {h.norm(dim=-1).min():.3f} to {h.norm(dim=-1).max():.3f}")
+    print(f"the head classifies {accuracy:.0%} of the samples correctly: classes overlap, as the head is not trained")
     print(f"max |posterior - softmax| = {error:.0e}")
 
 

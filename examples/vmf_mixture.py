@@ -1,6 +1,6 @@
-"""A mixture of von Mises-Fisher laws fitted by gradient descent on the likelihood, without EM.
+"""Fit a mixture of von Mises-Fisher distributions by gradient descent on the likelihood, without EM.
 
-torch's own MixtureSameFamily takes VonMisesFisher as it is, and log_prob has gradients in every parameter.
+torch's MixtureSameFamily accepts VonMisesFisher, and log_prob has gradients with respect to every parameter.
 
 Run: python examples/vmf_mixture.py
 """
@@ -16,13 +16,13 @@ from penult import VonMisesFisher
 
 
 def mixture(logits: Tensor, directions: Tensor, log_kappa: Tensor) -> MixtureSameFamily:
-    """The mixture with weights softmax(logits) (K,), means normalize(directions) (K, d), concentrations (K,)."""
+    """Return the mixture with weights softmax(logits) (K,), means normalize(directions) (K, d), concentrations (K,)."""
     components = VonMisesFisher(normalize(directions, dim=-1), log_kappa.exp())
     return MixtureSameFamily(Categorical(logits=logits), components)
 
 
 def fit(x: Tensor, components: int, steps: int = 150) -> MixtureSameFamily:
-    """Fit to unit vectors (N, d), from starting points as far from each other as the data allow."""
+    """Fit a mixture to unit vectors (N, d), starting from data points that are far from each other."""
     means = x[:1]
     for _ in range(1, components):
         means = torch.cat([means, x[(x @ means.T).amax(-1).argmin()].unsqueeze(0)])
@@ -46,9 +46,9 @@ if __name__ == "__main__":
     x = truth.sample((2000,))
     fitted = fit(x, components=3)
     order = fitted.mixture_distribution.probs.argsort(descending=True)
-    found = fitted.component_distribution
-    cosines = (found.loc[order] * truth.component_distribution.loc).sum(-1)
+    components = fitted.component_distribution
+    cosines = (components.loc[order] * truth.component_distribution.loc).sum(-1)
     print(f"truth: mean log-likelihood {truth.log_prob(x).mean():.4f}")
     print("weights       ", fitted.mixture_distribution.probs[order].tolist())
-    print("concentrations", found.concentration[order].tolist())
-    print("cosine of each mean to the true one", cosines.tolist())
+    print("concentrations", components.concentration[order].tolist())
+    print("cosine between each mean and the true one", cosines.tolist())
