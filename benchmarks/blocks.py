@@ -1,4 +1,4 @@
-"""What a table of results is, how numbers are written in one, and which tables there are."""
+"""Tables of results, the format of their numbers, and the registry of tables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between two markers: tables, a line on what they were measured with, the command."""
+    """Contents between two markers: tables, notes on the measurement, and the command."""
 
     tables: list[Table]
     notes: list[str]

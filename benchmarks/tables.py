@@ -1,12 +1,12 @@
 """Rewrite the tables of README.md and docs/ from benchmarks/results, so that no figure is typed by hand.
 
-A table stands between two comments, and everything between them is replaced:
+A table is placed between two comments, and everything between them is replaced:
 
     <!-- table: vmf-accuracy -->
     <!-- /table -->
 
-A new one is a function registered under its name with ``@table(name, source)`` of `blocks.py`, where
-benchmarks/results/<source>.json is what it reads.
+A new table is a function that is registered under its name with ``@table(name, source)`` of `blocks.py` and reads
+benchmarks/results/<source>.json.
 
 Example:
     python benchmarks/tables.py
@@ -40,7 +40,7 @@ OPEN = re.compile(r"<!-- table:")
 
 
 def markdown(block: Block) -> str:
-    """A block as Markdown."""
+    """Return a block as Markdown."""
     lines: list[str] = [""]
     for one in block.tables:
         lines += [f"**{one.title}**", "", _row(one.header), _row("---" for _ in one.header)]
@@ -79,7 +79,7 @@ def _bare(text: str) -> str:
 
 
 def rewritten(text: str, folder: Path, where: Path) -> str:
-    """A page with its tables made anew.
+    """Return a page with its tables made again from the results.
 
     Raises:
         TableError: If a marker is not closed, a name is unknown or its results are missing.
@@ -102,7 +102,7 @@ def rewritten(text: str, folder: Path, where: Path) -> str:
 
 
 def pages(root: Path) -> list[Path]:
-    """README.md and the Markdown pages under docs/."""
+    """Return README.md and the Markdown pages under docs/."""
     readme = [root / "README.md"] if (root / "README.md").exists() else []
     docs = root / "docs"
     return readme + [p for p in sorted(docs.rglob("*.md")) if "_build" not in p.relative_to(docs).parts]

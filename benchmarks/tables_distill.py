@@ -1,4 +1,4 @@
-"""Tables of what `distill.py` measured."""
+"""Tables of the results of `distill.py`."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def distill(results: dict[str, Any]) -> Block:
     found = [_bars(section["cells"], common)]
     for name, per_class in (("mnist", 50), ("cifar10", 100)):
         if cells := _setting(section["cells"], name):
-            title = f"{name}, {per_class} labels a class: accuracy (gain over cross-entropy), %"
+            title = f"{name}, {per_class} labels per class: accuracy (gain over cross-entropy), %"
             found.append(_accuracies(cells, common, f"{title}, all at one learning rate"))
             if all(len(run["runs"]["cross-entropy"]) > 1 for cell in cells.values() for run in cell.values()):
                 rates = ", ".join(f"{rate:g}" for rate in settings["rates"])
                 found.append(_accuracies(cells, None, f"{title}, each run at the best of {rates} by validation"))
     if sizes := {name: cell for name, cell in section["cells"].items() if name.count("/") == 2}:
         named = {name.removeprefix("mnist/").replace("/", ", n = "): cell for name, cell in sizes.items()}
-        found.append(_accuracies(named, common, "mnist, other numbers n of labels a class, all at one learning rate"))
+        found.append(_accuracies(named, common, "mnist, other numbers n of labels per class, all at one learning rate"))
     if cost := results["sections"].get("cost", {}).get("cells"):
         found += _cost(cost)
     made = section["machine"]
     seeds = len(next(iter(section["cells"].values())))
     notes = [
-        f"Means ± standard deviations over {seeds} seeds, each with its own teacher (two for CIFAR-10), pictures and "
-        "first weights; columns from the most accurate teacher (accuracy on test pictures in the heading) to the "
-        "least. Gains are differences within a seed; worst is the lowest of all. "
-        f"{made['cpu']}, one thread a process; torch {section['versions']['torch']}."
+        f"Means ± standard deviations over {seeds} seeds, each with its own teacher (two for CIFAR-10), images and "
+        "initial weights. Columns are sorted by the accuracy of the teacher on test images, which is in the heading. "
+        "Gains are differences within a seed; the last column is the lowest gain of all runs. "
+        f"{made['cpu']}, one thread per process; torch {section['versions']['torch']}."
     ]
     return Block(found, notes, "python benchmarks/distill.py --data DATA --cache CACHE")
 
@@ -97,7 +97,7 @@ def _accuracies(cells: Cells, rate: str | None, title: str) -> Table:
 
 
 def _bars(cells: Cells, rate: str) -> Table:
-    """What was asked, and the domain that is farthest from it."""
+    """Return the criteria, each with the domain that misses it most or meets it least."""
     rows: list[tuple[str, str, str, str]] = []
 
     def add(label: str, asked: float, among: dict[str, list[float]]) -> None:
@@ -113,7 +113,7 @@ def _bars(cells: Cells, rate: str) -> Table:
         ("activation, gated", 1.0), ("soft, gated", 1.5), ("activation, head only", 1.0), ("soft, head only", 1.5)
     ):  # fmt: skip
         gains = {name: _gains(cell, method, rate) for name, cell in mnist.items()}
-        add(f"MNIST, {method}: over cross-entropy, least domain", asked, gains)
+        add(f"MNIST, {method}: over cross-entropy, worst domain", asked, gains)
         add(
             f"MNIST, {method}: worst run",
             -1.0,
@@ -137,7 +137,7 @@ def _bars(cells: Cells, rate: str) -> Table:
         add(f"MNIST, {method}: over {control}", 0.4, {"mean of domains": over} if over else {})
     for method in OURS[:4]:
         gains = {name: _gains(cell, method, rate) for name, cell in cifar.items()}
-        add(f"CIFAR-10, {method}: over cross-entropy, least domain", 0.0, gains)
+        add(f"CIFAR-10, {method}: over cross-entropy, worst domain", 0.0, gains)
         add(
             f"CIFAR-10, {method}: over cross-entropy",
             0.5,
@@ -147,21 +147,21 @@ def _bars(cells: Cells, rate: str) -> Table:
         over_hinton = {n: _gains(c, method, rate, "hinton, w=.9") for n, c in cifar.items() if n != "none"}
         add(f"CIFAR-10, {method}: over Hinton, shifted", 5.0, over_hinton)
     rows += _next_bar(mnist, rate)
-    return Table("Asked and measured, at one learning rate, points", ("", "measured", "asked", ""), rows)
+    return Table("Criteria and results, at one learning rate, points", ("", "measured", "criterion", ""), rows)
 
 
 def _next_bar(cells: Cells, rate: str) -> list[tuple[str, str, str, str]]:
-    """Better than Hinton without a shift and than FitNets under each, at once."""
+    """Return the criteria of the form with hints: better than Hinton without a shift, and than FitNets under each."""
     if "none" not in cells or KEPT_NAME not in next(iter(cells["none"].values()))["runs"]:
         return []
     plain = statistics.mean(_gains(cells["none"], KEPT_NAME, rate, "hinton, w=.9"))
     over = {n: statistics.mean(_gains(c, KEPT_NAME, rate, "fitnets")) for n, c in cells.items() if n != "none"}
     at = min(over, key=lambda name: over[name])
     return [
-        (f"next bar, {KEPT_NAME}: over Hinton (none)", f"{plain:+.2f}", "> 0", "met" if plain > 0 else "missed"),
-        (f"next bar, {KEPT_NAME}: over FitNets, least shift", f"{over[at]:+.2f} ({at})", "> 0",
+        (f"MNIST, {KEPT_NAME}: over Hinton (none)", f"{plain:+.2f}", "> 0", "met" if plain > 0 else "missed"),
+        (f"MNIST, {KEPT_NAME}: over FitNets, worst shift", f"{over[at]:+.2f} ({at})", "> 0",
          "met" if over[at] > 0 else "missed"),
-        (f"next bar, {KEPT_NAME}: over FitNets, mean of shifts", f"{statistics.mean(over.values()):+.2f}", "> 0",
+        (f"MNIST, {KEPT_NAME}: over FitNets, mean of shifts", f"{statistics.mean(over.values()):+.2f}", "> 0",
          "met" if statistics.mean(over.values()) > 0 else "missed"),
     ]  # fmt: skip
 
@@ -169,17 +169,17 @@ def _next_bar(cells: Cells, rate: str) -> list[tuple[str, str, str, str]]:
 def _cost(cost: dict[str, Any]) -> list[Table]:
     base = cost["step_ms"]["cross-entropy"]
     rows = [(name, f"{ms:.2f} ms", f"{ms / base:.2f}") for name, ms in cost["step_ms"].items()]
-    found = [Table("A step of training, batch 64", ("", "time", "to cross-entropy"), rows)]
+    found = [Table("One training step, batch 64", ("", "time", "ratio to cross-entropy"), rows)]
     asked = cost["total_s"]["hinton: the teacher sees every batch"]
     rows = [(name, f"{s:.2f} s", f"{s / asked:.2f}") for name, s in cost["total_s"].items()]
     size = cost["parameters"]
-    title = f"All of a distillation, {size['student']:,} parameters from a teacher of {size['teacher']:,}"
-    return [*found, Table(title, ("", "time", "to Hinton"), rows)]
+    title = f"A whole distillation, {size['student']:,} parameters from a teacher of {size['teacher']:,}"
+    return [*found, Table(title, ("", "time", "ratio to Hinton"), rows)]
 
 
 @table("distill-tries", source="distill_tries")
 def tries(results: dict[str, Any]) -> Block:
-    """Gains over cross-entropy on validation pictures."""
+    """Gains over cross-entropy on validation images."""
     section = results["sections"]["tries"]
     cells: Cells = section["cells"]
     rows = []
@@ -190,9 +190,9 @@ def tries(results: dict[str, Any]) -> Block:
             first = statistics.mean(run["cross-entropy"] for run in cell.values())
             figures.append("–" if not gains else f"{first if what == 'cross-entropy' else statistics.mean(gains):+.1f}")
         rows.append((f"**{what}**" if what == KEPT else what, *figures))
-    title = "Tried: gains over cross-entropy (itself in the first row) on validation pictures, points"
+    title = "Variants: gains over cross-entropy (accuracy in the first row) on validation images, points"
     seeds = len(next(iter(cells.values())))
-    notes = [f"Means over {seeds} seeds that are not those of the other tables. Bold is what was kept."]
+    notes = [f"Means over {seeds} seeds that are not those of the other tables. Bold: the variant that was chosen."]
     return Block(
         [Table(title, ("", *cells), rows)], notes, "python benchmarks/distill_tries.py --data DATA --cache CACHE"
     )

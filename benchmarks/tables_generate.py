@@ -1,4 +1,4 @@
-"""Tables of what `generate.py` measured."""
+"""Tables of the results of `generate.py`."""
 
 from __future__ import annotations
 
@@ -16,48 +16,46 @@ COLUMNS = {
     "recall": "recall", "density": "density", "coverage": "coverage", "cas": "CAS", "nearness": "nearness",
 }  # fmt: skip
 SPREAD = ("accuracy", "frechet", "coverage", "cas")  # columns with a standard deviation
-CHOSEN = "mixture, 100 in 24"  # of the mixtures, by the selection pictures
+CHOSEN = "mixture, 100 in 24"  # of the mixtures, by the selection images
 SMALL = "gan, how small"
 COMMAND = "python benchmarks/generate.py --data DATA --cache CACHE"
 
 
 @table("generate", source="generate")
 def generate(results: dict[str, Any]) -> Block:
-    """Quality of generated pictures."""
+    """Quality of generated images."""
     section = results["sections"].get("test") or results["sections"]["selection"]
     made, settings = section["machine"], section["settings"]
     found = [_bars(section)] if "test" in results["sections"] else []
-    for setting, title in (("mnist", "MNIST"), ("mnist-usps", "USPS, by a classifier of MNIST")):
+    for setting, title in (("mnist", "MNIST"), ("mnist-usps", "USPS, with a classifier of MNIST")):
         cells = _autoencoders(section["cells"], setting)
         if cells:
             steps, each = settings["steps"][setting], settings["each"]
             found.append(
-                rows_of(cells, section["references"][setting], f"{title}, {steps} steps, {each} pictures a class")
+                rows_of(cells, section["references"][setting], f"{title}, {steps} steps, {each} images per class")
             )
     judges = ", ".join(
         f"{100 * ref['judge']:.1f} % ({name})" for name, ref in section["references"].items() if "mnist" in name
     )
     notes = [
         "Means ± standard deviations over two classifiers and two seeds of the generator each; two seeds for baselines "
-        "that no classifier matters for. Pictures are judged by an independent network that gets "
-        f"{judges} of the test pictures right; Fréchet distances are in its feature space, so that only their ratios "
-        "mean anything. *Sure*: only pictures that the classifier puts into their class with p > "
-        f"{settings['confident']}; *confident*: only activations of which its head is as sure; *rejected*: pictures "
-        "that it puts into another class are drawn again. "
-        f"{made['cpu']}, one thread a run; torch {section['versions']['torch']}."
+        "that do not depend on the classifier. The evaluator is an independent network with a test accuracy of "
+        f"{judges}; Fréchet distances are in its feature space, so that only their ratios have a meaning. *Sure*: only "
+        f"images that the classifier assigns to their class with p > {settings['confident']}; *confident*: only "
+        "activations that its head assigns to their class with this p; *rejected*: images that it assigns to another "
+        "class are replaced. "
+        f"{made['cpu']}, one thread per run; torch {section['versions']['torch']}."
     ]
     return Block(found, notes, COMMAND)
 
 
 @table("generate-choices", source="generate")
 def choices(results: dict[str, Any]) -> Block:
-    """What was chosen from, on the selection share."""
+    """Candidates for the options, on the selection split."""
     section = results["sections"]["selection"]
     cells = _autoencoders(section["cells"], "mnist")
-    found = [
-        rows_of(cells, section["references"]["mnist"], "MNIST, selection pictures: options of the autoencoder and laws")
-    ]
-    notes = ["Two seeds each. By these, and by nothing else, the options of the other tables were chosen."]
+    found = [rows_of(cells, section["references"]["mnist"], "MNIST, selection images: options of autoencoder and p(h)")]
+    notes = ["Two seeds each. The options of the other tables were chosen by these figures only."]
     return Block(found, notes, f"{COMMAND} --share selection")
 
 
@@ -103,7 +101,7 @@ def gain(a: float, b: float) -> float:
 
 
 def bar(label: str, asked: str, values: list[float]) -> list[tuple[str, ...]]:
-    """A row of what was asked and measured, none where nothing was."""
+    """Return a row with a criterion and its result, or no row without values."""
     if not values:
         return []
     sign, limit = asked.split()
@@ -126,7 +124,7 @@ def rows_of(
     cells: Cells, reference: dict[str, Any], title: str, ours: str = "vae", columns: dict[str, str] = COLUMNS
 ) -> Table:
     """Every row of every model, ours last; figures are means over runs."""
-    rows: list[tuple[str, ...]] = [("real pictures", *(shown(key, [reference["row"][key]]) for key in columns), "")]
+    rows: list[tuple[str, ...]] = [("real images", *(shown(key, [reference["row"][key]]) for key in columns), "")]
     for model in sorted(cells, key=lambda name: (name.startswith(ours) and "one-hot" not in name, name)):
         cell = cells[model]
         for row in next(iter(cell.values()))["rows"]:
@@ -138,7 +136,7 @@ def rows_of(
             rows.append(
                 (f"**{label}**" if bold else label, *figures, "" if floats is None else f"{floats / 1e3:.0f} k")
             )
-    return Table(title, ("", *columns.values(), "floats of the law"), rows)
+    return Table(title, ("", *columns.values(), "floats of p(h)"), rows)
 
 
 def shown(key: str, values: list[float]) -> str:
@@ -152,7 +150,7 @@ def shown(key: str, values: list[float]) -> str:
 
 
 def _bars(section: dict[str, Any]) -> Table:
-    """What was asked, the mean over runs and the worst of them; each run beside the baseline of its seeds."""
+    """Return the criteria, each with the mean and the worst run; runs are compared with the baseline of their seeds."""
     rows: list[tuple[str, ...]] = []
     mnist, usps = (_autoencoders(section["cells"], name) for name in ("mnist", "mnist-usps"))
     against = partial(held_against, "vae")
@@ -161,20 +159,20 @@ def _bars(section: dict[str, Any]) -> Table:
         rows.extend(bar(label, asked, values))
 
     one = "one-hot, labels"
-    add("MNIST, bank: Fréchet, to one-hot with labels", "≤ 0.6×", against(mnist, one, "frechet", ratio))
-    add("MNIST, bank: coverage, to one-hot with labels", "≥ 2×", against(mnist, one, "coverage", ratio))
+    add("MNIST, bank: Fréchet, ratio to one-hot with labels", "≤ 0.6×", against(mnist, one, "frechet", ratio))
+    add("MNIST, bank: coverage, ratio to one-hot with labels", "≥ 2×", against(mnist, one, "coverage", ratio))
     add("MNIST, bank: CAS, over one-hot with labels", "≥ +0.02", against(mnist, one, "cas", gain))
     if "vae" in mnist:
         cell = mnist["vae"]
         add("MNIST, bank: accuracy", "≥ 0.92", values_of(cell, "bank", "accuracy"))
         add("MNIST, bank, confident: accuracy", "≥ 0.96", values_of(cell, "bank, confident", "accuracy"))
         add(
-            "MNIST, held-out bank: Fréchet, to its own bank",
+            "MNIST, held-out bank: Fréchet, ratio to its own bank",
             "≤ 1.2×",
             against(mnist, "vae", "frechet", ratio, "bank, held-out", "bank"),
         )
         add(
-            f"MNIST, {CHOSEN}: Fréchet, to the bank",
+            f"MNIST, {CHOSEN}: Fréchet, ratio to the bank",
             "≤ 1.15×",
             against(mnist, "vae", "frechet", ratio, CHOSEN, "bank"),
         )
@@ -192,10 +190,10 @@ def _bars(section: dict[str, Any]) -> Table:
     for other in ("one-hot, 100 labels", "one-hot, labels of a 100-label classifier"):
         add(f"MNIST, bank: CAS, over {other}", "≥ +0.1", against(mnist, other, "cas", gain))
     pseudo = "one-hot, pseudo-labels"
-    add("USPS, bank: Fréchet, to one-hot with pseudo-labels", "≤ 0.6×", against(usps, pseudo, "frechet", ratio))
+    add("USPS, bank: Fréchet, ratio to one-hot with pseudo-labels", "≤ 0.6×", against(usps, pseudo, "frechet", ratio))
     add("USPS, bank: coverage, over one-hot with pseudo-labels", "≥ +0.15", against(usps, pseudo, "coverage", gain))
     if "vae" in usps:
         add("USPS, bank, confident: accuracy", "≥ 0.94", values_of(usps["vae"], "bank, confident", "accuracy"))
     seconds = [run["seconds"] for cells in (mnist, usps) for run in cells.get("vae", {}).values()]
-    add("training, two runs at a time", "≤ 60s", seconds)
-    return Table("Asked and measured", ("", "mean", "worst run", "asked", "mean is"), rows)
+    add("training, two runs in parallel", "≤ 60s", seconds)
+    return Table("Criteria and results", ("", "mean", "worst run", "criterion", "mean is"), rows)

@@ -1,4 +1,4 @@
-"""Tables of what `families.py`, `extract.py`, `large_head.py` and `scaling.py` measured."""
+"""Tables of the results of `families.py`, `extract.py`, `large_head.py` and `scaling.py`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def families(results: dict[str, Any]) -> Block:
             continue
         place = f"`{cell['path']}`" + ("" if cell["bias"] else ", no bias") + (", tied" if cell["tied"] else "")
         before = cell["before"] + (f" ({cell['folded']} folded)" if cell["folded"] else "")
-        axes = "a " + cell["axes"][-1] if len(cell["axes"]) == 2 else "a pixel" if len(cell["axes"]) > 2 else "a sample"
-        each = axes + {"same": "", "mean": ", mean", "picked": ", one token picked"}.get(cell["positions"], ", resized")
+        axes = cell["axes"][-1] if len(cell["axes"]) == 2 else "pixel" if len(cell["axes"]) > 2 else "sample"
+        each = axes + {"same": "", "mean": ", mean", "picked": ", at one token"}.get(cell["positions"], ", resized")
         found.append((name, place, cell["kind"], before, f"**{cell['support']}**", each, tiny(cell["softmax_error"])))
-    header = ("family", "head", "by", "just before", "support", "one softmax", "error")
-    shown = [Table("Where model families carry their heads", header, found)]
-    shown.append(Table("Refused, and why", ("family", "reason"), refused))
+    header = ("family", "head", "operation", "layer before", "support", "one softmax per", "error")
+    shown = [Table("Heads of model families", header, found)]
+    shown.append(Table("Refused models", ("family", "reason"), refused))
     used = ", ".join(f"{name} {version}" for name, version in section["versions"].items() if name != "python")
     notes = [
         f"Error: largest difference between the softmax of head(h), through `Tap`, and the model's, float32. {used}."
@@ -33,7 +33,7 @@ def families(results: dict[str, Any]) -> Block:
 
 @table("extract-overhead", source="extract")
 def extract_overhead(results: dict[str, Any]) -> Block:
-    """CPU time of extraction over a bare loop."""
+    """CPU time of extraction, relative to a bare loop."""
     section = results["sections"]["overhead"]
     cells, bar = section["cells"], section["bars"]["extract"]
     rows = [
@@ -42,7 +42,7 @@ def extract_overhead(results: dict[str, Any]) -> Block:
         for name, cell in cells.items() if isinstance(cell, dict)
     ]  # fmt: skip
     header = ("", "median ratio", "ratio of the best", "bar")
-    title = "CPU time over a bare loop of forward passes"
+    title = "CPU time, relative to a bare loop of forward passes"
     what = (
         f"{cells['samples']} random images of 28 × 28 in batches of 128, three convolutions, {cells['rounds']} rounds."
     )
@@ -66,23 +66,23 @@ def extract_memory(results: dict[str, Any]) -> Block:
 
 @table("large-head", source="large_head")
 def large_head(results: dict[str, Any]) -> Block:
-    """Memory and time of a pair on a head of many classes."""
+    """Memory and time of a pair with a head of many classes."""
     section = results["sections"]["cost"]
     settings, (cell,) = section["settings"], section["cells"].values()
     rows = [(name, f"{step['seconds']:g}", f"{step['peak']:.2f}") for name, step in cell["steps"].items()]
     title = f"A head of {settings['classes']:,} × {settings['features']}, W of {cell['mib'] / 1024:.1f} GiB"
     worst = max(step["peak"] for step in cell["steps"].values())
     notes = [
-        f"Peak: the most memory of the process so far, over that before W, to W and a batch of {settings['batch']} "
-        f"({cell['batch_mib']:.0f} MiB); asked: ≤ {section['bars']['peak']:g}, measured: {worst:.2f}. "
-        f"{section['machine']['cpu']}, one thread; torch {section['versions']['torch']}."
+        "Peak: largest memory of the process so far, minus that before W, relative to W and a batch of "
+        f"{settings['batch']} ({cell['batch_mib']:.0f} MiB); criterion: ≤ {section['bars']['peak']:g}, "
+        f"measured: {worst:.2f}. {section['machine']['cpu']}, one thread; torch {section['versions']['torch']}."
     ]
     return Block([Table(title, ("", "seconds", "peak"), rows)], notes, "python benchmarks/large_head.py")
 
 
 @table("scaling", source="scaling")
 def scaling(results: dict[str, Any]) -> Block:
-    """Seconds by one and by more processes."""
+    """Seconds with one and with more processes."""
     section = results["sections"]["scaling"]
     settings, cells = section["settings"], section["cells"]
     (one, first), *others = cells.items()
@@ -91,11 +91,11 @@ def scaling(results: dict[str, Any]) -> Block:
         for name in first if name != "start"
     ]  # fmt: skip
     header = ("", f"{one} process", *(f"{count} processes" for count, _ in others))
-    title = f"Time by processes of one thread each, on a machine of {section['machine']['cores']} cores"
+    title = f"Time with one thread per process, on a machine of {section['machine']['cores']} cores"
     starts = ", ".join(f"{cell['start']:g} s for {count}" for count, cell in cells.items())
     notes = [
         f"{settings['images']} images of 32 × 32 through three convolutions; {settings['rows']:,} stored activations, "
         f"d = {settings['features']}, 100 components in 24 dimensions, ten updates. Best of {settings['rounds']} "
-        f"rounds; a process takes besides, to start: {starts}. {origin(section, ('penult', 'torch'))}"
+        f"rounds, without the time to start: {starts}. {origin(section, ('penult', 'torch'))}"
     ]
     return Block([Table(title, header, rows)], notes, "python benchmarks/scaling.py")

@@ -1,4 +1,4 @@
-"""Tables of what `outliers.py` and `scores.py` measured."""
+"""Tables of the results of `outliers.py` and `scores.py`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Cells = dict[str, dict[str, Any]]
 
 @table("outliers", source="outliers")
 def outliers(results: dict[str, Any]) -> Block:
-    """How well scores tell outliers from familiar activations."""
+    """Separation of outliers from familiar activations."""
     section = results["sections"]["networks"]
     cells, made = section["cells"], section["machine"]
     found = [_bars(cells), _far(cells)]
     found += [_sets(cells, names, title) for title, names in GROUPS.items() if set(names) <= set(cells)]
     notes = [
-        "Far sets: AUROC / FPR95, means over sets and networks; mean is over networks. FPR95: the share of outliers "
-        "that pass where 95 % of familiar pictures do. All scores are fitted to half of the test pictures of each "
-        "network, without labels where none are named, and told apart from the other half. "
+        "Far sets: AUROC / FPR95, means over sets and networks; mean is over networks. FPR95: the fraction of "
+        "outliers that pass the threshold that 95 % of familiar images pass. All scores are fitted to half of the test "
+        "images of each network, without labels unless they are named, and compared with the other half. "
         f"{made['cpu']}; torch {section['versions']['torch']}."
     ]
     return Block(found, notes, "python benchmarks/outliers.py --data DATA --cache CACHE")
@@ -39,7 +39,7 @@ def outliers(results: dict[str, Any]) -> Block:
 
 @table("outliers-more", source="outliers")
 def more(results: dict[str, Any]) -> Block:
-    """Wrong answers, near and shifted sets, dirty and small pools."""
+    """Wrong predictions, near and shifted sets, reference activations that are few or have outliers."""
     section = results["sections"]["networks"]
     cells = section["cells"]
     found = [_misclassified(cells), _near(cells), _dirty(cells), _few(cells)]
@@ -72,11 +72,11 @@ def _bars(cells: Cells) -> Table:
 
     add("CIFAR-10, far: AUROC, over energy", "≥ +0.05", over(cifar, "energy"))
     fpr = [ratio(auroc(cell, OURS, key="fpr95"), auroc(cell, "energy", key="fpr95")) for cell in cifar]
-    add("CIFAR-10, far: FPR95, to energy", "≤ 1×", fpr)
+    add("CIFAR-10, far: FPR95, ratio to energy", "≤ 1×", fpr)
     wrong = [cell["methods"][OURS]["misclassified"] - cell["methods"]["energy"]["misclassified"] for cell in cifar]
-    add("CIFAR-10, wrong answers: AUROC, over energy", "≥ −0.02", wrong)
+    add("CIFAR-10, wrong predictions: AUROC, over energy", "≥ −0.02", wrong)
     dirty = [cell["dirtied"]["far"][TRIMMED]["auroc"] - auroc(cell, OURS) for cell in cifar]
-    add("CIFAR-10, a tenth outliers in the pool, trimmed: AUROC, over clean", "≥ −0.02", dirty)
+    add("CIFAR-10, a tenth outliers in the fit, trimmed: AUROC, over clean", "≥ −0.02", dirty)
     everything = [*cifar, *mnist]
     for other in OTHERS:
         add(f"all networks, far: AUROC, over {other}", "≥ +0", over(everything, other))
@@ -84,7 +84,7 @@ def _bars(cells: Cells) -> Table:
     for other in ("energy", *OTHERS):
         add(f"held-out classes: AUROC, over {other}", "≥ +0", over(near, other, "near"))
     add("MNIST, far: AUROC, over energy", "≥ +0.02", over(mnist, "energy"))
-    return Table("Asked and measured", ("", "mean", "worst network", "asked", "mean is"), rows)
+    return Table("Criteria and results", ("", "mean", "worst network", "criterion", "mean is"), rows)
 
 
 def _far(cells: Cells) -> Table:
@@ -120,7 +120,7 @@ def _misclassified(cells: Cells) -> Table:
         rows.append((_bold(method), *(f"{value:.3f}" for value in means)))
     accuracy = (f"{100 * statistics.mean(cell['accuracy'] for cell in own):.1f} %" for own in groups.values())
     rows.append(("accuracy", *accuracy))
-    return Table("Wrong answers from right ones, familiar pictures: AUROC", ("", *groups), rows)
+    return Table("Separation of wrong from right predictions, familiar images: AUROC", ("", *groups), rows)
 
 
 def _near(cells: Cells) -> Table:
@@ -148,7 +148,11 @@ def _dirty(cells: Cells) -> Table:
             dirty = statistics.mean(cell["dirtied"]["far"][method]["auroc"] for cell in own)
             figures.append(f"{clean:.3f} → {dirty:.3f}")
         rows.append((_bold(method), *figures))
-    return Table("A pool of which a tenth are outliers: AUROC on far sets, clean → dirty", ("", *groups), rows)
+    return Table(
+        "Fits to activations with a tenth of outliers: AUROC on far sets, clean → with outliers",
+        ("", *groups),
+        rows,
+    )
 
 
 def _few(cells: Cells) -> Table:
@@ -163,7 +167,7 @@ def _few(cells: Cells) -> Table:
     ]
     whole = (f"{statistics.mean(auroc(cell, OURS) for cell in own):.3f}" for own in groups.values())
     rows.append(("5000 activations", *whole))
-    return Table(f"A fit to few unlabelled activations: AUROC of {OURS} on far sets", ("", *groups), rows)
+    return Table(f"Fits to few unlabelled activations: AUROC of {OURS} on far sets", ("", *groups), rows)
 
 
 def _by_data(cells: Cells) -> dict[str, list[dict[str, Any]]]:
@@ -183,7 +187,7 @@ def _shifted(own: list[dict[str, Any]], title: str) -> Table:
             for method in methods
         )
         rows.append((each, f"{100 * accuracy:.1f} %", *figures))
-    return Table(f"{title}, shifted pictures from familiar ones: AUROC", ("", "accuracy", *methods), rows)
+    return Table(f"{title}, separation of shifted from familiar images: AUROC", ("", "accuracy", *methods), rows)
 
 
 def _bold(method: str) -> str:
@@ -192,7 +196,7 @@ def _bold(method: str) -> str:
 
 @table("scores", source="scores")
 def cost(results: dict[str, Any]) -> Block:
-    """What a batch costs, to the head."""
+    """Cost of a batch, in evaluations of the head."""
     section = results["sections"]["cost"]
     cells, made = section["cells"], section["machine"]
     names = list(next(iter(cells.values()))["scores"])
@@ -203,12 +207,12 @@ def cost(results: dict[str, Any]) -> Block:
         )
         for name in names
     ]
-    rows.append(("table of directional, s", *(f"{cell['table_seconds']:.2g}" for cell in cells.values())))
+    rows.append(("table of directional, seconds", *(f"{cell['table_seconds']:.2g}" for cell in cells.values())))
     notes = [
-        f"CPU time of a batch of {section['settings']['batch']} to one evaluation of the head, median of "
-        f"{section['settings']['rounds']} rounds; asked of directional at d = 512, K = 1000: ≤ "
-        f"{section['bars']['directional']:g}. Without labels' fits. {made['cpu']}, {made['threads_used']} thread; "
-        f"torch {section['versions']['torch']}."
+        f"CPU time of a batch of {section['settings']['batch']} relative to one evaluation of the head, median of "
+        f"{section['settings']['rounds']} rounds; criterion for directional at d = 512, K = 1000: ≤ "
+        f"{section['bars']['directional']:g}. Fits are not included. {made['cpu']}, "
+        f"{made['threads_used']} thread; torch {section['versions']['torch']}."
     ]
     return Block(
         [Table("Cost of scores, in evaluations of the head", ("", *cells), rows)], notes, "python benchmarks/scores.py"

@@ -1,4 +1,4 @@
-"""Tables of what `realism.py` measured."""
+"""Tables of the results of `realism.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def realism(results: dict[str, Any]) -> Block:
     laws = list(dict.fromkeys(law for name in small for law in _first(cells[name])["laws"]))
     rows = [("real against real", *(_aucs(_runs(cells[name], None)) for name in small))]
     rows += [(law, *(_aucs(_runs(cells[name], law)) for name in small)) for law in laws]
-    found = [_realism_bars(cells, small, bars), Table("Told from real activations; 0.5 is not at all", header, rows)]
+    found = [_realism_bars(cells, small, bars), Table("Separation from real activations; 0.5 is none", header, rows)]
 
     first = _first(cells[small[0]])["laws"]
     columns = ("", "floats", "fit, CPU s", *small)
@@ -55,7 +55,7 @@ def realism(results: dict[str, Any]) -> Block:
                 (law, plain(one["floats"]), tiny(one["seconds"]), _aucs(runs), f"{_average(runs, 'confidence'):.3f}")
             )
         rows.append(("real activations", "–", "–", _aucs(_runs(large, None)), f"{facts['confidence']:.3f}"))
-        header = ("efficientnet-lite0", "floats", "fit, CPU s", "AUC of LR / MLP / kNN", "confidence of draws")
+        header = ("efficientnet-lite0", "floats", "fit, CPU s", "AUC of LR / MLP / kNN", "confidence of samples")
         title = f"K = 1000, d = 1280, fitted to {facts['fitted']} activations; tests of all classes together"
         found.append(Table(title, header, rows))
     found += _rare_and_em(results)
@@ -63,7 +63,7 @@ def realism(results: dict[str, Any]) -> Block:
     used = ", ".join(f"{name} {version}" for name, version in section["versions"].items() if name != "python")
     notes = [
         f"Means over {len(next(iter(cells.values())))} splits of the test activations, "
-        f"{section['settings']['per_class']} a class. {made['cpu']}, one thread a process; {used}."
+        f"{section['settings']['per_class']} per class. {made['cpu']}, one thread per process; {used}."
     ]
     return Block(found, notes, "python benchmarks/realism.py --data DATA --cache CACHE")
 
@@ -72,7 +72,7 @@ _PRIORS = ("sphere", "elliptic", "gaussian", "gaussian, marginal ML", "mixture")
 
 
 def _runs(cell: dict[str, Any], law: str | None) -> list[dict[str, Any]]:
-    """What each split found for a base, or for real activations."""
+    """Return the results of each split for a base, or for real activations."""
     if law is None:
         return [run["network"] for run in cell.values()]
     return [run["laws"][law] for run in cell.values() if law in run["laws"]]
@@ -105,7 +105,7 @@ def _effective(runs: dict[str, Any], law: str) -> str:
 
 
 def _realism_bars(cells: dict[str, Any], small: list[str], bars: dict[str, Any]) -> Table:
-    """What was asked, and the worst network's figure."""
+    """Return the criteria, each with the figure of the worst network."""
     cifar = [name for name in small if name.startswith("cifar")]
     off = max(abs(_auc(_runs(cells[n], None), t) - 0.5) for n in small for t in ("logistic", "mlp", "knn"))
     rows = [("real against real: farthest from 0.5", f"{off:.3f}", bound(off, bars["real"]))]
@@ -130,23 +130,23 @@ def _realism_bars(cells: dict[str, Any], small: list[str], bars: dict[str, Any])
         least = min(
             _auc(_runs(cells["mnist-relu"], law), "mlp") for law in ("sphere", "elliptic", "gaussian", "mixture, plain")
         )
-        rows.append(("the same, laws that are not rectified: least MLP", f"{least:.3f}", "shown"))
+        rows.append(("the same, distributions that are not rectified: smallest MLP", f"{least:.3f}", "shown"))
     add("goal on CIFAR, `mixture, 16/64`", "mixture, 16/64", bars["goal"], cifar)
-    return Table("Asked and measured, on the network where it comes out worst", ("", "measured", "asked"), rows)
+    return Table("Criteria and results, on the worst network", ("", "measured", "criterion"), rows)
 
 
 def _rare_and_em(results: dict[str, Any]) -> list[Table]:
     found = []
     if cells := results["sections"].get("rare", {}).get("cells"):
         rows = [
-            (f"a class of prior {p}", f"{s:.3g} s a draw" if s >= 1 else f"{1e3 * s:.3g} ms a draw")
+            (f"a class of prior {p}", f"{s:.3g} s per sample" if s >= 1 else f"{1e3 * s:.3g} ms per sample")
             for p, s in cells["seconds_a_draw"].items()
         ]
         rows += [
-            (f"{kind}, {one['draws']} draws of 1000 classes at d = 1280 (least prior {one['least_prior']:g})",
+            (f"{kind}, {one['draws']} samples of 1000 classes at d = 1280 (smallest prior {one['least_prior']:g})",
              f"{one['seconds']:.3g} s") for kind, one in cells["thousand_classes"].items()
         ]  # fmt: skip
-        found.append(Table("What class draws of a marginal cost, CPU time", ("", ""), rows))
+        found.append(Table("Cost of class samples of a marginal, CPU time", ("", ""), rows))
     if cells := results["sections"].get("em", {}).get("cells"):
         rows = [
             (
@@ -156,5 +156,5 @@ def _rare_and_em(results: dict[str, Any]) -> list[Table]:
             for name, cell in cells.items()
         ]
         header = ("components in dimensions", "penult", "scikit-learn GaussianMixture")
-        found.append(Table("Expectation maximisation: held-out log likelihood in the plane, CPU time", header, rows))
+        found.append(Table("EM: held-out log likelihood in the principal subspace, CPU time", header, rows))
     return found

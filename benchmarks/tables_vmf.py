@@ -1,4 +1,4 @@
-"""Tables of what `vmf.py` measured."""
+"""Tables of the results of `vmf.py`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SAMPLERS = {
 
 @table("vmf-accuracy", source="vmf")
 def accuracy(results: dict[str, Any]) -> Block:
-    """Largest errors against mpmath, who breaks where, inverse, divergence and pathwise gradient."""
+    """Largest errors against mpmath, failures, inverse, divergence and pathwise gradient."""
     section = section_of(results, "accuracy")
     cells, bars = section["cells"], section["bars"]
     grid = {int(name.split("=")[1]): cell for name, cell in cells.items() if name.startswith("grid")}
@@ -70,7 +70,7 @@ def accuracy(results: dict[str, Any]) -> Block:
     tables.append(
         Table(
             "κ from the mean resultant length R",
-            ("method", "fails, or off by over 10 %", "error of κ, relative", "error of A(κ)"),
+            ("method", "fails, or has an error over 10 %", "error of κ, relative", "error of A(κ)"),
             rows,
         )
     )
@@ -81,7 +81,7 @@ def accuracy(results: dict[str, Any]) -> Block:
             rows.append((case, name, f"{e['nonfinite']} of {e['n']}", str(e["negative"]), tiny(e["error"])))
     tables.append(
         Table(
-            "Kullback-Leibler divergence of two laws",
+            "Kullback-Leibler divergence of two distributions",
             ("case", "tool", "inf or nan", "negative", "relative error"),
             rows,
         )
@@ -100,15 +100,15 @@ def accuracy(results: dict[str, Any]) -> Block:
     tables.append(
         Table(
             "Pathwise gradient dE[t]/dκ from samples, t = μ·x",
-            ("law", "exact A′", "penult", "z", "through Wood's proposal alone", "z", "bias"),
+            ("distribution", "exact A′", "penult", "z", "through Wood's proposal only", "z", "bias"),
             rows,
         )
     )
     notes = [
         "Errors of log C and entropy are absolute over max(1, |value|), the others relative. V and 1 − A of tools "
-        "that do not offer them are formed from A by the textbook identities. Bars of divergence and inverse: "
-        f"{tiny(bars['divergence'])}; |z| < {bars['gradient_z']:g}. The truth is computed with 70 digits by mpmath, "
-        "on the grid by two routes (Bessel functions, and the defining series) that agree to "
+        "without them are computed from A by the textbook identities. Bars of divergence and inverse: "
+        f"{tiny(bars['divergence'])}; |z| < {bars['gradient_z']:g}. Reference values are computed with 70 digits "
+        "by mpmath, on the grid by two methods (Bessel functions, and the defining series) that agree to "
         f"{tiny(max(cells['truth'].values()))}.",
         origin(section, ("penult", "torch", "scipy", "numpy", "mpmath", "tensorflow-probability", "jax")),
     ]
@@ -117,7 +117,7 @@ def accuracy(results: dict[str, Any]) -> Block:
 
 @table("vmf-sampling", source="vmf")
 def sampling(results: dict[str, Any]) -> Block:
-    """Cost of draws and whether they follow the law."""
+    """Cost of samples, and whether they follow the distribution."""
     section = section_of(results, "sampling")
     bars = section["bars"]
     costs, versus, laws = [], [], []
@@ -125,7 +125,7 @@ def sampling(results: dict[str, Any]) -> Block:
         dim, batch = str(cell["dim"]), "laws" in cell
         shown = f"{cell['n']} × {dim}, κ = {cell.get('kappa', 0):g}"
         if batch:
-            shown = f"{cell['n']} × {cell['laws']} laws × {dim}"
+            shown = f"{cell['n']} × {cell['laws']} distributions × {dim}"
         costs.append(
             (
                 shown, f"{cell['randn_ms']:.0f} ms", f"{cell['penult']['ms']:.0f} ms",
@@ -151,26 +151,28 @@ def sampling(results: dict[str, Any]) -> Block:
                 )
             )
         else:
-            laws.append((f"d = {dim}, {cell['laws']} laws", chance(cell["law"]["penult"]["p"]), "–", "–", "–", "–"))
+            laws.append((f"d = {dim}, {cell['laws']} distributions", chance(cell["law"]["penult"]["p"]), *4 * ("–",)))
     tables = [
         Table(
-            "Cost of `VonMisesFisher.sample` beside `torch.randn` of the same size, float32, one thread",
-            ("draws", "randn", "penult", "ratio, best", "ratio, median", "bar", "draws a second"),
+            "Cost of `VonMisesFisher.sample`, compared with `torch.randn` of the same size, float32, one thread",
+            ("samples", "randn", "penult", "ratio, best", "ratio, median", "bar", "samples per second"),
             costs,
         ),
         Table(
-            "Times of other samplers over penult's",
-            ("draws", "plain Wood in torch", "scipy.stats", "geomstats", "bar, scipy.stats"),
+            "Times of other samplers, relative to penult's",
+            ("samples", "plain Wood in torch", "scipy.stats", "geomstats", "bar, scipy.stats"),
             versus,
         ),
         Table(
-            "Do the cosines follow the exact law? p-values (Kolmogorov-Smirnov)", ("d, κ", *_SAMPLERS.values()), laws
+            "Do the cosines follow the exact distribution? p-values (Kolmogorov-Smirnov)",
+            ("d, κ", *_SAMPLERS.values()),
+            laws,
         ),
     ]
     notes = [
-        "`*` extrapolated by a line through two smaller sizes; for a batch, a loop over a few of the laws scaled "
-        "up. “b ≈ (d−1)/4κ” is Wood's scheme with the large-κ shortcut that common PyTorch ports take above κ = 10; "
-        "it samples another law unless κ is much larger than d. Bold: p < 1e-4.",
+        "`*` extrapolated by a line through two smaller sizes; for a batch, a loop over a few of the distributions, "
+        "scaled up. “b ≈ (d−1)/4κ” is Wood's scheme with the large-κ shortcut that common PyTorch ports take "
+        "above κ = 10; it samples another distribution unless κ is much larger than d. Bold: p < 1e-4.",
         origin(section, ("penult", "torch", "scipy", "numpy", "geomstats")),
     ]
     return Block(tables, notes, "python benchmarks/vmf.py --only sampling")
@@ -178,7 +180,7 @@ def sampling(results: dict[str, Any]) -> Block:
 
 @table("vmf-summary", source="vmf")
 def summary(results: dict[str, Any]) -> Block:
-    """One line for each tool: where it breaks, how accurate it is, what a draw costs."""
+    """One line for each tool: failures, accuracy, cost of a sample."""
     section, speed = section_of(results, "accuracy"), section_of(results, "sampling")
     cells = section["cells"]
     grid = [cell for name, cell in cells.items() if name.startswith("grid")]
@@ -228,10 +230,10 @@ def summary(results: dict[str, Any]) -> Block:
     header = ("", "log C inf, nan or refused", "error of log C", "error of ∂A/∂κ", *(f"time, d = {d}" for d in dims))
     notes = [
         f"Largest errors where finite, d from 2 to {max(section['settings']['dims'])}, κ = 0 and from 1e-8 to 1e6; "
-        "time of a draw over penult's, one CPU thread, κ from 1 to 1000. An error of 1 is 100 %.",
+        "time of a sample relative to penult's, one CPU thread, κ from 1 to 1000. An error of 1 is 100 %.",
     ]
     return Block(
-        [Table("The von Mises-Fisher law, here and elsewhere", header, rows)], notes, "python benchmarks/vmf.py"
+        [Table("Implementations of the von Mises-Fisher distribution", header, rows)], notes, "python benchmarks/vmf.py"
     )
 
 
@@ -256,17 +258,17 @@ def evaluation(results: dict[str, Any]) -> Block:
     ]
     once = section["cells"]["setup"]
     rows = [
-        (f"first use of a further dimension, {label.replace('>=', '≥')}", f"{ms:.2f} ms", bound(ms, bars["setup_ms"]))
+        (f"first use of another dimension, {label.replace('>=', '≥')}", f"{ms:.2f} ms", bound(ms, bars["setup_ms"]))
         for label, ms in once["new_dimension_ms"].items()
     ]
     rows.append(("first use of any dimension in a process", f"{once['first_of_process_ms']:.1f} ms", "–"))
-    tables.append(Table("Setup of a dimension, once for each", ("", "time", "bar"), rows))
+    tables.append(Table("Setup of a dimension, needed once", ("", "time", "bar"), rows))
     notes = [origin(section, ("penult", "torch", "scipy", "numpy"))]
     return Block(tables, notes, "python benchmarks/vmf.py --only evaluation")
 
 
 def _where(failures: dict[int, list[float]]) -> str:
-    """Dimensions and concentrations at which a tool fails, zero apart."""
+    """Return the dimensions and concentrations at which a tool fails, with κ = 0 as a separate case."""
     if not any(failures.values()):
         return "nowhere"
     parts = []
