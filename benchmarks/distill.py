@@ -1,12 +1,13 @@
-"""Distillation under domain shift: penult's targets beside cross-entropy, Hinton, DKD, FitNets, SimKD and controls.
+"""Distillation under domain shift: penult's targets, compared with common methods and two controls.
 
-A teacher trained on one domain, a small student, and few labelled pictures of another domain (`distill_setting.py`).
-Every method starts from the same student and sees the same pictures in the same order, seed by seed, which also is the
-teacher's number; gains are differences within a seed. First all methods run at one learning rate, then each has the
-best of three, chosen by its accuracy on validation pictures in that run. Test pictures are looked at once for each
-figure that is reported, and never to choose anything.
+The other methods are cross-entropy, Hinton, DKD, FitNets and SimKD. The setting is a teacher trained on one domain, a
+small student, and few labelled images of another domain (`distill_setting.py`). For each seed, every method starts
+from the same student and gets the same images in the same order; the seed is also the number of the teacher, and
+gains are differences within a seed. All methods run at one learning rate; then each run is repeated at three rates,
+of which validation images choose the best. Test images are used once for each reported figure, and not to choose
+anything.
 
-Runs are kept in the cache one by one, and a benchmark that was stopped goes on with those that are missing.
+Each run is stored in the cache; a benchmark that was stopped continues with the missing runs.
 
 Example:
     python benchmarks/distill.py --data ../shared/data --cache /tmp/penult-cache
@@ -368,13 +369,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files and published weights")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files and published weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder for networks and finished runs")
-    parser.add_argument("--only", action="append", help="names that begin so, as mnist/usps or cost (repeatable)")
+    parser.add_argument(
+        "--only", action="append", help="only runs whose names begin with this, such as mnist/usps or cost (repeatable)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the runs")
-    parser.add_argument("--one-rate", action="store_true", help="the common learning rate alone")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--one-rate", action="store_true", help="use the common learning rate only")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "distill.json", help="results file")
     options = parser.parse_args(arguments)
     begins = tuple(options.only or ("",))

@@ -1,18 +1,20 @@
-"""What people distil with today, and two controls, as methods of `distill_setting.train`.
+"""Common distillation methods and two controls, as methods of `distill_setting.train`.
 
-Throughout, z are a student's logits and z' the teacher's for the same picture, y its label, T a temperature,
-p(z) = softmax(z); h the student's features and a the teacher's activations in the canonical unit of
-`penult.Head.rescaled`, in which the centered rows of the teacher's head are 1/√3 long on average. Losses are means over
-a batch. Divergences at temperature T are multiplied by T², so that gradients keep their size (Hinton et al. 2015).
+Notation: z are a student's logits and z' the teacher's for the same image, y is its label, T a temperature, p(z) =
+softmax(z); h are the student's features and a the teacher's activations in the canonical unit of
+`penult.Head.rescaled`, in which the centered rows of the teacher's head have a mean norm of 1/√3. Losses are means
+over a batch. Divergences at temperature T are multiplied by T², which keeps the scale of gradients (Hinton et al.
+2015).
 
-Nothing here knows of domains. `BASELINES` builds each method from what a teacher makes of the distillation set:
+Nothing in this module depends on domains. `BASELINES` builds each method from the teacher's activations and logits of
+the distillation set:
 
     >>> from functools import partial
     >>> import torch, penult
     >>> from distill_baselines import BASELINES
     >>> h, logits, labels = torch.randn(20, 8), torch.randn(20, 3), torch.randint(3, (20,))
     >>> build = partial(BASELINES["dkd"], h, logits, labels, penult.Head(torch.randn(3, 8)))
-    >>> method = build(64)  # the number of the student's features, as `distill_setting.begin` gives it
+    >>> method = build(64)  # the number of the student's features, passed by `distill_setting.begin`
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
-"""The setting of the distillation benchmark: teachers, shifted domains, few labelled pictures, small students.
+"""The setting of the distillation benchmark: teachers, shifted domains, few labelled images, small students.
 
-A teacher was trained on a source. Of a *target* domain, the same classes under other conditions, there are n labelled
-pictures a class. A small student is trained on these for 300 steps by some method, which may ask the teacher, and is
-judged by its accuracy on the target's test pictures.
+A teacher was trained on a source domain. The *target* domain has the same classes under other conditions, and n
+labelled images per class. A small student is trained on these for 300 steps by some method, which can use the
+teacher. Its accuracy on the test images of the target domain is measured.
 
 * ``mnist``: n = 50. Three teachers, `networks.mnist_net` without ReLU (d = 64) from seeds 0, 1, 2, trained here for
-  three epochs on the first 50,000 training pictures. The last 10,000 are the pool that the distillation sets and the
-  validation pictures come from, so that no teacher has seen them. Domain ``usps`` has pictures of its own.
-* ``cifar10``: n = 100. The published ResNet32, ResNet44, and ResNet32 again (d = 64). The pool are rows 30,000 to
-  50,000 of the training pictures; the published networks did see these, in their original form (the copy at hand is
-  recompressed), undistorted.
+  three epochs on the first 50,000 training images. The distillation sets and the validation images come from the last
+  10,000, the pool, so that no teacher has seen them. Domain ``usps`` has its own images.
+* ``cifar10``: n = 100. The published ResNet32, ResNet44, and ResNet32 again (d = 64). The pool is rows 30,000 to
+  50,000 of the training images. The published networks were trained on these in their original form, without shift
+  (the copy used here is recompressed).
 
-The severity of a domain was chosen by the teachers' accuracy on pool pictures (``--scan``). A picture looks the same
-whenever it is shown: what is random about a shift depends on its row alone. Test pictures are loaded when `Split.test`
-is asked for, and nothing else reads them.
+The severity of a domain was chosen by the teachers' accuracy on images of the pool (``--scan``). A shifted image is
+always the same: the randomness of a shift depends only on the row. Test images are loaded by `Split.test` only.
 
 Example:
     python benchmarks/distill_setting.py --data ../shared/data --cache /tmp/penult-cache
@@ -505,11 +504,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files and published weights")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of trained weights")
-    parser.add_argument("--only", action="append", choices=SETTINGS, help="this setting (repeatable; default: all)")
-    parser.add_argument("--scan", action="store_true", help="scan severities, in place of the domains as chosen")
-    parser.add_argument("--threads", type=int, default=1, help="for torch")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files and published weights")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for trained weights")
+    parser.add_argument(
+        "--only", action="append", choices=SETTINGS, help="only this setting (repeatable; default: all)"
+    )
+    parser.add_argument("--scan", action="store_true", help="scan severities instead of using the chosen domains")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of torch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print("accuracy (%) of each teacher, and their mean, on 2000 pictures of the pool")

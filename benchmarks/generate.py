@@ -1,18 +1,18 @@
-"""Class-conditional pictures from a classifier: generators on activations beside generators on labels.
+"""Class-conditional images from a classifier: generators conditioned on activations or on labels.
 
-A classifier of MNIST, pictures that it has not seen and whose labels nobody looks at, and generators of pictures of
-each digit (`generate_setting.py`); then the same classifier, and unlabelled pictures of USPS; then published ResNets
-and CIFAR-10. `ActivationVAE` and `ActivationGAN` are trained once for each classifier and seed, and draw from several
-laws of activations. Baselines of either kind are the one-hot conditional generator with the true labels, with the
-pseudo-labels of the classifier, with a hundred labels, and with the labels of a classifier that was trained on these
-hundred; and an unconditional one whose pictures the classifier labels. All have as many parameters and steps, and are
-trained by the same trainer; how loud the label enters was chosen for the baselines as options were for penult.
+There are three settings (`generate_setting.py`): a classifier of MNIST with images that it has not seen and whose
+labels are not used; the same classifier with unlabelled images of USPS; and published ResNets with CIFAR-10.
+`ActivationVAE` and `ActivationGAN` are trained once for each classifier and seed, and generate images from several
+distributions of activations. The baselines of either kind are one-hot conditional generators with the true labels,
+with the pseudo-labels of the classifier, with a hundred labels, and with the labels of a classifier trained on these
+hundred; and an unconditional generator whose images the classifier labels. All have the same numbers of parameters
+and steps and the same trainer; the scale of the label was chosen for the baselines in the same way as options were
+for penult.
 
-Each generator makes 500 pictures of each class, which an independent network judges beside the test pictures. Choices
-(``--share selection``) were made on other pictures, by that share alone; test pictures are looked at once for each
-figure that is reported.
+Each generator makes 500 images of each class, and an independent evaluator compares them with the test images.
+Choices (``--share selection``) were made on that split only; test images are used once for each reported figure.
 
-Runs are kept in the cache one by one, and a benchmark that was stopped goes on with those that are missing.
+Each run is stored in the cache; a benchmark that was stopped continues with the missing runs.
 
 Example:
     python benchmarks/generate.py --data ../shared/data --cache /tmp/penult-cache
@@ -90,12 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files")
     parser.add_argument("--cache", type=Path, required=True, help="folder for networks and finished runs")
-    parser.add_argument("--share", choices=("test", "selection"), default="test", help="pictures to compare with")
-    parser.add_argument("--only", action="append", help="runs whose names begin so, as mnist/vae (repeatable)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--share", choices=("test", "selection"), default="test", help="images to compare with")
+    parser.add_argument(
+        "--only", action="append", help="only runs whose names begin with this, such as mnist/vae (repeatable)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "generate.json", help="results file")
     options = parser.parse_args(arguments)
     begins = tuple(options.only or ("",))

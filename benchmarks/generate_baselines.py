@@ -1,7 +1,7 @@
-"""The usual conditional variational autoencoder, on one-hot labels, and how all generators are trained and filtered.
+"""The usual conditional variational autoencoder on one-hot labels, and the training and filtering of all generators.
 
-The networks are those of `penult.generate.ActivationVAE`, a little wider, so that no baseline has fewer parameters:
-their input is a label of ten numbers in place of an activation of 64.
+The networks are those of `penult.generate.ActivationVAE`, slightly wider, so that no baseline has fewer parameters:
+their condition is a label of ten numbers instead of an activation of 64.
 
 Example:
     >>> from generate_baselines import OneHotVAE, fit

@@ -1,7 +1,7 @@
-"""The judge of the generation benchmark for colour pictures, (N, 3, 32, 32) in [0, 1].
+"""The evaluator of the generation benchmark for colour images, (N, 3, 32, 32) in [0, 1].
 
-It is as large, and trained for as long, as eight minutes on one core allow. `generate_setting.py` says what it is for,
-and keeps its weights.
+Its size and training are limited by eight minutes on one core. `generate_setting.py` describes its use and stores its
+weights.
 """
 
 from __future__ import annotations

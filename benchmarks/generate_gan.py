@@ -1,8 +1,8 @@
-"""Adversarial generators of the generation benchmark, each a way of telling generator and discriminator something.
+"""Adversarial generators of the generation benchmark, which differ in the conditions of generator and discriminator.
 
-All are `penult.generate.ActivationGAN`s with the same networks, losses and optimiser, so that nothing differs but what
-is told: the usual conditional one is the special case whose "activation" of a picture is its one-hot label, embedded
-in as many numbers as an activation has, so that it has as many parameters.
+All are `penult.generate.ActivationGAN`s with the same networks, losses and optimiser, and differ only in their
+conditions. The usual conditional GAN is the special case in which the "activation" of an image is its one-hot label,
+embedded in as many numbers as an activation has, so that it has as many parameters.
 
 Example:
     >>> from generate_gan import MODELS, build

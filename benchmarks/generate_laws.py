@@ -1,6 +1,6 @@
-"""Laws of activations for the generation benchmark: a classifier, what it makes of pictures, and pairs fitted to that.
+"""Distributions of activations for the generation benchmark: a classifier, its activations, and pairs fitted to them.
 
-Laws are fitted without labels to activations of the generator's pictures, once, and kept in the cache.
+The distributions are fitted once, without labels, to activations of the generator's images, and stored in the cache.
 
 Example:
     >>> from generate_laws import known, pairs

@@ -1,4 +1,4 @@
-"""One run of the generation benchmark: a generator is trained, draws from its laws, and is judged."""
+"""One run of the generation benchmark: train a generator, generate images from its distributions, and evaluate them."""
 
 from __future__ import annotations
 

@@ -1,39 +1,40 @@
-"""The setting of the generation benchmark: shares of pictures, classifiers, few labelled pictures, evaluators.
+"""The setting of the generation benchmark: splits of the data, classifiers, few labelled images, evaluators.
 
-A generator of pictures is conditioned on the penultimate activations of a classifier, and was trained on pictures
-without labels. What it makes is judged by an evaluator that shares no training picture with either, but for CIFAR-10,
-where it shares them with the classifiers. All pictures are in [0, 1]: (N, 1, 28, 28), where those of USPS are enlarged
-from 16 to 20 pixels, bilinearly, in a border of 4; or (N, 3, 32, 32) of CIFAR-10.
+An image generator is conditioned on the penultimate activations of a classifier, and trained on images without
+labels. Its images are evaluated by a network, the evaluator, that shares no training image with generator or
+classifier, except on CIFAR-10, where the classifiers were trained on its images, too. All images have values in [0,
+1]. Those of MNIST and USPS are (N, 1, 28, 28), where images of USPS are enlarged bilinearly from 16 to 20 pixels,
+with a border of 4; those of CIFAR-10 are (N, 3, 32, 32).
 
-Rows of the training files, none in two shares of one data set:
+The splits, called shares in the code, are rows of the training files; no row is in two splits of one data set:
 
 ============  ===============  =============  ===============  =====================================================
 share         MNIST            USPS           CIFAR-10         use
 ============  ===============  =============  ===============  =====================================================
-`classifier`  0 - 20,000                                       trains the classifiers, with labels
-`generator`   20,000 - 40,000  0 - 4,200      0 - 20,000       trains generators, without labels; holds the few
-                                                               labelled pictures
-`evaluator`   40,000 - 50,000  4,200 - 6,600  20,000 - 40,000  trains the evaluator, with labels
-`held-out`    50,000 - 56,000                 40,000 - 46,000  banks of pictures that nothing was trained on here
-`selection`   56,000 - 60,000  6,600 - 7,291  46,000 - 50,000  real pictures to make choices by
+`classifier`  0 - 20,000                                       training of classifiers, with labels
+`generator`   20,000 - 40,000  0 - 4,200      0 - 20,000       training of generators, without labels; the few
+                                                               labelled images are part of it
+`evaluator`   40,000 - 50,000  4,200 - 6,600  20,000 - 40,000  training of the evaluator, with labels
+`held-out`    50,000 - 56,000                 40,000 - 46,000  banks of images that nothing was trained on here
+`selection`   56,000 - 60,000  6,600 - 7,291  46,000 - 50,000  real images for the choice of options
 ============  ===============  =============  ===============  =====================================================
 
-Rows of USPS are those of its training file in an order that is drawn once. `test` is the test file, 10,000 pictures of
-MNIST and of CIFAR-10 and 2,007 of USPS: for final figures only, and not loaded before it is asked for.
+Rows of USPS are those of its training file in a fixed random order. `test` is the test file, 10,000 images of MNIST
+and of CIFAR-10 and 2,007 of USPS. It is used for final figures only, and loaded when it is first used.
 
-* ``mnist``: all shares are of MNIST.
-* ``mnist-usps``: the classifiers are those of MNIST, all other shares are of USPS, which has no `held-out`. Its
-  evaluator was trained on the evaluator shares of both.
+* ``mnist``: all splits are of MNIST.
+* ``mnist-usps``: the classifiers are those of MNIST; all other splits are of USPS, which has no `held-out`. The
+  evaluator was trained on the evaluator splits of both.
 * ``cifar10``: the classifiers are the published ResNet32 (seed 0) and ResNet44 (seed 1) of `networks.py`. Their
-  publisher trained them on all 50,000 training pictures, in their original form (the copy at hand is recompressed).
-  So there is no `classifier` share, no few-label classifier, and every other share but `test` was seen by the
-  classifiers with its labels: `held-out` is held out from generators and evaluator, not from them. The evaluator
-  (`generate_colour.py`) was trained here, on its share alone.
+  publisher trained them on all 50,000 training images, in their original form (the copy used here is recompressed).
+  Therefore there is no `classifier` split and no few-label classifier, and the classifiers have seen every other
+  split except `test` with its labels: `held-out` is held out from generators and evaluator only. The evaluator
+  (`generate_colour.py`) was trained here, on its split only.
 
-Trained weights are kept in a folder and found there the next time, as are activations of the published networks; all
-take twenty-five minutes on one core. Remove them after a change of how a network is trained, or of the shares. Few
-labelled pictures are part of the generator share, so the accuracy on it of a network that was trained on them is a
-little too high.
+Trained weights and the activations of the published networks are stored in a folder and read from it the next time;
+all take twenty-five minutes on one core. Remove them after a change of the training of a network or of the splits.
+The few labelled images are part of the generator split, so the accuracy on it of a network trained on them is
+slightly too high.
 
 Example:
     python benchmarks/generate_setting.py --data ../shared/data --cache /tmp/penult-cache
@@ -441,11 +442,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files and published weights")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of trained weights")
-    parser.add_argument("--only", action="append", choices=SETTINGS, help="this setting (repeatable; default: all)")
-    parser.add_argument("--test", action="store_true", help="also say the accuracy on test pictures")
-    parser.add_argument("--threads", type=int, default=1, help="for torch")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files and published weights")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for trained weights")
+    parser.add_argument(
+        "--only", action="append", choices=SETTINGS, help="only this setting (repeatable; default: all)"
+    )
+    parser.add_argument("--test", action="store_true", help="also print the accuracy on test images")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of torch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     columns = ("generator", "selection", *(["test"] if options.test else []))

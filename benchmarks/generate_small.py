@@ -1,7 +1,7 @@
-"""How small a law of activations may be: one trained generator, and laws of fewer numbers or of fewer pictures.
+"""Small distributions of activations, or fitted to few images, for one trained generator.
 
-The generator is the adversarial one of the benchmark, trained on all pictures of its share; only the law that its
-activations are drawn from changes. Sizes are floats of the law, without the head.
+The generator is the adversarial one of the benchmark, trained on all images of its split; only the distribution of
+the activations changes. Sizes are floats of the distribution, without the head.
 
 Example:
     >>> from generate_small import LAWS, fitted

@@ -1,9 +1,9 @@
 # ruff: noqa: E402  # thread counts are set before torch loads
-"""What a head of many classes costs: memory and time of a pair on it, for a head as large as a language model's.
+"""Memory and time of a pair with a head of many classes, as large as that of a language model.
 
-W of K rows and d columns, by default 150,000 x 4096 in float32 (2.3 GiB), drawn at random. A pair holds W by
-reference and looks at it block by block, so that the peak of the process is to stay below 1.3 times W and the batch.
-Everything runs in one process on one thread; its peak is read after each step.
+W has K rows and d columns, by default 150,000 x 4096 in float32 (2.3 GiB), with random values. A pair holds W by
+reference and reads it in blocks; the criterion is that the peak memory of the process stays below 1.3 times W and the
+batch. Everything runs in one process on one thread; its peak memory is read after each step.
 
 Example:
     python benchmarks/large_head.py
@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--classes", type=int, default=150_000, help="K")
-    parser.add_argument("--features", type=int, default=4096, help="d")
+    parser.add_argument("--classes", type=int, default=150_000, help="number of classes K")
+    parser.add_argument("--features", type=int, default=4096, help="number of features d")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "large_head.json", help="results file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -1,19 +1,19 @@
 """The reference networks of the benchmarks, and their cached activations.
 
-Each takes pictures in [0, 1] as `penult.data` gives them, and normalises them itself:
+Each takes images in [0, 1], as `penult.data` returns them, and includes their normalisation:
 
 * ``mnist-relu``, ``mnist-linear``: a small convolutional network on MNIST, d = 64, with and without a ReLU before the
-  head; trained here from seed 0 in three epochs.
+  head; trained here from seed 0 for three epochs.
 * ``cifar-resnet32``, ``cifar-resnet44``: published CIFAR-10 networks, d = 64 after ReLU and average pooling. The copy
-  of CIFAR-10 is recompressed as JPEG, which costs them about ten points.
-* ``cifar-resnet32-ft``, ``cifar-resnet44-ft``: the same after one pass over 20,000 pictures of that copy.
-* ``efficientnet-lite0``: the ImageNet classifier of two PyPI packages, d = 1280 and K = 1000, on CIFAR-10 pictures
-  enlarged to 224 x 224. Their labels mean nothing to it, and are not kept.
+  of CIFAR-10 is recompressed as JPEG, which lowers their accuracy by about ten points.
+* ``cifar-resnet32-ft``, ``cifar-resnet44-ft``: the same after one epoch of training on 20,000 images of that copy.
+* ``efficientnet-lite0``: the ImageNet classifier of two PyPI packages, d = 1280 and K = 1000, on CIFAR-10 images
+  enlarged to 224 x 224. The labels of CIFAR-10 are not its classes, and are not stored.
 
-No network was trained on the pictures whose activations it gives by default: the 10,000 test pictures, and for
-EfficientNet-Lite0 24,000 of both splits. Trained weights and activations are kept in a folder and found there the next
-time; an extraction that was stopped continues. Remove the folder after a change of how a network is trained. All runs
-on the threads that torch is given (here one: ``--threads``).
+No network was trained on the images whose activations it returns by default: the 10,000 test images, and for
+EfficientNet-Lite0 24,000 of training and test images. Trained weights and activations are stored in a folder and read
+from it the next time; an extraction that was stopped continues. Remove the folder after a change of the training of a
+network. The number of threads is that of torch (here one: ``--threads``).
 
 Example:
     python benchmarks/networks.py --data ../shared/data --cache /tmp/penult-cache
@@ -395,10 +395,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files and published weights")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of trained weights and activations")
-    parser.add_argument("--only", action="append", choices=NETWORKS, help="this network (repeatable; default: all)")
-    parser.add_argument("--threads", type=int, default=1, help="for torch")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files and published weights")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for trained weights and activations")
+    parser.add_argument(
+        "--only", action="append", choices=NETWORKS, help="only this network (repeatable; default: all)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of torch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     for name in options.only or NETWORKS:

@@ -1,20 +1,20 @@
-"""Outlier scores: how well each tells pictures of other kinds from familiar ones, by a classifier's activations.
+"""Outlier scores: separation of images of other kinds from familiar ones, by a classifier's activations.
 
-Scores of a pair (`penult.scores.directional` on spheres of several shapes, the energy and its like, densities) beside
-those that others fit to familiar activations (Mahalanobis distances, nearest neighbours, ViM), on the networks and
-pictures of `outliers_setting.py`. What is fitted is fitted to one half of the familiar test pictures, labels only where
-a method needs them; the other half is told from
+Scores of a pair (`penult.scores.directional` on spheres of several shapes, the energy and other functions of the
+logits, densities) are compared with scores that are fitted to familiar activations (Mahalanobis distances, nearest
+neighbours, ViM), on the networks and images of `outliers_setting.py`. Scores are fitted to one half of the familiar
+test images, with labels only if a method needs them. The other half is compared with
 
-* ``far``: other data, textures, photographs, noise, scrambled pictures,
-* ``near``: pictures of two classes that were held out of training, for two networks,
-* ``shifted``: the familiar ones under a domain shift; who is right on them is asked, too,
-* ``selection``: other kinds of far pictures, by which choices were made. The trimmed share was chosen by the far sets
-  of ``cifar-resnet32`` and ``mnist-relu-0``, too.
+* ``far``: other data, textures, photographs, noise, scrambled images,
+* ``near``: images of two classes that were held out of training, for two networks,
+* ``shifted``: familiar images under a domain shift; the accuracy on them is measured, too,
+* ``selection``: far images of other kinds, used to make choices. The fraction of a trimmed fit was also chosen by the
+  far sets of ``cifar-resnet32`` and ``mnist-relu-0``.
 
-Beside it: whether the score tells right from wrong answers on the familiar half; what a pool that is dirtied by a tenth
-of outliers costs, with and without a trimmed fit; and how few activations suffice.
+Also measured: the separation of wrong from right predictions on the familiar half; the loss caused by a tenth of
+outliers among the reference activations, with and without a trimmed fit; and fits to few activations.
 
-A network takes seconds once its activations are there. Networks are kept in the results one by one.
+Each network takes seconds if its activations are in the cache. Results are stored network by network.
 
 Example:
     python benchmarks/outliers.py --data ../shared/data --cache /tmp/penult-cache
@@ -216,10 +216,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of networks and activations")
-    parser.add_argument("--only", action="append", choices=NETWORKS, help="this network (repeatable; default: all)")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for networks and activations")
+    parser.add_argument(
+        "--only", action="append", choices=NETWORKS, help="only this network (repeatable; default: all)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "outliers.json", help="results file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

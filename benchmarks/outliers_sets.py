@@ -1,23 +1,23 @@
-"""The pictures of the benchmark of outlier scores: familiar ones, shifted ones, and outliers of many kinds.
+"""The images of the benchmark of outlier scores: familiar ones, shifted ones, and outliers of many kinds.
 
-There are two data sets, ``"mnist"`` with pictures (1, 28, 28) and ``"cifar10"`` with pictures (3, 32, 32), all in
-[0, 1]. The names of their sets:
+There are two data sets, ``"mnist"`` with images (1, 28, 28) and ``"cifar10"`` with images (3, 32, 32), all in [0, 1].
+The names of their sets:
 
-* ``"familiar"``: the test file, with labels. `halves` cuts it in two: one half to fit, one to test.
-* `FAR`: outliers that have nothing to do with the classes. Other data sets; 1/f noise ("textures"); overlapping discs
-  ("dead leaves"); crops of the two photographs that scikit-learn brings; noise; familiar pictures of the testing half
-  whose 16 blocks are permuted ("scrambled").
-* `SELECTION`: outliers of other kinds, to make choices by. "half and
-  half" has the left half of one training picture and the right half of another, of another class.
-* `SHIFTED`: familiar pictures of the testing half under `penult.data.shift`, with labels: kind and severity.
-* ``"held-out classes"``, where a network does not know some classes: the test pictures of these. All others that are
-  made of familiar pictures are made of those of the known classes, whose labels are numbered anew.
+* ``"familiar"``: the test file, with labels. `halves` divides it into one half to fit and one to test.
+* `FAR`: outliers unrelated to the classes. Other data sets; 1/f noise ("textures"); overlapping discs ("dead
+  leaves"); crops of the two photographs in scikit-learn; noise; familiar images of the testing half whose 16 blocks
+  are permuted ("scrambled").
+* `SELECTION`: outliers of other kinds, used to make choices. "half and half" has the left half of one training image
+  and the right half of another, of another class.
+* `SHIFTED`: familiar images of the testing half under `penult.data.shift`, with labels: kind and severity.
+* ``"held-out classes"``, if a network does not know some classes: the test images of these. All other sets that are
+  made of familiar images contain the known classes only, whose labels are renumbered.
 
-A set of outliers has `TESTED` + `CONTAMINATING` pictures: the first are for testing, and the last contaminate what is
-fitted. A shifted one has `TESTED`. A set is a function of its name and of the files alone.
+A set of outliers has `TESTED` + `CONTAMINATING` images: the first are for testing, and the last are added to
+reference activations. A shifted set has `TESTED`. A set depends only on its name and on the files.
 
-The copy of CIFAR-10 is recompressed as JPEG, all of it by the same tables. So that compression tells nothing, every
-other set in colour goes through the same: quality `QUALITY` of Pillow, which gives these very tables.
+The copy of CIFAR-10 is recompressed as JPEG, with the same tables for all images. Every other set in colour is
+compressed with the same tables (quality `QUALITY` of Pillow), so that compression artefacts do not separate the sets.
 """
 
 from __future__ import annotations

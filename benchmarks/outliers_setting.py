@@ -1,16 +1,16 @@
-"""The setting of the benchmark of outlier scores: networks, and their activations on many sets of pictures.
+"""The setting of the benchmark of outlier scores: networks, and their activations of many sets of images.
 
-A network knows the classes that it was trained on, and gives some logits to any picture. A score, made of what its
-head reads, is to tell familiar pictures from others. The sets of pictures are those of `outliers_sets.py`.
+A network knows the classes that it was trained on, and returns logits for any image. A score, computed from the input
+of its head, should separate familiar images from others. The sets of images are those of `outliers_sets.py`.
 
 * ``mnist-relu-0`` to ``-2``, ``mnist-linear-0`` to ``-2``: the networks of `networks.py` on MNIST from three seeds.
 * ``cifar-resnet32``, ``cifar-resnet44``, each also fine-tuned (``-ft``): those of `networks.py`.
-* ``mnist-relu-8``: as ``mnist-relu-0``, of eight digits. Two were held out, which is the set "held-out classes".
-* ``cifar-small-8``: the small network of `generate_colour.py` on the first 20,000 training pictures of eight classes
-  of CIFAR-10; two were held out.
+* ``mnist-relu-8``: as ``mnist-relu-0``, trained on eight digits. The other two are the set "held-out classes".
+* ``cifar-small-8``: the small network of `generate_colour.py` on the first 20,000 training images of eight classes of
+  CIFAR-10; the other two are held out.
 
-Trained weights and activations are kept in the folder ``outliers`` of the cache, and found there the next time; what
-was stopped continues. Remove it after a change of networks or sets.
+Trained weights and activations are stored in the folder ``outliers`` of the cache and read from it the next time; an
+extraction that was stopped continues. Remove the folder after a change of networks or sets.
 
 Example:
     python benchmarks/outliers_setting.py --data ../shared/data --cache /tmp/penult-cache
@@ -280,10 +280,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of parquet files and published weights")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of trained weights and activations")
-    parser.add_argument("--only", action="append", choices=NETWORKS, help="this network (repeatable; default: all)")
-    parser.add_argument("--threads", type=int, default=1, help="for torch")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files and published weights")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for trained weights and activations")
+    parser.add_argument(
+        "--only", action="append", choices=NETWORKS, help="only this network (repeatable; default: all)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of torch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print("mean confidence in the predicted class, seconds, and accuracy (%); familiar: of the testing half")

@@ -1,17 +1,17 @@
-"""How close the activations that each base draws come to real ones, on seven networks.
+"""Realism of the samples of each base, on seven networks.
 
-The bases are fitted without labels to half of a network's test activations (EfficientNet-Lite0: 20,000 of 24,000) and
-compared by `penult.realism` with the other half, class by true class, beside real activations against real ones; three
-seeds of the split. Marginals are fitted on the head at the temperature that the labels of the first half give it
-(`Head.calibrate`), the other bases on the head as it is.
+The bases are fitted without labels to half of a network's test activations (EfficientNet-Lite0: 20,000 of 24,000).
+Their samples are compared with the other half by `penult.realism`, class by true class, with real activations against
+real ones as the reference, for three seeds of the split. Marginals are fitted with the head at the temperature that
+fits the labels of the first half (`Head.calibrate`), the other bases with the unchanged head.
 
-Beside the bases of the library stand some that only this script knows: the sphere without data and the same with the
-mean that the trunk's BatchNorm statistics give (``data-free + BN``), and the Gaussian and the elliptic sphere by the
-likelihood of their true marginal in place of soft labels (``marginal ML``); ``mixture, 100/24``, ``mixture, 16/64`` and
-``mixture, plain`` are mixtures of other sizes, and one that is neither rectified nor positive.
+Some bases are defined only in this script: ``data-free + BN``, the sphere without data with the mean computed from
+the BatchNorm statistics of the network; ``marginal ML``, the Gaussian and the elliptic sphere fitted by the
+likelihood of their true marginal instead of soft labels; and ``mixture, 100/24``, ``mixture, 16/64`` and ``mixture,
+plain``, mixtures of other sizes, and one that is neither rectified nor positive.
 
-Networks and their activations are those of `networks.py`, which prepares them where the cache lacks them. A run that
-was stopped continues: what is measured for one network and seed is kept in the cache.
+Networks and their activations are those of `networks.py`, which prepares them if they are not in the cache. A run
+that was stopped continues: the results for one network and seed are stored in the cache.
 
 Example:
     python benchmarks/realism.py --data ../shared/data --cache /tmp/penult-cache
@@ -411,12 +411,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of the parquet files and published weights")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the parquet files and published weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder for networks, activations and finished parts")
-    parser.add_argument("--only", action="append", help="this network, `rare` or `em` (repeatable; default: all)")
+    parser.add_argument("--only", action="append", help="only this network, `rare` or `em` (repeatable; default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the split")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, with one thread each")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "realism.json", help="results file")
     options = parser.parse_args(arguments)
     known = [*networks.NETWORKS, "rare", "em"]

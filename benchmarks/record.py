@@ -1,4 +1,4 @@
-"""What every results file says of its origin, and how it is written."""
+"""Origin of the results in every results file, and writing these files."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How extraction and fits scale over the processes of one machine.
+"""Speed of extraction and fits with several processes on one machine.
 
-Data and network are made: random images of 32 x 32 and three convolutions, stored activations of random numbers. Each
-process computes on one thread, so that as many as there are cores share the machine fairly. What is timed is the work
-itself, between two barriers, after one batch that does not count; a process takes its time to start besides, which is
-shown apart. Each count of processes takes its turn in each round; the best of all rounds counts.
+Data and network are synthetic: random images of 32 x 32, three convolutions, and stored activations of random
+numbers. Each process computes on one thread, so that as many processes as there are cores share the machine evenly.
+The time is that of the work between two barriers, after one batch that is not counted; the time to start a process is
+shown separately. In each round every number of processes is measured; the best of all rounds is reported.
 
 Example:
     python benchmarks/scaling.py
@@ -104,10 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many, the first is compared with")
-    parser.add_argument("--images", type=int, default=2000, help="images to extract from")
-    parser.add_argument("--rows", type=int, default=100_000, help="activations to fit to")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes; the first is the reference"
+    )
+    parser.add_argument("--images", type=int, default=2000, help="number of images to extract from")
+    parser.add_argument("--rows", type=int, default=100_000, help="number of activations to fit to")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; the best is reported")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "scaling.json", help="results file")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # folder and count: this is one of the processes
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)

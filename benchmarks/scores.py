@@ -1,9 +1,10 @@
 # ruff: noqa: E402  # thread counts are set before torch loads
-"""What outlier scores cost: CPU time of a batch, to one evaluation of the head on it.
+"""Cost of outlier scores: CPU time of a batch, relative to one evaluation of the head.
 
-A head of K = 1000 classes and d = 512 features, a batch of 1000 activations, one thread, float32. Each score takes
-turns with ``head(h)`` in one process; the ratio is taken round by round. `directional` is that of an elliptic sphere,
-whose chart is a triangular matrix of its own. Making its table, once for a pair, is timed as well.
+The head has K = 1000 classes and d = 512 features; the batch has 1000 activations, in float32, on one thread. Each
+score alternates with ``head(h)`` in one process; the ratio is computed for each round. `directional` is that of an
+elliptic sphere, whose chart is an additional triangular matrix. The time to compute its table, once for each pair, is
+measured as well.
 
 Example:
     python benchmarks/scores.py
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="few rounds; no file is written unless --out names one")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; writes no file without --out")
     parser.add_argument("--out", type=Path, help="results file (default: results/scores.json)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

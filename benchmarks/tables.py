@@ -114,8 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is out of date")
-    parser.add_argument("--root", type=Path, default=ROOT, help="repository (default: the one of this script)")
+    parser.add_argument("--check", action="store_true", help="change no file; exit with 1 if a page is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="root of the repository (default: that of this script)")
     options = parser.parse_args(arguments)
     stale = []
     for page in pages(options.root):

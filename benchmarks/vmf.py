@@ -1,18 +1,18 @@
 # ruff: noqa: E402  # thread counts are set before NumPy and torch load
-"""How accurate and how fast the von Mises-Fisher law is, here and elsewhere.
+"""Accuracy and speed of the von Mises-Fisher distribution, compared with other implementations.
 
 Three sections, each a list of cells:
 
-* ``accuracy``: every quantity against mpmath (70 digits) on a grid and at random points, beside SciPy, the
-  Bessel-function formula that PyTorch ports use, and TensorFlow Probability where it is installed; the inverse,
-  the divergence between nearly equal laws, and the pathwise gradient of samples.
-* ``sampling``: cost of a draw as a ratio to ``torch.randn`` of the same size, and whether the cosines of each
-  sampler follow the exact law.
+* ``accuracy``: every quantity against mpmath (70 digits) on a grid and at random points, compared with SciPy, the
+  Bessel-function formula that PyTorch ports use, and TensorFlow Probability if it is installed; the inverse, the
+  divergence between nearly equal distributions, and the pathwise gradient of samples.
+* ``sampling``: cost of sampling relative to ``torch.randn`` of the same size, and whether the cosines of each sampler
+  follow the exact distribution.
 * ``evaluation``: nanoseconds for one value of the special functions, and the setup of a new dimension.
 
-Times are CPU time of the process on one thread. What is compared is interleaved in one process (A B A B ...), so
-trust the ratios. Results go to JSON cell by cell: a run that was stopped continues where it was, and cells
-measured with the same settings, versions, machine and code are kept (``--fresh`` measures all of them again).
+Times are CPU times of the process on one thread. Compared functions are interleaved in one process (A B A B ...), so
+rely on the ratios. Results are written to JSON after each cell: a run that was stopped continues, and cells measured
+with the same settings, versions, machine and code are kept (``--fresh`` measures all of them again).
 
 Example:
     python benchmarks/vmf.py --quick
@@ -750,17 +750,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer points and rounds (under 40 s)")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="this section (repeatable; default: all)")
+    parser.add_argument(
+        "--only", choices=SECTIONS, action="append", help="only this section (repeatable; default: all)"
+    )
     parser.add_argument(
         "--out", type=Path, help="results file (default: benchmarks/results/vmf.json; with --quick: none)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of points and draws (default: 0)")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of points and samples (default: 0)")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument(
         "--dims", type=int, nargs="+", default=DIMS, help="dimensions of the accuracy grid (default: %(default)s)"
     )
     parser.add_argument(
-        "--points", type=int, help="random points of the accuracy section, in tens (default: 400; quick: 100)"
+        "--points",
+        type=int,
+        help="number of random points of the accuracy section, a multiple of ten (default: 400; quick: 100)",
     )
     options = parser.parse_args(arguments)
     options.only = tuple(options.only or SECTIONS)
