@@ -286,25 +286,26 @@ def test_weight_is_held_by_reference():
 
 def test_wrong_kinds():
     head = random_head(4, 8)
-    with pytest.raises(TypeError, match=r"penult\.Head, got Linear.*find_head"):
+    with pytest.raises(TypeError, match=r"head is a Linear; expected a penult\.Head.*find_head"):
         GenerativePair(torch.nn.Linear(3, 2))
-    with pytest.raises(TypeError, match=r"penult\.bases\.Base, got float"):
+    with pytest.raises(TypeError, match=r"base is a float; expected a penult\.bases\.Base"):
         GenerativePair(head, 2.0)
     with pytest.raises(ValueError, match="dimension 7, but the head takes 8"):
         GenerativePair(head, Sphere(1.0, loc=torch.zeros(7)))
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    ("labels", "error", "message"),
     [
-        (torch.tensor([0, 4]), r"label 4 is out of range: the head has 4 classes, 0\.\.3"),
-        (-1, "label -1 is out of range"),
-        (torch.tensor([0.5]), "labels must be integers, got torch.float32"),
-        (torch.tensor([True]), "labels must be integers, got torch.bool"),
+        (torch.tensor([0, 4]), ValueError, r"labels\[1\] is 4, out of range.*expected 0 to 3\. The head has 4 classes"),
+        (-1, ValueError, "labels is -1, out of range"),
+        (torch.tensor([0.5]), TypeError, "labels is a torch.float32 tensor; expected a tensor of integer class"),
+        (torch.tensor([True]), TypeError, "labels is a torch.bool tensor"),
+        ("cat", TypeError, "labels is a str"),
     ],
 )
-def test_labels_out_of_range(labels, message):
-    with pytest.raises(ValueError, match=message):
+def test_labels_that_are_not_classes(labels, error, message):
+    with pytest.raises(error, match=message):
         GenerativePair(random_head(4, 8), sphere()).given(labels)
 
 
@@ -490,7 +491,7 @@ def test_estimated_prior_streams_and_takes_batches(tmp_path, monkeypatch):
     torch.testing.assert_close(pair.estimate_prior(acts).probs, kept)
     with pytest.raises(ValueError, match="hold NaN"):
         pair.estimate_prior(torch.full((5, 3), torch.nan))
-    with pytest.raises(TypeError, match="floating tensor"):
+    with pytest.raises(TypeError, match="floating-point tensor"):
         pair.estimate_prior([1.0])
 
 
