@@ -26,6 +26,7 @@ __all__ = [
     "check_labels",
     "check_not_negative",
     "check_positive",
+    "check_shares",
     "check_weight",
     "described",
     "integer_labels",
@@ -79,6 +80,12 @@ def check_between(name: str, value: Any, low: float = 0, high: float = 1, *, inc
     _check_number(name, value, want)
     if not (low < value < high or (inclusive and value in (low, high))):
         raise ValueError(f"{name} is {value}; expected {want}")
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Raise unless fractions of a data set are positive and sum to at most 1."""
+    if not shares or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
+        raise ValueError(f"shares is {tuple(shares)}; expected positive numbers that sum to at most 1")
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

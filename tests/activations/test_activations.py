@@ -116,7 +116,7 @@ def test_batches(place, size):
 
 def test_no_batches(place):
     acts = place(some())
-    with pytest.raises(ValueError, match="size is 0; a batch has at least one row"):
+    with pytest.raises(ValueError, match="size is 0; expected an integer of at least 1"):
         acts.batches(0)
     assert list(acts[:0].batches(3)) == []
 
@@ -148,7 +148,7 @@ def test_split_depends_on_the_seed():
 
 @pytest.mark.parametrize("shares", [(), (0.0, 0.5), (-0.1,), (0.7, 0.4)])
 def test_bad_shares(shares):
-    with pytest.raises(ValueError, match="shares must be positive and sum to at most 1"):
+    with pytest.raises(ValueError, match="expected positive numbers that sum to at most 1"):
         some().split(*shares)
 
 
@@ -180,7 +180,7 @@ def test_parts_that_do_not_fit(place, other, words):
 
 
 def test_nothing_to_concatenate():
-    with pytest.raises(ValueError, match="no parts"):
+    with pytest.raises(ValueError, match="parts is empty"):
         Activations.concatenate([])
 
 
@@ -228,14 +228,14 @@ def test_memory_is_not_copied():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"activations": torch.zeros(6)}, ValueError, r"activations have shape \(6,\)"),
+        ({"activations": torch.zeros(6)}, ValueError, r"activations has shape \(6,\)"),
         ({"activations": torch.zeros(5, 4)}, ValueError, r"\(5, 4\) and logits \(6, 3\)"),
-        ({"activations": torch.zeros(6, 4).int()}, TypeError, r"activations are torch\.int32"),
-        ({"logits": torch.zeros(6, 3).int()}, TypeError, r"logits are torch\.int32"),
+        ({"activations": torch.zeros(6, 4).int()}, TypeError, r"activations is a torch\.int32 tensor"),
+        ({"logits": torch.zeros(6, 3).int()}, TypeError, r"logits is a torch\.int32 tensor"),
         ({"labels": torch.tensor([0, 1, 2, 3, 0, 0])}, ValueError, r"labels\[3\] is 3"),
         ({"labels": torch.zeros(6, device="cpu").double()}, TypeError, r"torch\.float64"),
-        ({"activations": torch.zeros(6, 4, device="meta")}, ValueError, r"one device, not .*meta"),
-        ({"class_names": ("a",)}, ValueError, "1 class_names for 3 classes"),
+        ({"activations": torch.zeros(6, 4, device="meta")}, ValueError, r"are on cpu and meta; expected one device"),
+        ({"class_names": ("a",)}, ValueError, "class_names has 1 names; expected 3"),
     ],
 )
 def test_bad_activations(change, error, words):

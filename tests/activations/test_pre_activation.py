@@ -480,7 +480,7 @@ def test_memory_is_that_of_the_layers_alive():
 def test_compilation_is_refused_and_compiled_parts_run_as_written():
     torch._dynamo.reset()
     tap = tapped(mlp(nn.ReLU()), VECTORS)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call tap.pre_activation outside of torch.compile"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Call tap.pre_activation outside of torch.compile"):
         torch.compile(tap.pre_activation, backend="eager", fullgraph=True)(VECTORS)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(tap.pre_activation, backend="eager")(VECTORS)[0], tap.model[0](VECTORS))
@@ -545,7 +545,7 @@ def test_the_head_is_checked_with_what_it_reads():
     extract(tap, [VECTORS], pre_activation=True)
     with torch.no_grad():
         model.fc.weight.mul_(-3)
-    with pytest.raises(ValueError, match=r"the head does not make the model's logits.*find the head again"):
+    with pytest.raises(ValueError, match=r"the head does not give the model's logits.*Find the head again"):
         extract(tap, [VECTORS], pre_activation=True)
 
 
@@ -570,7 +570,7 @@ def test_resuming(tap, tmp_path, flag, finished):
     else:
         stop(tap, out, pre_activation=flag)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    words = rf"pre_activation is {flag} there and {not flag} now.*another folder, or overwrite=True"
+    words = rf"pre_activation is {flag} there and {not flag} now.*another folder, or pass overwrite=True"
     with pytest.raises(ValueError, match=words):
         extract(tap, loader(), out, shard_size=SHARD, pre_activation=not flag)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -590,7 +590,7 @@ def test_what_a_folder_says(tap, tmp_path):
     assert indices[0]["facts"] == indices[1]["facts"]
     indices[1]["facts"]["pre_activation"] = "perhaps"
     (tmp_path / "True" / "index.json").write_text(json.dumps(indices[1]))
-    with pytest.raises(io.FileFormatError, match="pre_activation must be true or false"):
+    with pytest.raises(io.FileFormatError, match="pre_activation is neither true nor false"):
         Activations.open(tmp_path / "True")
 
 

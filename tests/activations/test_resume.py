@@ -178,7 +178,7 @@ def test_progress_counts_what_is_skipped(counting, tmp_path):
 
 # ---- what is there is not what is asked for ---------------------------------------------------------------
 
-REMEDY = r"shuffle=False.*another folder, or overwrite=True"
+REMEDY = r"shuffle=False.*another folder, or pass overwrite=True"
 
 
 @pytest.fixture(params=["unfinished", "finished"])
@@ -201,7 +201,7 @@ def test_a_finished_folder_is_returned(counting, tmp_path):
     assert torch.equal(first.activations, again.activations)
     with pytest.raises(ValueError, match=rf"loader has 10 batches, but {COUNT} are stored.*{REMEDY}"):
         extract(counting.tap, batches()[:10], tmp_path, shard_size=SHARD)
-    with pytest.raises(ValueError, match="no batch at all"):
+    with pytest.raises(ValueError, match="loader has no batch"):
         extract(counting.tap, (batch for batch in ()), tmp_path, shard_size=SHARD)
 
 
@@ -312,7 +312,7 @@ def test_damaged_shards(counting, tmp_path):
     (tmp_path / "activations-00001.safetensors").unlink()
     with pytest.raises(
         io.FileFormatError,
-        match=r"00002.safetensors is not what penult writes.*does not follow activations-00000.*overwrite=True",
+        match=r"00002.safetensors is not a record of activations.*does not follow activations-00000.*overwrite=True",
     ):
         extract(counting.tap, batches(), tmp_path, shard_size=SHARD)
     os.truncate(tmp_path / "activations-00000.safetensors", 100)

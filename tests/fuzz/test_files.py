@@ -234,7 +234,7 @@ def test_class_names_are_a_list(acts):
     record = json.loads((acts / io.INDEX_NAME).read_text())
     record["facts"]["class_names"] = "abc"
     (acts / io.INDEX_NAME).write_text(json.dumps(record))
-    with pytest.raises(io.FileFormatError, match="there are not 3 class_names"):
+    with pytest.raises(io.FileFormatError, match="class_names is not a list of 3 strings"):
         penult.Activations.open(acts)
 
 

@@ -114,7 +114,7 @@ def test_a_complete_folder_of_several_processes_serves_one(together, alone):
     tap, data, acts = alone
     folder, _ = together
     same(extract(tap, worker.loader(data), folder / "acts", shard_size=300), acts)
-    with pytest.raises(FileExistsError, match="holds activations already"):
+    with pytest.raises(FileExistsError, match="already contains activations"):
         acts.save(folder / "acts")
 
 

@@ -1,4 +1,4 @@
-"""Activations: tap them out of a model, one forward at a time or over a whole loader."""
+"""Activations of a model: of one forward (`Tap`) or of a whole loader (`extract`)."""
 
 from penult.activations._activations import Activations
 from penult.activations._extract import extract

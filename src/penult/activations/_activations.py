@@ -1,4 +1,4 @@
-"""Activations of a data set."""
+"""Activations of a data set, in memory or in a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from penult._checks import check_labels
+from penult._checks import check_floating, check_integer, check_labels, check_shares
 from penult.activations._blocks import Block, Memory, Shard, load, one
 from penult.activations._folder import finished, shards_in, unfinished, writing
 from penult.activations._writer import SHARD_SIZE, Writer, write_index
@@ -25,36 +25,36 @@ __all__ = ["Activations"]
 class Activations:
     """Penultimate activations of a data set, with the logits and, where known, the labels.
 
-    They are in memory, where they were made from tensors, or on disk, where `open` or `penult.extract` to a folder
-    gave them. On disk nothing is read before it is asked for: slices, the parts of `split` and what `concatenate`
-    gives refer to rows of files, and only ``acts.activations``, ``acts.logits`` and ``acts.labels`` read them.
+    A set made from tensors is in memory. A set from `open` or from `penult.extract` to a folder stays on disk: slices
+    and the results of `split` and `concatenate` refer to rows of files, and only ``acts.activations``, ``acts.logits``
+    and ``acts.labels`` read them.
 
-    - Where the rows lie in one shard, these tensors are the file itself, mapped into memory (writing to them leaves
-      the file as it is).
-    - Where they lie in several, or are chosen rows of some, these tensors are copies, made at each access. `batches`
-      is for what does not fit in memory.
+    - If the rows lie in one shard, these tensors are the file, mapped into memory. Writing to them does not change
+      the file.
+    - If they lie in several shards, or are selected rows, these tensors are copies, made at each access. Use `batches`
+      for sets that do not fit in memory.
 
-    Any index of rows works: ``acts[slice]``, ``acts[indices]``, ``acts[mask]``. Other than contiguous slices of what
-    is on disk, it copies the rows that it picks, and these alone. Nothing of a set can be changed.
+    A set is indexed by rows: ``acts[slice]``, ``acts[indices]``, ``acts[mask]``. Contiguous slices of a set on disk
+    copy nothing, all other indices copy the selected rows. A set is immutable.
 
     Args:
         activations: (N, d).
         logits: (N, K).
         labels: (N,) integers in 0..K-1, or None.
         class_names: K names, or None.
-        pre_activation: Whether `activations` are the inputs u of the ReLU right before the head, which itself reads
+        pre_activation: Whether `activations` are the inputs u of the ReLU right before the head, so that the head reads
             max(u, 0).
 
     Attributes:
-        activations: (N, d); the inputs u of that ReLU where ``pre_activation``.
+        activations: (N, d); the inputs u of that ReLU if ``pre_activation``.
         logits: (N, K).
-        labels: (N,) integers in 0..K-1, or None; reads no activations.
+        labels: (N,) integers in 0..K-1, or None. Reading them reads no activations.
         class_names: K names, or None.
         pre_activation: As given.
 
     Raises:
-        TypeError: Activations or logits are not floating, or labels are no integers.
-        ValueError: Shapes or devices that do not fit each other, or a label out of range.
+        TypeError: Activations or logits are not floating, or labels are not integers.
+        ValueError: Shapes or devices do not agree, or a label is out of range.
 
     Example:
         >>> acts = Activations(torch.randn(5, 8), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]))
@@ -66,7 +66,8 @@ class Activations:
 
     class_names: tuple[str, ...] | None
     _rows: Block
-    pre_activation: bool = False  # also of what an older version pickled
+    # The default also serves objects pickled by versions without this field.
+    pre_activation: bool = False
 
     def __init__(
         self,
@@ -77,21 +78,24 @@ class Activations:
         *,
         pre_activation: bool = False,
     ) -> None:
-        for name, value in (("activations", activations), ("logits", logits)):
-            if not value.is_floating_point():
-                raise TypeError(f"{name} are {value.dtype}; they must be floating")
+        check_floating("activations", activations, "(N, d)")
+        check_floating("logits", logits, "(N, K)")
         if activations.ndim != 2 or logits.ndim != 2 or len(activations) != len(logits):
             raise ValueError(
-                f"activations have shape {tuple(activations.shape)} and logits {tuple(logits.shape)}; they must be "
-                "(N, d) and (N, K)"
+                f"activations has shape {tuple(activations.shape)} and logits {tuple(logits.shape)}; expected (N, d) "
+                "and (N, K)"
             )
         if labels is not None:
             check_labels(labels, logits.shape)
         devices = {value.device for value in (activations, logits, labels) if value is not None}
         if len(devices) > 1:
-            raise ValueError(f"activations, logits and labels must be on one device, not {sorted(map(str, devices))}")
+            raise ValueError(
+                f"activations, logits and labels are on {' and '.join(sorted(map(str, devices)))}; expected one device"
+            )
         if class_names is not None and len(class_names) != logits.shape[1]:
-            raise ValueError(f"there are {len(class_names)} class_names for {logits.shape[1]} classes")
+            raise ValueError(
+                f"class_names has {len(class_names)} names; expected {logits.shape[1]}, one for each class"
+            )
         object.__setattr__(self, "class_names", None if class_names is None else tuple(class_names))
         object.__setattr__(self, "_rows", Memory(activations, logits, labels))
         object.__setattr__(self, "pre_activation", bool(pre_activation))
@@ -106,16 +110,16 @@ class Activations:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Activations:
-        """What lies in a folder that `penult.extract` or `save` wrote.
+        """Open a folder that `penult.extract` or `save` wrote.
 
-        The index is read, and the shards are looked for; they are not opened. Nothing in the folder is ever executed.
+        The index is read. The shards must exist and are not opened. Nothing in the folder is ever executed.
 
         Args:
-            folder: The folder.
+            folder: Folder.
 
         Raises:
             FileNotFoundError: There is no such folder.
-            penult.io.FileFormatError: The folder is incomplete (its writer was killed), damaged, of something else or
+            penult.io.FileFormatError: The folder is incomplete (its writer was killed), damaged, of another program or
                 of a newer penult.
 
         Example:
@@ -130,14 +134,14 @@ class Activations:
 
     @classmethod
     def concatenate(cls, parts: Iterable[Activations]) -> Activations:
-        """Several sets as one, in their order. What is on disk stays there.
+        """Join sets in their order. Rows on disk stay there.
 
         Args:
-            parts: At least one set; all with the same d, K, dtypes, device and class names, all with labels or none,
-                all pre-activations or none.
+            parts: At least one set. All have the same d, K, dtypes, device and class names; all or none have labels,
+                and all or none are pre-activations.
 
         Raises:
-            ValueError: There is no part, or one does not fit the first.
+            ValueError: There is no part, or one differs from the first.
 
         Example:
             >>> acts = Activations(torch.zeros(2, 3), torch.zeros(2, 2))
@@ -146,13 +150,16 @@ class Activations:
         """
         parts = list(parts)
         if not parts:
-            raise ValueError("there are no parts to concatenate")
+            raise ValueError("parts is empty; expected at least one set")
         first = parts[0]
+        expected = _comparable(first)
         for number, part in enumerate(parts):
-            mine, theirs = _comparable(part), _comparable(first)
-            if differing := [name for name in mine if mine[name] != theirs[name]]:
-                what = "; ".join(f"{name} is {mine[name]} there and {theirs[name]} in part 0" for name in differing)
-                raise ValueError(f"part {number} (counted from 0) cannot be joined to part 0: {what}")
+            properties = _comparable(part)
+            if differing := [name for name in expected if properties[name] != expected[name]]:
+                differences = "; ".join(
+                    f"{name} is {properties[name]} there and {expected[name]} in part 0" for name in differing
+                )
+                raise ValueError(f"part {number} (counted from 0) cannot be joined to part 0: {differences}")
         rows = one([part._rows for part in parts])
         if len(rows.leaves) > 1 and all(isinstance(leaf, Memory) for leaf in rows.leaves):
             rows = load(rows)
@@ -172,30 +179,30 @@ class Activations:
 
     @property
     def in_features(self) -> int:
-        """The dimension d of h; reads nothing."""
+        """Dimension d of the activations; reads nothing."""
         return self._rows.facts.in_features
 
     @property
     def num_classes(self) -> int:
-        """K, the number of classes; reads nothing."""
+        """Number of classes K; reads nothing."""
         return self._rows.facts.num_classes
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the activations; reads nothing."""
+        """Dtype of the activations; reads nothing."""
         return self._rows.facts.dtype
 
     @property
     def predicted(self) -> Tensor:
-        """The class of the largest logit, (N,); what is on disk is read shard by shard."""
+        """Class of the largest logit (N,); a set on disk is read shard by shard."""
         return torch.cat([leaf.read("logits")[0].argmax(dim=1) for leaf in self._rows.leaves])
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # What a tensor has is asked for where one is wanted, so that the answer is for who gave this in its place.
+            # Code that expects a tensor asks for attributes of tensors; the message helps whoever passed a set to it.
             raise AttributeError(
-                f"Activations has no {name!r}; where a tensor is wanted give acts.activations, (N, d)",
+                f"Activations has no attribute {name!r}. Where a tensor is expected, pass acts.activations, (N, d)",
                 name=name,
                 obj=self,
             )
@@ -211,12 +218,13 @@ class Activations:
             f"{f', shards={shards}' if shards else ''})"
         )
 
-    def __getitem__(self, index: Any) -> Activations:  # a slice, indices (M,) or a mask (N,)
+    def __getitem__(self, index: Any) -> Activations:
+        """Rows by a slice, by indices (M,) or by a mask (N,)."""
         if isinstance(index, int):
             start = index % len(self) if -len(self) <= index < len(self) else index
             raise TypeError(
-                f"acts[{index}] would be one row and no set; acts[{start} : {start + 1}] is a set of one, and "
-                "acts.batches(size) goes through all"
+                f"the index is the integer {index}; expected a slice, indices (M,) or a mask (N,). "
+                f"acts[{start} : {start + 1}] is a set of one row, and acts.batches(size) iterates over all rows"
             )
         if isinstance(self._rows, Memory):
             return self._checked(self._rows[index])
@@ -225,7 +233,9 @@ class Activations:
             return self._like(self._rows.narrow(start, max(start, stop)))
         numbers = torch.arange(len(self))[index]
         if numbers.ndim != 1:
-            raise ValueError(f"the index picks rows of shape {tuple(numbers.shape)}; it must be (M,) or a mask (N,)")
+            raise ValueError(
+                f"the index selects rows of shape {tuple(numbers.shape)}; expected indices (M,) or a mask (N,)"
+            )
         ascending, order = numbers.sort()
         rows = load(self._rows.take(ascending))
         return self._checked(rows if torch.equal(ascending, numbers) else rows[order.argsort()])
@@ -239,17 +249,18 @@ class Activations:
         return self._of(rows, self.class_names, self.pre_activation)
 
     def batches(self, size: int) -> Iterator[Activations]:
-        """The rows in order, some at a time, so that what is on disk need not fit in memory.
+        """Iterate over the rows in order, in batches that are in memory.
 
         A batch may begin in one shard and end in another. One file is open at a time.
 
         Args:
-            size: Rows in a batch; the last may have fewer.
+            size: Rows of a batch; the last may have fewer.
 
         Yields:
             Sets in memory, of at most `size` rows.
 
         Raises:
+            TypeError: `size` is not an integer.
             ValueError: `size` is less than 1.
 
         Example:
@@ -257,22 +268,21 @@ class Activations:
             >>> [len(part) for part in acts.batches(2)]
             [2, 2, 1]
         """
-        if size < 1:
-            raise ValueError(f"size is {size}; a batch has at least one row")
+        check_integer("size", size)
         return (self._checked(load(self[start : start + size]._rows)) for start in range(0, len(self), size))
 
     def split(self, *shares: float, seed: int = 0) -> list[Activations]:
-        """Disjoint random parts, each in the order of the set. What is on disk stays there.
+        """Split the rows at random into disjoint parts, each in the order of the set. Rows on disk stay there.
 
         Args:
-            shares: Positive shares of the whole, which sum to at most 1.
-            seed: Seed of the choice; torch's own random state is left alone.
+            shares: Positive fractions of the rows, which sum to at most 1.
+            seed: Seed of the split; the global random state of torch is not changed.
 
         Returns:
-            One part a share; the last takes what rounding leaves when the shares sum to 1.
+            One part for each share. If the shares sum to 1, the parts contain all rows.
 
         Raises:
-            ValueError: If a share is not positive or they sum to more than 1.
+            ValueError: A share is not positive, or they sum to more than 1.
 
         Example:
             >>> acts = Activations(torch.zeros(5, 3), torch.zeros(5, 2))
@@ -280,8 +290,7 @@ class Activations:
             >>> len(fitting), len(held_out)
             (4, 1)
         """
-        if not shares or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
-            raise ValueError(f"shares must be positive and sum to at most 1; got {shares}")
+        check_shares(shares)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
         return [
@@ -292,11 +301,11 @@ class Activations:
     def to(
         self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> Activations:
-        """The same on another device or in another precision, in memory.
+        """Return the set in memory, on another device or in another dtype.
 
         Args:
-            device: Where to; a dtype will do here as well.
-            dtype: A floating dtype for activations and logits; labels stay integers.
+            device: Device. A dtype may be passed in its place.
+            dtype: Floating dtype of activations and logits; labels stay integers.
 
         Example:
             >>> Activations(torch.zeros(2, 3), torch.zeros(2, 2)).to(torch.float64).logits.dtype
@@ -313,21 +322,21 @@ class Activations:
     ) -> Activations:
         """Write the set to a folder, in the format of `penult.extract`.
 
-        The index is written last: a folder whose writer was killed is incomplete, and `open` says so.
+        The index is written last: if the writer is killed, the folder is incomplete and `open` raises an error.
 
         Args:
-            folder: A folder that is new or empty; missing ones are made.
-            shard_size: Bytes after which a shard ends; what is on disk already is copied shard by shard.
-            overwrite: Replace activations that the folder holds. Other files are never touched.
+            folder: New or empty folder; missing parents are created.
+            shard_size: Bytes after which a shard ends; a set on disk is copied shard by shard.
+            overwrite: Replace activations in the folder. Other files are never touched.
 
         Returns:
-            What `open` gives for the folder.
+            The set of the folder, as `open` returns it.
 
         Raises:
-            FileExistsError: The folder holds activations and `overwrite` is not set, or holds something else.
-            RuntimeError: Another process writes to it.
+            FileExistsError: The folder contains activations and `overwrite` is False, or contains other files.
+            RuntimeError: Another process is writing to it.
             TypeError: A dtype other than float16, bfloat16, float32 and float64.
-            ValueError: The folder holds rows of this very set, or `shard_size` is not positive.
+            ValueError: The folder contains rows of this set, or `shard_size` is not positive.
 
         Example:
             >>> import tempfile
@@ -337,19 +346,18 @@ class Activations:
             Activations(N=5, d=3, K=2, labels=False, dtype=torch.float32, device=cpu, shards=2)
         """
         folder = Path(folder)
-        if shard_size < 1:
-            raise ValueError(f"shard_size is {shard_size}; it is a positive number of bytes")
+        check_integer("shard_size", shard_size)
         sources = {leaf.path.parent.resolve() for leaf in self._rows.leaves if isinstance(leaf, Shard)}
         if folder.resolve() in sources:
-            raise ValueError(f"{folder} holds rows of this very set; choose another folder")
+            raise ValueError(f"{folder} contains rows of this set; choose another folder")
         facts = self._rows.facts
-        with writing(folder, Processes(), overwrite) as place:
+        with writing(folder, Processes(), overwrite) as own_part:
             if shards_in(folder):
                 raise FileExistsError(
-                    f"{folder} holds activations already; choose another folder, or overwrite=True to replace them"
+                    f"{folder} already contains activations; choose another folder, or replace them by overwrite=True"
                 )
             more = {"class_names": self.class_names, "pre_activation": self.pre_activation}
-            writer = Writer(folder, place, unfinished(folder, place), shard_size, **more)
+            writer = Writer(folder, own_part, unfinished(folder, own_part), shard_size, **more)
             for part in self.batches(-(-shard_size // facts.row_bytes)) if len(self) else [self]:
                 writer.add(load(part._rows))
             write_index(folder, [writer.finish()])
@@ -357,4 +365,5 @@ class Activations:
 
 
 def _comparable(part: Activations) -> dict[str, Any]:
+    """Properties that sets must share to be joined."""
     return {**vars(part._rows.facts), "class_names": part.class_names, "pre_activation": part.pre_activation}

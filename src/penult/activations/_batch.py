@@ -1,4 +1,4 @@
-"""What a loader gives, and the rows of activations that come of it."""
+"""Batches of a loader: their inputs and labels, the rows of activations of each, and the share of a process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from penult.processes import Processes
 __all__ = ["Reader", "share_of"]
 
 _LABEL_KEYS = ("labels", "label", "y")
-_IGNORED = -100  # as in torch.nn.functional.cross_entropy
+# Label of samples that are left out, as in torch.nn.functional.cross_entropy.
+_IGNORED = -100
 
 
 class _Parts(NamedTuple):
-    """A batch."""
+    """Inputs of the model and labels of one batch."""
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]
@@ -34,13 +35,13 @@ class _Parts(NamedTuple):
 
 
 class Reader:
-    """Runs batches through a tap, one after the other.
+    """Reader that runs batches through a tap, one after the other.
 
     Args:
         tap: The model with its head.
-        dtype: What activations and logits become, or None for what they are.
-        target: Where the rows go.
-        pre_activation: Whether activations are what the ReLU before the head reads.
+        dtype: Dtype of activations and logits, or None for that of the model.
+        target: Device of the rows.
+        pre_activation: Whether to return the inputs of the ReLU before the head as activations.
     """
 
     def __init__(
@@ -52,14 +53,14 @@ class Reader:
         self._labelled = self._checked = False
 
     def skip(self, batch: Any) -> None:
-        """Count a batch whose rows are known."""
+        """Count a batch without running the model."""
         labels = self._next(batch).labels
         self._seen += labels.numel() if isinstance(labels, Tensor) else 0
 
     def rows(self, batch: Any) -> Memory:
-        """The rows of a batch."""
+        """Run the model on a batch and return its rows."""
         parts = self._next(batch)
-        # Not in inference mode: what the model keeps of this forward could not be trained on afterwards.
+        # Inference mode is off, since tensors that the model stores in this forward could not be used in training.
         with torch.inference_mode(False), torch.no_grad():
             args = [x.to(self._device) for x in parts.args]
             run = self._tap.pre_activation if self._pre_activation else self._tap
@@ -74,35 +75,35 @@ class Reader:
             return Memory(self._own(h), self._own(logits), None if labels is None else self._own(labels))
 
     def _check_head(self, h: Tensor, logits: Tensor) -> None:
-        """Raise, at the first batch, unless the head gives the model's softmax."""
+        """Raise a ValueError unless the head reproduces the model's softmax; only the first batch is checked."""
         if self._checked or not h.numel():
             return
         head, self._checked = self._tap.head, True
         wide = torch.promote_types(logits.dtype, torch.float32)
-        theirs = (logits.to(wide) / head.temperature).softmax(-1)
-        off = (head(h.to(head.weight.dtype)).to(wide).softmax(-1) - theirs).abs()
-        error = float(off[off.isfinite()].max()) if off.isfinite().any() else 0.0
+        expected = (logits.to(wide) / head.temperature).softmax(-1)
+        errors = (head(h.to(head.weight.dtype)).to(wide).softmax(-1) - expected).abs()
+        error = float(errors[errors.isfinite()].max()) if errors.isfinite().any() else 0.0
         if error > max(1e-2, 8 * torch.finfo(logits.dtype).eps):
             raise ValueError(
-                f"the head does not make the model's logits: their softmaxes differ by up to {error:.2g}. The model "
-                "may have been trained or loaded since the head was found, or be another one: find the head again"
+                f"the head does not give the model's logits: their softmaxes differ by up to {error:.2g}. The model "
+                "may have been trained or loaded since the head was found, or be another model. Find the head again"
             )
 
     def _own(self, x: Tensor) -> Tensor:
-        """A copy: the model's tensor may be a part of a much larger one, or one that it writes to again."""
+        """Copy a tensor of the model, which may be a part of a much larger one or be overwritten later."""
         return x.to(self._target, copy=True)
 
     def _next(self, batch: Any) -> _Parts:
         parts = _parts(batch)
         labelled = parts.labels is not None
         if self._batches and labelled != self._labelled:
-            what = "labels, but none before it" if labelled else "no labels, but those before it have"
-            raise ValueError(f"batch {self._batches} (counted from 0) has {what}")
+            difference = "labels, but none before it" if labelled else "no labels, but those before it have"
+            raise ValueError(f"batch {self._batches} (counted from 0) has {difference}")
         self._batches, self._labelled = self._batches + 1, labelled
         return parts
 
     def _wanted(self, parts: _Parts, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
-        """The labels (M,) and which rows to keep (M,), on the CPU."""
+        """Return the labels (M,) and a mask of the rows to keep (M,), on the CPU."""
         keep = torch.ones(shape[:-1], dtype=torch.bool)
         if parts.mask is not None and parts.mask.shape == keep.shape:
             keep = parts.mask.cpu() != 0
@@ -111,39 +112,39 @@ class Reader:
             return None, keep.flatten()
         check_labels(torch.zeros_like(labels) if isinstance(labels, Tensor) else labels, shape)
         labels = labels.to("cpu", torch.int64)
-        counted = labels != _IGNORED
-        if parts.ids is not None and counted.any() and _same(labels, parts.ids, counted):
+        has_class = labels != _IGNORED
+        if parts.ids is not None and has_class.any() and _agree(labels, parts.ids, has_class):
             raise ValueError(
-                "the labels of the batch are its input_ids, the convention of language models that shift them "
-                "themselves; penult takes the class that each position predicts: labels shifted by one with -100 at "
-                "the end, torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)"
+                "labels are the input_ids of the batch, as for language models that shift labels by themselves; "
+                "expected the class that each position predicts: labels shifted by one with -100 at the end, "
+                "torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)"
             )
-        keep = keep & counted
+        keep = keep & has_class
         check_labels(labels.masked_fill(~keep, 0), shape, offset=self._seen)
         self._seen += labels.numel()
         return labels.flatten(), keep.flatten()
 
 
-def _same(labels: Tensor, ids: Tensor, where: Tensor) -> bool:
+def _agree(labels: Tensor, ids: Tensor, where: Tensor) -> bool:
     return ids.shape == labels.shape and torch.equal(labels[where], ids.to(labels)[where])
 
 
 def _cast(name: str, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """In another dtype, unless a value would become infinite."""
+    """Convert to another dtype; raise a ValueError if a finite value would become infinite."""
     if dtype is None or x.dtype == dtype:
         return x
     cast = x.to(dtype)
-    lost = cast.isinf() & x.isfinite()
-    if lost.any():
+    overflow = cast.isinf() & x.isfinite()
+    if overflow.any():
         raise ValueError(
-            f"{name} hold {float(x[lost][0]):.6g}, but the largest {dtype} is {torch.finfo(dtype).max:.6g}; use "
+            f"{name} holds {float(x[overflow][0]):.6g}, but the largest {dtype} is {torch.finfo(dtype).max:.6g}. Use "
             f"dtype={torch.bfloat16 if dtype == torch.float16 else x.dtype}"
         )
     return cast
 
 
 def _parts(batch: Any) -> _Parts:
-    """What the model takes by position and by keyword, the labels, and what says which rows count."""
+    """Split a batch into inputs by position and by keyword, labels, attention mask and token ids."""
     if isinstance(batch, Tensor):
         return _Parts((batch,), {})
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
@@ -156,55 +157,58 @@ def _parts(batch: Any) -> _Parts:
             return _Parts(tuple(inputs.values()), {}, *facts)
         if inputs:
             return _Parts((), inputs, *facts)
-    what = f"{type(batch).__name__}"
+    kind = type(batch).__name__
     if isinstance(batch, Mapping):
-        what += f" with keys {list(batch)}, of which none holds an input tensor"
+        kind += f" with keys {list(batch)} and no input tensor"
     elif isinstance(batch, tuple | list) and batch:
-        what += f" that begins with a {type(batch[0]).__name__}"
-    raise TypeError(f"a batch is a {what}; it must be a tensor, (tensor, labels), or a dict of tensors and labels")
+        kind += f" that begins with a {type(batch[0]).__name__}"
+    raise TypeError(f"batch is a {kind}; expected a tensor, (tensor, labels), or a dict of tensors and labels")
 
 
-# --- The part of a loader that is one process's own ---------------------------------------------------------
+# --- The share of a process ---------------------------------------------------------------------------------
 
 
 def share_of(loader: Iterable[Any], processes: Processes) -> tuple[int, Iterable[Any]]:
-    """The number of a process's first batch, and its batches.
+    """Return the number of a process's first batch, and its batches.
 
     Raises:
-        TypeError: Processes share the work, and the loader does not say how many batches it has.
-        ValueError: Its order is not the same in all of them, or it is a part of the data already.
+        TypeError: Several processes share the work, and the loader has no length.
+        ValueError: The order of the loader differs between processes, or it contains a part of the data only.
     """
     if processes.count == 1:
         return 0, loader
     total = operator.length_hint(loader, -1)
     if total < 0:
         raise TypeError(
-            f"the loader, a {type(loader).__name__}, does not say how many batches it has, so processes cannot share "
-            "them: give a DataLoader of a data set with a length, or a list"
+            f"loader is a {type(loader).__name__} without a length, so processes cannot share its batches; expected a "
+            "DataLoader of a data set with a length, or a list"
         )
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
     if isinstance(sampler, RandomSampler | DistributedSampler):
         raise ValueError(
-            f"the loader has a {type(sampler).__name__}, so that its batches are not the same in all processes; give "
-            "each process the whole loader with shuffle=False, which is then shared out"
+            f"loader has a {type(sampler).__name__}, so its batches differ between processes; expected the same loader "
+            "in each process, with shuffle=False. The processes then share its batches"
         )
     own = processes.share(total)
     return own.start, _narrow(loader, own.start, own.stop)
 
 
 def _narrow(loader: Iterable[Any], start: int, stop: int) -> Iterable[Any]:
-    """Batches start to stop; a DataLoader loads no others."""
+    """Return batches start to stop; a DataLoader does not load the others."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return _Part(loader, start, stop)
-    part = copy.copy(loader)  # of whatever class, with all that it was given
+    # A copy keeps the class and all options of the loader.
+    part = copy.copy(loader)
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    vars(part)[name] = _Part(getattr(loader, name), start, stop)  # DataLoader forbids to set it
-    vars(part)["_iterator"] = None  # of persistent workers
+    # DataLoader.__setattr__ refuses to set a sampler.
+    vars(part)[name] = _Part(getattr(loader, name), start, stop)
+    # The iterator of persistent workers belongs to the original loader.
+    vars(part)["_iterator"] = None
     return part
 
 
 class _Part:
-    """Items start to stop of what can be iterated."""
+    """Items start to stop of an iterable."""
 
     def __init__(self, whole: Iterable[Any], start: int, stop: int) -> None:
         self._whole, self._start, self._stop = whole, start, stop

@@ -1,4 +1,4 @@
-"""Rows of activations in memory, in shards on disk, or in several of these, behind one face."""
+"""Blocks of rows of activations: in memory, in a shard on disk, or several of these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KIND = "activations"
 
 @dataclass(frozen=True)
 class Facts:
-    """What all rows of one set have in common."""
+    """Dimensions, dtypes and device of the rows of one set."""
 
     in_features: int
     num_classes: int
@@ -32,38 +32,38 @@ class Facts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors that hold the rows."""
+        """Names of the tensors that hold the rows."""
         return ("activations", "logits", "labels") if self.labels else ("activations", "logits")
 
     @property
     def row_bytes(self) -> int:
-        """What one row takes."""
+        """Bytes of one row."""
         h, logits = self.in_features * self.dtype.itemsize, self.num_classes * self.logits_dtype.itemsize
         return h + logits + (8 if self.labels else 0)
 
 
 class Block(Protocol):
-    """Some rows, in order."""
+    """Rows in order."""
 
     @property
     def facts(self) -> Facts:
-        """What the rows have in common."""
+        """Dimensions, dtypes and device of the rows."""
 
     @property
     def leaves(self) -> Sequence[Block]:
-        """The blocks of which each is in memory, or in one shard."""
+        """Blocks that make up this one, each in memory or in one shard."""
 
     def __len__(self) -> int:
-        """How many rows."""
+        """Number of rows."""
 
     def read(self, *names: str) -> tuple[Tensor, ...]:
-        """Tensors of the rows; what lies in one shard is that file, mapped into memory."""
+        """Read tensors of the rows; those of one shard are the file, mapped into memory."""
 
     def narrow(self, start: int, stop: int) -> Block:
-        """Rows start to stop, of which nothing is read."""
+        """Return rows start to stop; reads nothing."""
 
     def take(self, rows: Tensor) -> Block:
-        """Rows by ascending number (M,); of those on disk nothing is read."""
+        """Return rows by ascending number (M,); reads nothing from disk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,12 +102,12 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Rows in a file of activations, which is open only while it is read."""
+    """Rows of a file, which is open only while it is read."""
 
     path: Path
     facts: Facts
-    count: int  # rows of the file
-    rows: range | Tensor  # those meant, ascending
+    count: int  # number of rows of the file
+    rows: range | Tensor  # ascending numbers of the rows in this block
 
     @property
     def leaves(self) -> Sequence[Block]:
@@ -125,13 +125,13 @@ class Shard:
             "labels": ((self.count,), torch.int64),
         }
         for name in names:
-            found = tensors.get(name)
-            if found is None or (tuple(found.shape), found.dtype) != expected[name]:
-                what = "nothing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+            tensor = tensors.get(name)
+            if tensor is None or (tuple(tensor.shape), tensor.dtype) != expected[name]:
+                stored = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
                 shape, dtype = expected[name]
                 raise io.FileFormatError(
-                    f"{self.path} holds {what} as {name}, but its index says {dtype} of shape {shape}; copy or write "
-                    "the folder again"
+                    f"{name} in {self.path} is {stored}; expected {dtype} of shape {shape}, as its index says. Copy or "
+                    "write the folder again"
                 )
         index = slice(self.rows.start, self.rows.stop) if isinstance(self.rows, range) else self.rows
         return tuple(tensors[name][index] for name in names)
@@ -145,10 +145,10 @@ class Shard:
 
 
 class _Several:
-    """The rows of several blocks, one after the other.
+    """Rows of several blocks, concatenated.
 
     Args:
-        blocks: At least one; all with the same facts.
+        blocks: At least one block; all with the same facts.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -169,7 +169,8 @@ class _Several:
     def read(self, *names: str) -> tuple[Tensor, ...]:
         whole: tuple[Tensor, ...] = ()
         for block, end in zip(self._blocks, self._ends, strict=True):
-            parts = block.read(*names)  # one file is mapped at a time
+            # Only one file is mapped into memory at a time.
+            parts = block.read(*names)
             whole = whole or tuple(part.new_empty(len(self), *part.shape[1:]) for part in parts)
             for all_rows, part in zip(whole, parts, strict=True):
                 all_rows[end - len(block) : end] = part
@@ -194,12 +195,12 @@ class _Several:
 
 
 def load(block: Block) -> Memory:
-    """All tensors of a block; what lies in one shard is still that file."""
+    """Return a block in memory; tensors of one shard are the file, mapped into memory."""
     return block if isinstance(block, Memory) else Memory(*block.read(*block.facts.names))
 
 
 def one(blocks: Sequence[Block]) -> Block:
-    """One block of at least one."""
+    """Join at least one block into one."""
     if len(blocks) == 1:
         return blocks[0]
     leaves = [leaf for block in blocks for leaf in block.leaves]

@@ -1,4 +1,4 @@
-"""A whole loader through a tap."""
+"""Extraction of the activations of a whole loader."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from penult import io
+from penult._checks import check_integer, described
 from penult._progress import Progress, reporting
 from penult.activations._activations import Activations
 from penult.activations._batch import Reader, share_of
@@ -45,58 +46,56 @@ def extract(
 
     A batch may be
 
-    - a tensor: what the model takes;
-    - a tuple or list: what the model takes, and the labels if there is a second entry (None for no labels);
-      further entries are left out;
+    - a tensor: the model's input;
+    - a tuple or list: the model's input and the labels, or None for no labels. Further entries are ignored;
     - a mapping, also a Hugging Face BatchEncoding or BatchFeature: the labels are under ``"labels"``, ``"label"`` or
-      ``"y"``, if any; of the rest, what is no tensor is left out. One tensor goes to the model by position, several
-      go by keyword.
+      ``"y"``, if any. All other tensors are inputs: one is passed by position, several are passed by keyword.
 
-    Models that give logits (B, T, K) for tokens or (B, H, W, K) for pixels are read as so many samples, with labels
-    (B, T) or (B, H, W). Samples are left out where the label is -100, and where an ``attention_mask`` of the shape of
-    the samples is 0.
+    Logits (B, T, K) for tokens or (B, H, W, K) for pixels count as that many samples, with labels (B, T) or (B, H, W).
+    Samples are left out if their label is -100, or if an ``attention_mask`` of the shape of the samples is 0 there.
 
-    With `out`, batches gather until they are a shard, which is written and forgotten: memory does not grow with the
-    data. The folder is complete once its index is written. A run that was interrupted or killed leaves whole shards,
-    and the same call resumes: it goes through the loader from the start, skips what is stored without running the
-    model, and recomputes the last stored batch to see that loader and model are the same. A complete folder is
-    returned, after the same look at its first batch.
+    With `out`, batches are collected until they fill a shard, which is written and released: memory does not grow with
+    the data. The folder is complete once its index is written. A run that was interrupted or killed leaves whole
+    shards, and the same call resumes it: it iterates over the loader from the start, skips stored batches without
+    running the model, and recomputes the last stored batch to check that loader and model are the same. For a complete
+    folder the call checks the first batch in this way and returns the stored set.
 
-    With a `group`, its processes share the batches: each runs the model on a part of them, one after the other, and
-    writes shards of its own; the first writes the one index, in which all rows lie in the loader's order. Each calls
-    with the same arguments; a run that was stopped is resumed by as many processes. Nobody else writes to the folder.
+    With a `group`, its processes share the batches: each runs the model on a contiguous part of them and writes shards
+    of its own. The first process writes the one index, with all rows in the loader's order. All processes make the
+    same call. A run that was stopped is resumed by the same number of processes. Nobody else may write to the folder.
 
     Args:
         tap: The model with its head.
-        loader: Batches; a DataLoader or any iterable, in the same order each time. They are moved to the model's
+        loader: Batches: a DataLoader or any iterable, in the same order each time. They are moved to the model's
             device.
-        out: A folder that is new, empty, or of an extraction; None gathers in memory.
-        device: Where to gather in memory; None means the CPU.
-        dtype: How to keep activations and logits, for example ``torch.float16``; None means as the model gives them.
-        pre_activation: Deliver the input u of the ReLU right before the head in place of its output h = max(u, 0); the
-            logits stay the model's own. A law fitted to u and then rectified has the exact zeros of h, which a law
-            fitted to h can only come near.
-        class_names: K names to keep with them.
+        out: Folder that is new, empty, or of an extraction; None keeps the rows in memory.
+        device: Device of rows in memory. Default: the CPU.
+        dtype: Dtype of activations and logits, for example ``torch.float16``. Default: that of the model.
+        pre_activation: Return the input u of the ReLU right before the head instead of its output h = max(u, 0); the
+            logits stay those of the model. A distribution fitted to u and then rectified has the exact zeros of h,
+            which a distribution fitted to h can only approximate.
+        class_names: K names that are stored with the rows.
         shard_size: Bytes after which a shard ends, at the end of a batch; memory holds about two shards.
-        overwrite: Start anew where `out` holds activations. Other files are never touched.
-        progress: True for a bar on stderr, False for none, or what to call after each batch with the number of
-            batches done and their total (None if unknown). None means a bar if `out` is given and stderr is a
-            terminal. Of several processes each has its own.
+        overwrite: Replace activations in `out`. Other files are never touched.
+        progress: True for a bar on stderr, False for none, or a function that is called after each batch with the
+            number of batches done and their total (None if unknown). Default: a bar if `out` is given and stderr is a
+            terminal. Each process of a group has its own.
         group: Processes of ``torch.distributed`` that share the work, such as ``torch.distributed.group.WORLD``.
-            Needs `out`, and a loader of known length; of a DataLoader each process loads its own batches alone.
+            Needs `out`, and a loader of known length. Each process loads only its own batches of a DataLoader.
 
     Returns:
         All activations and logits, and all labels if the batches have them; with `out`, ``Activations.open(out)``.
 
     Raises:
-        FileExistsError: `out` holds other files and no activations.
-        RuntimeError: Another process is writing to `out`; or, with `pre_activation`, what the head read of a batch is
-            not max(u, 0).
-        TypeError: `tap` is no Tap, a batch is of another kind, labels are no integers, or a dtype is not floating.
-        ValueError: The head does not make the model's logits, as after further training; no batch at all, labels in
-            some batches only, of a wrong shape or out of range; labels that are the input_ids; a value too large for
-            `dtype`; a wrong number of class names; `pre_activation` where no ReLU stands right before the head; or
-            `out` holds what other arguments, another model, another loader or another number of processes gave.
+        FileExistsError: `out` contains other files and no activations.
+        RuntimeError: Another process is writing to `out`; or, with `pre_activation`, the input of the head is not
+            max(u, 0).
+        TypeError: `tap` is not a Tap, a batch is of another kind, labels are not integers, or a dtype is not floating.
+        ValueError: The head does not give the model's logits, as after further training; there is no batch; labels are
+            in some batches only, of a wrong shape or out of range; labels are the input_ids; a value is too large for
+            `dtype`; the number of class names is wrong; `pre_activation` is set and no ReLU stands right before the
+            head; or `out` was written with other arguments, another model, another loader or another number of
+            processes.
         penult.io.FileFormatError: A file in `out` is damaged.
 
     Example:
@@ -106,7 +105,7 @@ def extract(
         >>> extract(Tap(model, find_head(model, torch.randn(2, 4))), batches).labels
         tensor([0, 2, 1])
 
-        What a ReLU before the head reads:
+        The inputs of a ReLU before the head:
 
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> acts = extract(Tap(model, find_head(model, torch.randn(2, 4))), batches, pre_activation=True)
@@ -117,19 +116,21 @@ def extract(
     """
     if not isinstance(tap, Tap):
         raise TypeError(
-            f"tap is a {type(tap).__name__}; make one of the model: penult.Tap(model, penult.find_head(model, batch))"
+            f"tap is {described(tap)}; expected a penult.Tap. Make one of the model: "
+            "penult.Tap(model, penult.find_head(model, batch))"
         )
     names = None if class_names is None else tuple(class_names)
     if names is not None and len(names) != tap.head.num_classes:
-        raise ValueError(f"there are {len(names)} class_names for {tap.head.num_classes} classes")
+        raise ValueError(
+            f"class_names has {len(names)} names; expected {tap.head.num_classes}, one for each class of the head"
+        )
     if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype}; activations are kept in a floating dtype")
+        raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
     if out is not None and device is not None:
-        raise ValueError(f"device={device} says where to gather in memory, but out={out} is a folder; give one of them")
+        raise ValueError(f"device={device} is for rows in memory, but out={out} is a folder; pass one of them")
     if group is not None and out is None:
-        raise ValueError("a group of processes gathers in a folder that all can read: give out")
-    if shard_size < 1:
-        raise ValueError(f"shard_size is {shard_size}; it is a positive number of bytes")
+        raise ValueError("out is None; expected a folder that all processes of the group can read")
+    check_integer("shard_size", shard_size)
     if pre_activation:
         assert tap.head.certificate is not None
         _refuse_unrectified(tap.head.certificate)
@@ -159,7 +160,8 @@ def _in_memory(
         parts.append(reader.rows(batch))
         report(len(parts), total)
     _check_any(len(parts), sum(map(len, parts)))
-    with torch.inference_mode(False):  # ordinary tensors, so that autograd takes them
+    # Autograd does not take tensors that were created in inference mode.
+    with torch.inference_mode(False):
         labels = [part.labels for part in parts if part.labels is not None]
         return Activations(
             torch.cat([part.activations for part in parts]),
@@ -183,7 +185,8 @@ def _on_disk(
     total = _length(share)
     if processes.first((folder / io.INDEX_NAME).exists() and not overwrite):
         stored = finished(folder)
-        if processes.rank == 0:  # whose error ends the others, too
+        # An error in the first process ends the others, too.
+        if processes.rank == 0:
             _check_finished(reader, loader, folder, asked, stored)
         processes.wait()
         report(stored.batches, stored.batches)
@@ -217,6 +220,7 @@ def _on_disk(
 
 
 def _check_finished(reader: Reader, loader: Iterable[Any], folder: Path, asked: dict[str, Any], stored: Stored) -> None:
+    """Raise unless a complete folder has the record that is asked for, and the first batch of the loader."""
     check_record(folder, stored.record, asked)
     total = _length(loader)
     if total is not None and total != stored.batches:
@@ -236,6 +240,6 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 def _check_any(batches: int, rows: int) -> None:
     if not batches:
-        raise ValueError("the loader gave no batch at all; is the data set empty, or a generator used up?")
+        raise ValueError("loader has no batch; expected at least one. Is the data set empty, or a generator used up?")
     if not rows:
-        raise ValueError(f"no sample is left of {batches} batches: every label is -100, or every attention_mask 0")
+        raise ValueError(f"no sample of {batches} batches is left: every label is -100, or every attention_mask is 0")

@@ -1,4 +1,4 @@
-"""Folders of activations: what lies in them, and who may write there."""
+"""Folders of activations: their files, their records, and the locks of their writers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = ["Part", "Stored", "finished", "name_of", "record_of", "shards_in", "u
 
 _SHARD_NAME = re.compile(r"activations-(?:(\d{5,})-of-(\d{5,})-)?(\d{5,})\.safetensors")
 _LOCK_NAME = re.compile(r"\.activations(?:-\d{5,}-of-\d{5,})?\.lock")
+_OVERWRITE = "pass overwrite=True to start again"
 _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -29,18 +30,18 @@ _DTYPES = {
 
 
 class Part(NamedTuple):
-    """What one of several processes writes into a folder."""
+    """Number of a process that writes to a folder, and the number of processes."""
 
     rank: int = 0
     size: int = 1
 
     def shard_name(self, number: int) -> str:
-        """The file of a shard."""
+        """Return the file name of a shard."""
         return f"activations-{self._prefix}{number:05}.safetensors"
 
     @property
     def lock(self) -> str:
-        """The file that its writer locks."""
+        """Name of the file that the writer locks."""
         return f".activations{self._prefix and '-' + self._prefix[:-1]}.lock"
 
     @property
@@ -49,11 +50,17 @@ class Part(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a folder holds, or one part of it."""
+    """Shards of a folder, or of one writer.
+
+    Attributes:
+        shards: The shards in order.
+        record: Facts about the rows from `record_of`; empty if there is no shard.
+        batches: Number of batches of the loader that the shards contain.
+    """
 
     shards: list[Shard]
-    record: dict[str, Any]  # from `record_of`; empty where there is no shard
-    batches: int  # of the loader, that the shards cover
+    record: dict[str, Any]
+    batches: int
 
     @property
     def rows(self) -> int:
@@ -66,8 +73,8 @@ class Stored(NamedTuple):
 
     @property
     def pre_activation(self) -> bool:
-        found: bool = self.record.get("pre_activation", False)
-        return found
+        stored: bool = self.record.get("pre_activation", False)
+        return stored
 
     def first_batch(self) -> Shard:
         return self.shards[0].narrow(0, _batches_in(self.shards[0].path)[0])
@@ -80,12 +87,10 @@ class Stored(NamedTuple):
 def record_of(
     facts: Facts, class_names: Sequence[str] | None, *, pre_activation: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """What is written about rows, as JSON.
-
-    Only what are pre-activations says so: folders of versions that knew none read on, and are resumed.
-    """
+    """Return the facts about rows that a file stores, as JSON."""
     if class_names is not None and not all(isinstance(name, str) for name in class_names):
-        raise TypeError(f"class_names must be text to be stored, not {class_names}")
+        raise TypeError(f"class_names is {class_names}; expected strings, which a file can store")
+    # The entry pre_activation is written only if it is true, so that folders of older versions can be resumed.
     return {
         "in_features": facts.in_features,
         "num_classes": facts.num_classes,
@@ -99,40 +104,41 @@ def record_of(
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """How a dtype is called in a file."""
+    """Return the name of a dtype in a file."""
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
-        raise TypeError(f"{dtype} cannot be stored; convert to one of {', '.join(_DTYPES)}")
+        raise TypeError(f"dtype is {dtype}, which cannot be stored; convert to one of {', '.join(_DTYPES)}")
     return name
 
 
 def finished(folder: Path) -> Stored:
-    """A folder with an index.
+    """Read the index of a complete folder.
 
     Raises:
         FileNotFoundError: There is no such folder.
-        FileFormatError: It has no index, or one that is damaged, foreign or newer; or a shard is not as it was.
+        FileFormatError: It has no index, or the index is damaged, of another program or of a newer penult; or a shard
+            is smaller than the index says.
     """
     folder = folder.absolute()
     if folder.is_dir() and not (folder / io.INDEX_NAME).exists():
         count = len(shards_in(folder))
         if not count:
-            raise io.FileFormatError(f"{folder} holds no activations: there is neither an {io.INDEX_NAME} nor a shard")
+            raise io.FileFormatError(f"{folder} contains no activations: it has neither an {io.INDEX_NAME} nor a shard")
         raise io.FileFormatError(
             f"{folder} is incomplete: it has {count} whole shards but no {io.INDEX_NAME}, so its writer was killed or "
-            "is still at work. The same penult.extract into this folder resumes; save(..., overwrite=True) starts anew"
+            "is still running. The same penult.extract into this folder resumes; save(..., overwrite=True) starts again"
         )
     index = io.read_index(folder, KIND)
-    with _complaining(folder / io.INDEX_NAME, "write the folder again"):
+    with _as_format_error(folder / io.INDEX_NAME, "write the folder again"):
         counts = {name: facts["rows"] for name, facts in index.shards.items()}
         return _stored(folder, index.metadata["facts"], counts, index.metadata["batches"])
 
 
 def unfinished(folder: Path, part: Part) -> Stored:
-    """The whole shards of one writer, whatever the index of the folder says.
+    """Read the whole shards of one writer; the index of the folder is ignored.
 
     Raises:
-        FileFormatError: A shard is damaged, or they do not follow each other.
+        FileFormatError: A shard is damaged, or their numbers are not consecutive.
     """
     folder = folder.absolute()
     names = shards_in(folder, part)
@@ -140,7 +146,7 @@ def unfinished(folder: Path, part: Part) -> Stored:
     counts: dict[str, int] = {}
     batches = 0
     for number, name in enumerate(names):
-        with _complaining(folder / name, "overwrite=True starts anew"):
+        with _as_format_error(folder / name, _OVERWRITE):
             facts = io.read(folder / name, KIND).metadata["facts"]
             if name != part.shard_name(number) or facts != (record or facts):
                 raise ValueError(f"it does not follow {names[number - 1]}" if number else "it is not the first shard")
@@ -148,48 +154,50 @@ def unfinished(folder: Path, part: Part) -> Stored:
             record, counts[name], batches = facts, sum(rows), batches + len(rows)
     if not names:
         return Stored([], {}, 0)
-    with _complaining(folder, "overwrite=True starts anew"):
+    with _as_format_error(folder, _OVERWRITE):
         return _stored(folder, record, counts, batches)
 
 
 @contextmanager
-def _complaining(path: Path, remedy: str) -> Iterator[None]:
+def _as_format_error(path: Path, remedy: str) -> Iterator[None]:
+    """Turn errors about the contents of a file into a FileFormatError that names the file."""
     try:
         yield
     except io.FileFormatError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise io.FileFormatError(
-            f"{path} is not what penult writes about activations ({type(error).__name__}: {error}); {remedy}"
+            f"{path} is not a record of activations by penult ({type(error).__name__}: {error}); {remedy}"
         ) from error
 
 
 def _batches_in(path: Path) -> list[int]:
-    """Rows of each batch in a shard."""
+    """Return the number of rows of each batch in a shard."""
     rows = io.read(path, KIND).metadata.get("batches")
     if not isinstance(rows, list) or not rows or not all(isinstance(count, int) and count >= 0 for count in rows):
-        raise io.FileFormatError(f"{path} does not say which batches it holds; overwrite=True starts anew")
+        raise io.FileFormatError(f"{path} does not say which batches it contains; {_OVERWRITE}")
     return rows
 
 
 def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batches: int) -> Stored:
-    """What a record and shards say; KeyError, TypeError or ValueError where they are not what they should be."""
+    """Build the contents of a folder from a record; raise a KeyError, TypeError or ValueError if it is not valid."""
     dtypes = _DTYPES[record["dtype"]], _DTYPES[record["logits_dtype"]]
     facts = Facts(record["in_features"], record["num_classes"], *dtypes, record["labels"], torch.device("cpu"))
     for count in (facts.in_features, facts.num_classes, batches, *counts.values()):
         if not isinstance(count, int) or count < 0:
-            raise ValueError(f"{count!r} is no count")
+            raise ValueError(f"{count!r} is not a count")
     if not isinstance(facts.labels, bool):
-        raise TypeError("labels must be true or false")
+        raise TypeError("labels is neither true nor false")
     if not isinstance(record.get("pre_activation", False), bool):
-        raise TypeError("pre_activation must be true or false")
+        raise TypeError("pre_activation is neither true nor false")
     names = record["class_names"]
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not (texts and len(names) == facts.num_classes):
-        raise ValueError(f"there are not {facts.num_classes} class_names")
+        raise ValueError(f"class_names is not a list of {facts.num_classes} strings")
     if not counts:
         raise ValueError("there is no shard")
-    for name, count in counts.items():  # so that nothing is allocated for rows that no file holds
+    # A record that claims more rows than its files can contain would make readers allocate memory for them.
+    for name, count in counts.items():
         if count * max(facts.row_bytes, 1) > (size := (folder / name).stat().st_size):
             raise ValueError(f"{name} has {size} bytes, too few for {count} rows of {facts.row_bytes}")
     return Stored([Shard(folder / name, facts, n, range(n)) for name, n in counts.items()], record, batches)
@@ -197,34 +205,36 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
 
 @contextmanager
 def writing(folder: Path, processes: Processes, overwrite: bool) -> Iterator[Part]:
-    """The folder, made if need be, for these processes alone; what killed ones left half-written goes.
+    """Create and lock a folder for these processes alone, and remove half-written files of killed ones.
 
     Args:
         folder: The folder.
-        processes: Those that write to it, this one among them.
-        overwrite: Whether to remove what it holds of activations.
+        processes: Processes that write to it, including this one.
+        overwrite: Whether to remove the activations that it contains.
 
     Yields:
         The part that this process writes.
 
     Raises:
-        FileExistsError: The folder holds other files and no activations.
-        RuntimeError: Another process writes the part.
-        ValueError: It holds shards of another number of processes.
+        FileExistsError: The folder contains other files and no activations.
+        NotADirectoryError: The folder is a file.
+        RuntimeError: Another process is writing the part.
+        ValueError: It contains shards of another number of processes.
     """
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; activations need a folder")
+        raise NotADirectoryError(f"{folder} is a file; expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    others = sorted(path.name for path in folder.iterdir())
-    ours = any(_LOCK_NAME.fullmatch(name) for name in others) or shards_in(folder) or _has_index(folder)
-    if others and not ours:
+    names = sorted(path.name for path in folder.iterdir())
+    has_activations = any(_LOCK_NAME.fullmatch(name) for name in names) or shards_in(folder) or _has_index(folder)
+    if names and not has_activations:
         raise FileExistsError(
-            f"{folder} holds other files and no activations ({', '.join(others[:3])}{', ...' * (len(others) > 3)}); "
+            f"{folder} contains other files and no activations ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); "
             "choose a new or empty folder"
         )
     part = Part(processes.rank, processes.count)
     with _locking(folder, folder / part.lock):
-        processes.wait()  # until all have locked theirs, so that no other run has a part
+        # Once all processes hold their locks, no other run can be writing a part.
+        processes.wait()
         if part.rank == 0:
             _clear(folder, part, overwrite)
         processes.wait()
@@ -234,7 +244,7 @@ def writing(folder: Path, processes: Processes, overwrite: bool) -> Iterator[Par
 @contextmanager
 def _locking(folder: Path, path: Path) -> Iterator[None]:
     with open(path, "a+") as file:
-        # A file without a link is that of a writer that finished between our open and our lock.
+        # A file without a link belonged to a writer that finished between our open and our lock.
         if not _locked(file) or not os.fstat(file.fileno()).st_nlink:
             file.seek(0)
             raise RuntimeError(
@@ -246,31 +256,33 @@ def _locking(folder: Path, path: Path) -> Iterator[None]:
             file.flush()
             yield
         finally:
-            with suppress(PermissionError):  # on Windows, where it is open; there it stays
+            # Windows does not remove an open file, so it stays there.
+            with suppress(PermissionError):
                 path.unlink(missing_ok=True)
 
 
 def _clear(folder: Path, part: Part, overwrite: bool) -> None:
-    """Remove what killed writers left half-written, and all if asked to; see that the rest can be gone on with."""
+    """Remove half-written files, with `overwrite` all activations; raise unless the other shards can be resumed."""
     for temporary, name in io.leftovers(folder).items():
         if name == io.INDEX_NAME or _SHARD_NAME.fullmatch(name):
             temporary.unlink()
     if overwrite:
-        for name in [io.INDEX_NAME, *reversed(shards_in(folder))]:  # at each moment, what is left can be resumed
+        # In this order the folder can be resumed if this process is killed after any of the removals.
+        for name in [io.INDEX_NAME, *reversed(shards_in(folder))]:
             (folder / name).unlink(missing_ok=True)
     for name in [] if (folder / io.INDEX_NAME).exists() else shards_in(folder):
         if (count := _part_of(name).size) != part.size:
             raise ValueError(
-                f"{folder} holds shards of a run of {count} processes that was stopped, and there are {part.size} "
-                f"now: resume with {count}, or start anew with overwrite=True"
+                f"{folder} contains shards of a run of {count} processes that was stopped; expected {part.size} "
+                f"processes. Resume with {count} processes, or start again with overwrite=True"
             )
 
 
 def shards_in(folder: Path, part: Part | None = None) -> list[str]:
-    """The whole shards of one writer, or of all, in order."""
-    found = [match for path in folder.iterdir() if (match := _SHARD_NAME.fullmatch(path.name))]
-    found.sort(key=lambda match: (int(match[1] or 0), int(match[3])))
-    return [match[0] for match in found if part in (None, _part_of(match[0]))]
+    """Return the names of the whole shards of one writer, or of all writers, in order."""
+    matches = [match for path in folder.iterdir() if (match := _SHARD_NAME.fullmatch(path.name))]
+    matches.sort(key=lambda match: (int(match[1] or 0), int(match[3])))
+    return [match[0] for match in matches if part in (None, _part_of(match[0]))]
 
 
 def _part_of(name: str) -> Part:
@@ -288,8 +300,9 @@ def _has_index(folder: Path) -> bool:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Whether the file is now this process's own; the lock dies with the process, and workers do not inherit it."""
-    if sys.platform == "win32":  # which has no such lock
+    """Lock a file for this process and return whether that succeeded."""
+    # The lock ends with the process, and child processes do not inherit it. Windows has no such lock.
+    if sys.platform == "win32":
         return True
     import fcntl
 
@@ -297,6 +310,7 @@ def _locked(file: IO[str]) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # a file system without locks
+    except OSError:
+        # The file system has no locks.
         return True
     return True

@@ -92,16 +92,16 @@ class ActivationSource:
 
     def _scan(self, name: str) -> None:
         """Look for values that are not finite, count zeros, and find the smallest value."""
-        bad, zeros, least = 0, 0, float("inf")
+        bad, zeros, minimum = 0, 0, float("inf")
         for rows in self.stored:
             if len(rows):
                 zeros += int((rows == 0).sum())
                 bad += int((~rows.isfinite().all(-1)).sum())
-                least = min(least, float(rows.min()))
+                minimum = min(minimum, float(rows.min()))
         bad, zeros = (int(self.processes.total(count)) for count in (bad, zeros))
         if bad:
             raise ValueError(f"{bad} of {self._total} rows of {name} hold NaN or infinity; leave them out first")
-        self.minimum = self.processes.least(least)
+        self.minimum = self.processes.least(minimum)
         self.zeros = zeros / (self._total * self.in_features) if self._total else 0.0
         certificate = None if self._head is None else self._head.certificate
         relu = certificate is not None and certificate.rectified
@@ -210,7 +210,7 @@ class ActivationSource:
 
 
 class _Blocks:
-    """Blocks of rows, read anew at each iteration; at least one, possibly empty, of the right width and dtype."""
+    """Blocks of rows, read again at each iteration; at least one, possibly empty, of the right width and dtype."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""One differentiable forward that gives activations and logits."""
+"""Tap: one differentiable forward that returns activations and logits."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ __all__ = ["Tap"]
 
 @final
 class Tap(nn.Module):
-    """A model with its penultimate activations laid open: x -> (h, logits) in one differentiable forward.
+    """Module that runs a model and returns its penultimate activations too: x -> (h, logits), differentiable.
 
-    The model runs as it is, in whatever mode it is in, and is watched for the time of one call where the certificate
-    says that its head is computed; nothing is left behind, also when the model raises. Classes are last in the
-    logits and dimensions last in h, whatever the order in the model, and both have the positions of the logits:
-    (B, H, W, d) and (B, H, W, K) for a pixel-wise head, (B, T, d) and (B, T, K) for one a token, (B, d) and (B, K)
-    where the model pools or picks tokens after its head. ``tap.axes`` names the axes. For a head with a folded norm
-    layer, h is the vector before that layer's gain and offset, so that ``head(h)`` gives the logits (for a model
-    that returns log-probabilities, up to a number a sample). Where a ReLU stands right before the head,
-    `pre_activation` gives what it reads in place of h.
+    The model runs unchanged, in the mode that it is in. Hooks record the inputs of the head during one call and are
+    removed after it, also if the model raises. The last axis of the logits is the class and the last axis of h the
+    dimension, for every order of axes in the model, and both have the positions of the logits: (B, H, W, d) and
+    (B, H, W, K) for a pixel-wise head, (B, T, d) and (B, T, K) for one that reads tokens, (B, d) and (B, K) if the
+    model pools or selects tokens after its head. ``tap.axes`` names the axes. For a head with a folded norm layer, h is
+    the vector before that layer's gain and offset, so that ``head(h)`` gives the logits (for a model that returns
+    log-probabilities, up to one number per sample). If a ReLU stands right before the head, `pre_activation` returns
+    the input of the ReLU instead of h.
 
-    ``torch.compile(tap)`` works where it does for the model. Where the head is computed in the model's own forward
-    rather than in a layer, all of the forward is watched, and `nn.TransformerEncoder` then takes its ordinary path in
-    place of its fused one.
+    ``torch.compile(tap)`` works if it does for the model. If the head is computed in the model's own forward and not in
+    a layer, all operations of the forward are observed, and `nn.TransformerEncoder` then takes its ordinary path
+    instead of its fused one.
 
     Args:
-        model: The classifier; DataParallel, DistributedDataParallel and torch.compile wrappers are opened,
-            because calls inside them cannot be watched.
-        head: Its head, from `find_head`. The logits of the tap are the model's own; those of a head at another
+        model: The classifier. Wrappers (DataParallel, DistributedDataParallel, torch.compile) are removed, because
+            calls inside them cannot be observed.
+        head: Its head, from `find_head`. The logits of the tap are those of the model; the logits of a head at another
             temperature differ from them by that factor.
 
     Raises:
-        TypeError: The model is no module or cannot be watched.
+        TypeError: The model is not a module or cannot be observed.
         ValueError: The head has no certificate, or the model has no such module, or another weight there.
 
     Example:
@@ -56,8 +56,8 @@ class Tap(nn.Module):
         super().__init__()
         if head.certificate is None:
             raise ValueError(
-                "this head has no certificate, so nothing says where it sits in the model: use the head that "
-                "penult.find_head(model, batch) gives (a rescaled head reads scaled activations and has none)"
+                "head has no certificate, which says where it stands in the model. Use the head from "
+                "penult.find_head(model, batch); a rescaled head reads scaled activations and has no certificate"
             )
         self.model = _unwrap(model)
         self.head = head
@@ -67,10 +67,10 @@ class Tap(nn.Module):
             weight = _tensor_at(self.model, certificate.weight)
             classes, features = certificate.shape
             if weight is None or weight.numel() != classes * features:
-                what = "no such tensor" if weight is None else f"one of shape {tuple(weight.shape)}"
+                actual = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
                 raise ValueError(
-                    f"the head was found as {certificate.shape} with the weight {certificate.weight!r}, but the model "
-                    f"has {what}: the head belongs to another model"
+                    f"the weight {certificate.weight!r} of the model is {actual}; expected {certificate.shape}, as the "
+                    "head was found with. The head belongs to another model"
                 )
         self._shared = _shared(self.model, head)
 
@@ -84,38 +84,40 @@ class Tap(nn.Module):
         """Run the model.
 
         Args:
-            *args: What the model takes.
-            **kwargs: What the model takes by keyword; what a Hugging Face processor gives goes here, ``tap(**batch)``.
+            *args: Inputs of the model.
+            **kwargs: Inputs of the model by keyword, such as the output of a Hugging Face processor, ``tap(**batch)``.
 
         Returns:
             h (*S, d) and the model's logits (*S, K), both part of the autograd graph.
 
         Raises:
             RuntimeError: The head did not run in this forward.
-            TypeError: The model's output holds no logits.
+            TypeError: The model's output has no logits.
         """
         assert self.head.certificate is not None
         if not torch.compiler.is_compiling():
-            self._share()  # the model may have been moved or loaded by itself
+            # The model may have been moved, or its state loaded, outside of the tap.
+            self._share()
         return _capture_forward(self.model, self.head.certificate, args, kwargs)
 
     def pre_activation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Run the model, for what the ReLU right before the head reads in place of what it gives.
+        """Run the model and return the input of the ReLU right before the head instead of its output.
 
-        A law of h with a ReLU behind it has atoms at zero; a law of u has none, and rectified it gives them exactly.
-        All of the forward is watched. On each one it is checked that the head read max(u, 0), to the last bit.
+        The distribution of h after a ReLU has atoms at zero. That of u has none, and its rectification has them
+        exactly. All operations of the forward are observed, and each call checks that the head reads max(u, 0), to the
+        last bit.
 
         Args:
-            *args: What the model takes.
-            **kwargs: What the model takes by keyword.
+            *args: Inputs of the model.
+            **kwargs: Inputs of the model by keyword.
 
         Returns:
             u (*S, d) with h = max(u, 0), and the model's logits (*S, K), both part of the autograd graph.
 
         Raises:
-            RuntimeError: The head did not run in this forward; or what it read is not max(u, 0), as where a dropout
-                before it is in training mode; or the call is being compiled.
-            TypeError: The model's output holds no logits.
+            RuntimeError: The head did not run in this forward; or its input is not max(u, 0), as after a dropout in
+                training mode; or the call is being compiled.
+            TypeError: The model's output has no logits.
             ValueError: No ReLU stands right before the head (``head.certificate.rectified`` is False).
 
         Example:
@@ -130,39 +132,43 @@ class Tap(nn.Module):
         assert self.head.certificate is not None
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "pre-activations are found by watching the model run, which cannot be compiled: call "
-                "tap.pre_activation outside of torch.compile"
+                "pre-activations are found by observing the operations of the model, which torch.compile cannot trace. "
+                "Call tap.pre_activation outside of torch.compile"
             )
         _refuse_unrectified(self.head.certificate)
-        self._share()  # the model may have been moved or loaded by itself
+        # The model may have been moved, or its state loaded, outside of the tap.
+        self._share()
         run = _capture_forward
-        if "torch._dynamo" in sys.modules:  # before it is loaded, which takes seconds, nothing is compiled
+        # Nothing is compiled before torch._dynamo is imported, which takes seconds.
+        if "torch._dynamo" in sys.modules:
             run = torch.compiler.disable(_capture_forward)
         return run(self.model, self.head.certificate, args, kwargs, pre_activation=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Tap:
         super()._apply(fn, recurse)
-        self._share()  # moved apart by now, but W shall take memory once
+        # Model and head have moved W separately; one copy of it is enough.
+        self._share()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._share()  # a copy was made of each
+        # Pickle and copy create a tensor for the model and another for the head.
+        self._share()
 
     def _share(self) -> None:
-        """Let the head hold the model's own W and b again, where it did from the start."""
-        for name, (source, *place) in self._shared.items():
-            tensor, held = _tensor_at(self.model, source), getattr(self.head, name)
-            if tensor is not None and tensor.data_ptr() != held.data_ptr():
-                setattr(self.head, name, tensor.detach().as_strided(*place))
+        """Make W and b of the head views of the model's tensors again, if they were when the tap was made."""
+        for name, (source, *layout) in self._shared.items():
+            tensor, current = _tensor_at(self.model, source), getattr(self.head, name)
+            if tensor is not None and tensor.data_ptr() != current.data_ptr():
+                setattr(self.head, name, tensor.detach().as_strided(*layout))
 
 
 def _shared(model: nn.Module, head: Head) -> dict[str, tuple[Any, ...]]:
-    """Which of the model's tensors W and b of a head are views of, and which views."""
-    found: dict[str, tuple[Any, ...]] = {}
+    """Return the names of the model's tensors that W and b of a head are views of, and the layout of the views."""
+    views: dict[str, tuple[Any, ...]] = {}
     for name in ("weight", "bias"):
-        held = getattr(head, name)
+        view = getattr(head, name)
         for source, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if held is not None and tensor.numel() == held.numel() and tensor.data_ptr() == held.data_ptr():
-                found[name] = source, held.size(), held.stride(), held.storage_offset()
-    return found
+            if view is not None and tensor.numel() == view.numel() and tensor.data_ptr() == view.data_ptr():
+                views[name] = source, view.size(), view.stride(), view.storage_offset()
+    return views

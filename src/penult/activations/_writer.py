@@ -1,4 +1,4 @@
-"""Rows to shards, so that a writer that is killed leaves whole ones."""
+"""Writer of shards, and checks that a stored folder belongs to a model and a loader."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from penult.head import Head
 __all__ = ["SHARD_SIZE", "Writer", "Written", "check_batch", "check_record", "checksum", "refusal", "write_index"]
 
 SHARD_SIZE = 16 * 2**20
-"""Bytes of a shard, if nothing else is asked for."""
+"""Default size of a shard in bytes."""
 
 
 class Written(NamedTuple):
-    """What one writer has written: rows by shard, their record (empty where there are none), and batches."""
+    """Rows by shard of one writer, their record (empty if there is no shard), and the number of batches."""
 
     counts: dict[str, int]
     record: dict[str, Any]
@@ -32,28 +32,28 @@ class Written(NamedTuple):
 
 
 def write_index(folder: Path, parts: Sequence[Written]) -> None:
-    """The index of what one writer after the other has written, which makes the folder complete.
+    """Write the index of the shards of all writers, in order; the folder is then complete.
 
     Raises:
-        ValueError: Their rows are not of one kind.
+        ValueError: The records of the writers differ.
     """
     records = [part.record for part in parts if part.record]
     for record in records:
         if differing := [name for name in record if record[name] != records[0][name]]:
-            what = ", ".join(f"{name} is {records[0][name]} and {record[name]}" for name in differing)
-            raise ValueError(f"the batches of different processes differ: {what}")
+            differences = ", ".join(f"{name} is {records[0][name]} and {record[name]}" for name in differing)
+            raise ValueError(f"the batches of different processes differ: {differences}")
     shards = {name: {"rows": rows} for part in parts for name, rows in part.counts.items()}
     batches = sum(part.batches for part in parts)
     io.write_index(folder, shards, KIND, {"facts": records[0], "batches": batches})
 
 
 class Writer:
-    """Batches gather until they are a shard.
+    """Writer that collects batches until they fill a shard, so that a killed process leaves whole shards.
 
     Args:
-        folder: Where to, inside `writing`.
-        part: What is written there.
-        stored: What there is of it already.
+        folder: Folder that `writing` locked.
+        part: Part that this process writes.
+        stored: Shards of that part that exist already.
         shard_size: Bytes after which a shard ends.
         more: Further entries of the record.
     """
@@ -62,53 +62,54 @@ class Writer:
         self._folder, self._part, self._shard_size, self._more = folder, part, shard_size, more
         self._record, self._batches = stored.record, stored.batches
         self._counts = {shard.path.name: len(shard) for shard in stored.shards}
-        self._room: dict[str, Tensor] = {}  # used again for each shard
-        self._waiting: list[int] = []  # rows of each batch in it
+        # Tensors that the batches are collected in, used again for each shard, and the rows of each batch in them.
+        self._buffers: dict[str, Tensor] = {}
+        self._pending: list[int] = []
 
     def add(self, rows: Memory) -> None:
-        """The rows of the next batch."""
-        facts, start = rows.facts, sum(self._waiting)
+        """Add the rows of the next batch."""
+        facts, start = rows.facts, sum(self._pending)
         self._record = record_of(facts, shard_size=self._shard_size, **self._more)
-        self._make_room(rows, start + len(rows))
+        self._reserve(rows, start + len(rows))
         for name, part in zip(facts.names, rows.read(*facts.names), strict=True):
-            self._room[name][start : start + len(rows)] = part
-        self._waiting.append(len(rows))
+            self._buffers[name][start : start + len(rows)] = part
+        self._pending.append(len(rows))
         if (start + len(rows)) * facts.row_bytes >= self._shard_size:
             self._flush()
 
     def finish(self) -> Written:
-        """Write the last shard."""
-        if sum(self._waiting) or (self._waiting and not self._counts):
+        """Write the last shard and return the counts of all."""
+        if sum(self._pending) or (self._pending and not self._counts):
             self._flush()
-        return Written(self._counts, self._record, self._batches + len(self._waiting))
+        return Written(self._counts, self._record, self._batches + len(self._pending))
 
-    def _make_room(self, rows: Memory, needed: int) -> None:
-        """Room for so many rows: twice what there was, but no more than a shard takes."""
-        there = len(self._room["activations"]) if self._room else 0
-        if self._room and there >= needed:
+    def _reserve(self, rows: Memory, needed: int) -> None:
+        """Grow the buffers to `needed` rows: by a factor of two, up to the size of a shard."""
+        capacity = len(self._buffers["activations"]) if self._buffers else 0
+        if self._buffers and capacity >= needed:
             return
         facts = rows.facts
-        most = self._shard_size // facts.row_bytes + 1 + len(rows)
+        shard_rows = self._shard_size // facts.row_bytes + 1 + len(rows)
         for name, part in zip(facts.names, rows.read(*facts.names), strict=True):
             dtype = torch.int64 if name == "labels" else part.dtype
-            wider = torch.empty(max(needed, min(2 * there, most)), *part.shape[1:], dtype=dtype)
-            wider[:there] = self._room.get(name, wider[:0])
-            self._room[name] = wider
+            larger = torch.empty(max(needed, min(2 * capacity, shard_rows)), *part.shape[1:], dtype=dtype)
+            larger[:capacity] = self._buffers.get(name, larger[:0])
+            self._buffers[name] = larger
 
     def _flush(self) -> None:
-        name, count = self._part.shard_name(len(self._counts)), sum(self._waiting)
-        metadata = {"facts": self._record, "batches": self._waiting}
-        io.write(self._folder / name, {key: room[:count] for key, room in self._room.items()}, KIND, metadata)
+        name, count = self._part.shard_name(len(self._counts)), sum(self._pending)
+        metadata = {"facts": self._record, "batches": self._pending}
+        io.write(self._folder / name, {key: rows[:count] for key, rows in self._buffers.items()}, KIND, metadata)
         self._counts[name] = count
-        self._batches += len(self._waiting)
-        self._waiting = []
+        self._batches += len(self._pending)
+        self._pending = []
 
 
 # --- Whether a folder of activations was made from the model and loader at hand -----------------------------
 
 
 def checksum(head: Head) -> str:
-    """SHA-256 of W and b."""
+    """Return the SHA-256 of W and b."""
     digest = hashlib.sha256()
     for tensor in (head.weight, head.full_bias):
         for rows in blocks(tensor):
@@ -117,16 +118,17 @@ def checksum(head: Head) -> str:
 
 
 def refusal(folder: Path, reason: str) -> ValueError:
-    """The error where a folder holds what is not asked for."""
+    """Return the error for a folder with activations of another call."""
     return ValueError(
-        f"{folder} holds activations that this call would not give: {reason}. To resume, use the same model, arguments "
-        "and loader (shuffle=False); else give another folder, or overwrite=True to start anew"
+        f"{folder} contains activations that this call would not give: {reason}. To resume, use the same model, "
+        "arguments and loader (shuffle=False). Otherwise choose another folder, or pass overwrite=True to start again"
     )
 
 
 def check_record(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise unless what is known now was so when the folder was written."""
-    stored = {"pre_activation": False, **stored}  # which is not written where it is so
+    """Raise unless the record of a folder agrees with all entries that are known now."""
+    # The entry pre_activation is written only if it is true.
+    stored = {"pre_activation": False, **stored}
     differing = [name for name in now if stored.get(name) != now[name]]
     if differing:
         reason = ", ".join(
@@ -139,15 +141,14 @@ def check_record(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def check_batch(folder: Path, number: int, stored: Block, now: Memory) -> None:
-    """Raise unless a batch has come out as it was stored, up to the rounding of another machine."""
-    was = load(stored)
-    eps = max(torch.finfo(x.dtype).eps for x in (was.activations, was.logits))
+    """Raise unless a batch equals its stored rows, up to the rounding of another machine."""
+    old = load(stored)
+    tolerance = max(1e-3, 8 * max(torch.finfo(x.dtype).eps for x in (old.activations, old.logits)))
     same = (
-        len(was) == len(now)
-        and (was.labels is None or now.labels is None or torch.equal(was.labels, now.labels))
-        and all(
-            _close(*pair, max(1e-3, 8 * eps)) for pair in ((was.activations, now.activations), (was.logits, now.logits))
-        )
+        len(old) == len(now)
+        and (old.labels is None or now.labels is None or torch.equal(old.labels, now.labels))
+        and _close(old.activations, now.activations, tolerance)
+        and _close(old.logits, now.logits, tolerance)
     )
     if not same:
         raise refusal(folder, f"batch {number} (counted from 0) has other activations, logits or labels")
