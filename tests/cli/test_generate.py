@@ -134,7 +134,14 @@ def test_from_a_pair_to_pictures(penult_json, refused, place):
     with Image.open("run/samples/epoch-0003.png") as sample:
         assert (sample.mode, sample.size) == ("L", (8 * 58 + 2, 10 * 58 + 2))
     page = (place / "run/index.html").read_text()
-    for words in ("Samples", "Between classes", "Editing", "class Fréchet", "with p(y|h) &gt; 0.6", "--judge gives"):
+    for words in (
+        "Samples",
+        "Between classes",
+        "Editing",
+        "class Fréchet",
+        "with p(y|h) &gt; 0.6",
+        "--judge MODEL uses",
+    ):
         assert words in page
 
     times = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")}
@@ -236,10 +243,10 @@ def test_adversaries(penult_json, place):
     assert isinstance(made, penult.generate.ActivationGAN)
     assert (made.loss, made.drawn, made.width, made.latent) == ("hinge", 0.5, 4, 4)
     page = (place / "run/index.html").read_text()
-    for words in ("another image of the same activation", ">discriminator<", "neither wins", "Mean cosine of"):
+    for words in ("another image of the same activation", ">discriminator<", "neither network wins", "Mean cosine of"):
         assert words in page
-    assert "as it comes back" not in page
-    assert "hardly used" not in page
+    assert "its reconstruction" not in page
+    assert "has little effect" not in page
     drawn = penult_json("generate", "run", "-n", "2", "-o", "all.npz")
     assert (drawn["images"], drawn["stored_activations"]) == (20, 0)
 
@@ -253,7 +260,7 @@ def test_a_bank_is_stored_if_that_is_asked_for(penult_json, place):
     floats = made.pair.base.num_parameters
     assert (facts["stored_activations"], facts["replaced_activations"], facts["floats"]) == (0, BANK, floats)
     assert max(sizes("run")) < BANK
-    words = f"holds a mixture of {floats} floats in place of {BANK} real activations; --store-activations keeps them"
+    words = f"stores a mixture of {floats} numbers instead of {BANK} activations of real images; --store-activations"
     assert words in done.output
     assert words in (place / "run/index.html").read_text().replace("</code>", "")
     told = made.generate(torch.arange(10).repeat_interleave(8), generator=torch.Generator().manual_seed(0))
@@ -263,7 +270,7 @@ def test_a_bank_is_stored_if_that_is_asked_for(penult_json, place):
     done = CliRunner().invoke(app, [*command, "--store-activations"])  # told anew, without another training
     assert done.exit_code == 0, done.output
     assert "a training that is done" in done.output
-    assert f"generator.safetensors stores {BANK} real activations" in done.output
+    assert f"generator.safetensors stores {BANK} activations of real images" in done.output
     stored = json.loads((place / "run/log.json").read_text())
     assert (stored["stored_activations"], stored["replaced_activations"], stored["floats"]) == (BANK, 0, BANK * 16)
     assert stored["history"] == facts["history"]

@@ -80,7 +80,7 @@ def test_a_page_from_images_shows_them(place, penult_json):
     page = (place / "deep" / "page.html").read_text("utf-8")
     assert (facts["score"], facts["false_alarm"], list(facts["others"])) == ("max logit", 0.1, ["noise"])
     assert page.count("<img") == 4 * 8
-    assert len(re.findall(r'alt="Input \d+ of noise, taken for \d at', page)) == 16
+    assert len(re.findall(r'alt="Input \d+ of noise, classified as \d with probability', page)) == 16
     assert "<title>T &amp; Co</title>" in page
     stored = penult_json(*FAMILIAR, "--score", "max-logit", "--false-alarm", "0.1", "--fitted")
     assert stored["threshold"] == pytest.approx(facts["threshold"], abs=1e-3)
@@ -112,7 +112,7 @@ def test_bad_input_is_refused_in_one_line(place, refused):
     assert "neither a source nor NAME=SOURCE" in refused(*FAMILIAR, "--ood", "=rotated")
     assert "there is no 'nowhere'" in refused(*FAMILIAR, "--ood", "nowhere")
     assert "give --model" in refused(*FAMILIAR, "--ood", "noise.npz")
-    assert "at least 1997 are needed" in refused(*FAMILIAR, "--false-alarm", "0.001")
+    assert "expected at least 1997" in refused(*FAMILIAR, "--false-alarm", "0.001")
     penult.GenerativePair(penult.Head(torch.randn(3, 5))).save(place / "other.penult.safetensors")
     assert "reads 5 and has 3" in refused(
         "report", "other.penult.safetensors", "--data", "acts", "--out", "page.html", "--score", "energy"

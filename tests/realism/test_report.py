@@ -32,7 +32,7 @@ def test_histograms_are_densities_with_the_exact_mean(result):
         steps = patch.get_data()
         assert float((steps.values * (steps.edges[1:] - steps.edges[:-1])).sum()) == pytest.approx(1)
     assert axes.lines[0].get_xdata()[0] == pytest.approx(result.chart_cosine.law_mean)
-    assert "chart" in texts(figure)
+    assert "coordinates of the sphere" in texts(figure)
     assert "norm of h" in texts(realism.norms(result))
     without = dataclasses.replace(result, norm=dataclasses.replace(result.norm, histogram=None))
     with pytest.raises(ValueError, match="no histogram"):

@@ -29,7 +29,7 @@ def test_of_many_classes_those_believed_least():
 def test_confusion_in_shares_of_each_row():
     (axes,) = distill.confusion(torch.tensor([[9, 1, 0], [2, 6, 0], [0, 0, 0]]), ["a", "b", "c"]).axes
     assert [text.get_text() for text in axes.texts] == ["90%", "10%", "0%", "25%", "75%", "0%", "0%", "0%", "0%"]
-    assert axes.get_xlabel() == "student's answer"
+    assert axes.get_xlabel() == "prediction of the student"
     axes = distill.confusion(torch.eye(100), [str(y) for y in range(100)]).axes[0]
     assert not axes.texts
     with pytest.raises(ValueError, match=r"2 names don't fit a confusion matrix \(3, 3\)"):

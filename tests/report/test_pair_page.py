@@ -22,7 +22,7 @@ from penult.report.scores import roc, separation, spread
 from report.test_browser import BROWSER, WIDTHS, seen
 
 HOSTILE = '<script>alert("&")</script>'
-TITLES = ["The head", "Identity and laws", "Class geometry", "Real beside synthetic", "How familiar"]
+TITLES = ["The head", "Identity and laws", "Class geometry", "Real and sampled activations", "Outlier scores"]
 
 
 class Reader(HTMLParser):
@@ -112,9 +112,10 @@ def test_all_sections_are_there_and_nothing_of_a_name_is_markup(full):
     alts = reader.values("alt", "img")
     assert len(alts) == 8 * 4 + 5  # of the third set all five are at one end, and none are left for the other
     assert all(
-        re.match(r"Input \d+ of .*, taken for .* at [01]\.\d\d, directional -?[\d.e+-]+, p-value", a) for a in alts
+        re.match(r"Input \d+ of .*, classified as .* with probability [01]\.\d\d, directional -?[\d.e+-]+, p-value", a)
+        for a in alts
     )
-    assert any(f"taken for {HOSTILE}" in alt for alt in alts)
+    assert any(f"classified as {HOSTILE} with" in alt for alt in alts)
     scrolled = [value for tag, key, value in reader.attributes if (tag, key) == ("div", "class") and "scroll" in value]
     assert len(reader.values("tabindex", "div")) == len(scrolled)
 
@@ -154,7 +155,7 @@ def test_figures_are_those_of_the_library(full):
     assert set(facts["realism"]["auc"]) == {"logistic", "mlp", "knn"}
     assert facts["realism"]["labels"] == "stored"
     assert all(law["bar"] is None or law["measured"] <= law["bar"] for law in facts["laws"])
-    assert "Not everything holds" not in page.html()
+    assert "Some checks failed" not in page.html()
 
 
 def test_the_same_arguments_give_the_same_page():
@@ -178,8 +179,8 @@ def test_any_number_of_classes(k):
     text = page.html()
     assert ("opposite" in text) == (k == 2)
     assert ("closest pairs" in text) == (k == 1000)
-    assert ("of the 8 classes seen most" in text) == (k > 10)
-    assert "Realism is not measured: " in text  # of sixty rows
+    assert ("of the 8 most frequent classes" in text) == (k > 10)
+    assert "Realism was not measured: " in text  # of sixty rows
     assert "Colours are predictions" in text
 
 
@@ -239,7 +240,7 @@ def test_a_wrong_normaliser_is_told():
     pair, familiar = small()
     base = pair.base
     wrong = Wrong(base.radius, base.loc, base.scale_tril, log_weights=base.log_weights)
-    assert "Not everything holds" in pages.page(penult.GenerativePair(pair.head, wrong), familiar).html()
+    assert "Some checks failed" in pages.page(penult.GenerativePair(pair.head, wrong), familiar).html()
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -251,15 +252,15 @@ def test_bad_input_says_what_to_do():
     for arguments, options, message in [
         ((constant,), {}, "all 60 familiar activations are the same"),
         ((familiar[:39],), {}, "39 familiar activations.*at least 40"),
-        ((familiar,), {"false_alarm": 0.001}, "at least 1997 are needed: give more, or allow more"),
+        ((familiar,), {"false_alarm": 0.001}, "at least 1997, because.*Give more, or allow more"),
         ((familiar,), {"false_alarm": 0.0}, "between 0 and 1"),
         ((other,), {}, "dimension 7 and 4 classes, but the head reads 6"),
         ((broken,), {}, "'familiar'.*NaN or infinity"),
-        ((familiar, {"x": familiar[:0]}), {}, "'x'.*no activations at all"),
-        ((familiar, {"familiar": familiar}), {}, "names of their own"),
+        ((familiar, {"x": familiar[:0]}), {}, r"'x' has shape \(0, 6\)"),
+        ((familiar, {"familiar": familiar}), {}, "expected names that are neither empty nor 'familiar'"),
         ((familiar,), {"images": torch.rand(3, 1, 8, 8)}, "60 activations and 3 images"),
-        ((familiar,), {"other_images": {"x": []}}, "'x', which is not among"),
-        ((familiar,), {"score": lambda pair, h: h[:, 0] * math.nan}, "60 NaN"),
+        ((familiar,), {"other_images": {"x": []}}, "'x'; expected only names of other sets"),
+        ((familiar,), {"score": lambda pair, h: h[:, 0] * math.nan}, "and 60 NaN"),
         ((familiar,), {"images": torch.rand(60, 2, 8, 8)}, "thumbnail"),
     ]:
         with pytest.raises(ValueError, match=message):

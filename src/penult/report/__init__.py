@@ -1,9 +1,9 @@
-"""Self-contained HTML pages and their figures: the one place in penult where either is made.
+"""Self-contained HTML pages and their figures.
 
-`Page` gathers sections of text, headline facts, tables, figures and terminal output into one file that
-loads nothing from elsewhere. `penult.report.plots` draws the figures, and `penult.report.realism` those of what
-`penult.realism` measured; `penult.report.figures` is their house style and turns them into inline SVG that follows
-the reader's light or dark theme.
+`Page` collects sections of text, headline numbers, tables, figures and terminal output in one file that loads nothing
+from elsewhere. `penult.report.plots` has general figures; `penult.report.realism`, `scores`, `distill` and `generate`
+have the figures of the results of these rooms. `penult.report.figures` is the house style of figures and converts them
+to inline SVG in the reader's light or dark theme. `penult.report.pair` makes a whole page on a pair.
 """
 
 try:
@@ -11,7 +11,7 @@ try:
     import matplotlib as matplotlib
 except ImportError as error:
     raise ImportError(
-        'pages and figures need matplotlib and jinja2: pip install "penult[report]"', name=error.name
+        'penult.report needs matplotlib and jinja2: pip install "penult[report]"', name=error.name
     ) from error
 
 from penult.report import figures, pair, plots, realism

@@ -1,204 +1,277 @@
-"""Sections of the page on a pair that are about scores, and the pictures of inputs at either end."""
+"""Sections of the page on a pair about outlier scores, with pictures of the inputs at both ends of the score."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import Tensor
 
-from penult.activations import Activations
 from penult.report import scores as figures
-from penult.report._pair_sections import labels_of, share
-from penult.report.page import Page
+from penult.report.markup import percent, shorten
+from penult.report.page import Page, Section
+from penult.report.scores import Separation
 from penult.report.thumbnails import Thumbnail, gallery
 from penult.scores import Threshold
 
-__all__ = ["FAMILIAR", "Images", "ScoredSet", "familiarity", "pictured"]
+__all__ = ["FAMILIAR", "Images", "ScoredSet", "Scores", "familiarity", "pictured"]
 
-FAMILIAR = "familiar"  # what the first set is called
+# Name of the set of familiar inputs.
+FAMILIAR = "familiar"
 
-_DRAWN = 5  # sets in a figure
-_THUMBNAILS = 8  # at either end
-_LETTERS = 60  # of a name above them
+# Other sets in one figure.
+_SHOWN_SETS = 5
+# Pictures at each end of the score.
+_PICTURES = 8
+# Letters of the name of a set above pictures, and in figures.
+_LETTERS, _FIGURE_LETTERS = 60, 28
 
-Images = Sequence[Any] | Any  # of items (C, H, W), or tuples that begin with one
+# A sequence of images (C, H, W), or of tuples that begin with one.
+Images = Sequence[Any] | Any
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """What is known of one set, on the CPU: scores (N,) by name, predictions (N,), mean posterior (K,)."""
+    """One set of inputs as read by the pair; tensors are on the CPU.
+
+    Attributes:
+        scores: Scores (N,) by name.
+        predicted: Predicted classes (N,).
+        confidence: Largest class probabilities (N,).
+        posterior: Mean class probabilities (K,).
+        gap: Largest difference between the pair's posterior and the softmax of its head.
+        gap_limit: Limit of `gap` in the precision of the computation.
+        stored_gap: Largest difference between the softmax of the head and that of the stored logits.
+        constant: Whether all activations are the same.
+    """
 
     scores: dict[str, Tensor]
     predicted: Tensor
     confidence: Tensor
     posterior: Tensor
-    gap: float  # from the pair's posterior to the softmax of its head
-    bar: float  # which that gap has to keep in the precision that it is computed in
-    stored_gap: float  # from that to the softmax of the logits that are stored
+    gap: float
+    gap_limit: float
+    stored_gap: float
     constant: bool
 
 
-def familiarity(
-    made: Page,
-    sets: Mapping[str, ScoredSet],
-    keep: Mapping[str, Tensor],
-    chosen: str,
-    threshold: Threshold,
-    fitted: bool,
-) -> dict[str, Any]:
-    """The section on scores, the threshold and how it fared; and its figures."""
-    shown = labels_of(sets)
-    values = {name: each.scores[chosen][keep[name]] for name, each in sets.items()}
-    strange = {name: threshold(each.to(threshold.calibration)) for name, each in values.items()}
-    rates = {name: float(each.double().mean()) for name, each in strange.items()}
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all sets, and the threshold of one of the scores.
+
+    Attributes:
+        sets: Sets by name; the first is the familiar one.
+        rows: Numbers of the rows of each set that are compared with the threshold.
+        name: Name of the score that the threshold belongs to.
+        threshold: The threshold, which takes scores instead of activations.
+    """
+
+    sets: Mapping[str, ScoredSet]
+    rows: Mapping[str, Tensor]
+    name: str
+    threshold: Threshold
+
+    @property
+    def others(self) -> list[str]:
+        """Names of all sets but the familiar one."""
+        return [name for name in self.sets if name != FAMILIAR]
+
+    def of(self, set_name: str, score: str | None = None) -> Tensor:
+        """Return one score of the compared rows of a set. Default: the score of the threshold."""
+        return self.sets[set_name].scores[score or self.name][self.rows[set_name]]
+
+    def num_above(self, set_name: str) -> int:
+        """Return the number of compared rows of a set that are above the threshold."""
+        return int(self.threshold(self.of(set_name).to(self.threshold.calibration)).sum())
+
+    def rate(self, set_name: str) -> float:
+        """Return the fraction of compared rows of a set that are above the threshold."""
+        return self.num_above(set_name) / len(self.rows[set_name])
+
+    def separations(self, set_name: str) -> dict[str, Separation]:
+        """Return how well each score separates a set from the familiar one, by name of the score."""
+        return {
+            score: figures.separation(self.of(FAMILIAR, score), self.of(set_name, score))
+            for score in self.sets[set_name].scores
+        }
+
+
+def labels_of(names: Sequence[str], letters: int = _FIGURE_LETTERS) -> dict[str, str]:
+    """Return labels for names in a figure, all different and none of them "threshold" or "chance".
+
+    Example:
+        >>> labels_of(["familiar", "chance", "noise"], letters=6)
+        {'familiar': 'famil…', 'chance': 'chance (2)', 'noise': 'noise'}
+    """
+    labels: dict[str, str] = {}
+    taken = {"threshold", "chance"}
+    for name in names:
+        label = plain = shorten(name, letters)
+        numbers = count(2)
+        while label in taken:
+            label = f"{plain} ({next(numbers)})"
+        labels[name] = label
+        taken.add(label)
+    return labels
+
+
+def familiarity(page: Page, scored: Scores, fitted: bool) -> dict[str, Any]:
+    """Add the section on outlier scores and the threshold, and return its numbers for JSON."""
+    threshold = scored.threshold
     alarm, bound = threshold.false_alarm, threshold.rate_bound()
-    n, judged = len(threshold.calibration), len(values[FAMILIAR])
-    section = made.section(
-        "How familiar",
-        f"The score is *{chosen}*; higher is stranger. {n} familiar activations, chosen at random, set the threshold, "
-        f"and the other {judged} are judged by it. Of inputs like these it calls at most {share(alarm)} strange, on "
-        f"average over such sets of {n}; the rate of this very threshold lies below {share(bound)} at 95 % confidence. "
-        "That holds for any network and score, as long as inputs are like the familiar ones and neither pair nor "
-        "network were fitted to these. It says nothing of how many strange inputs are found.",
+    calibrated_on, judged = len(threshold.calibration), len(scored.rows[FAMILIAR])
+    section = page.section(
+        "Outlier scores",
+        f"Each input gets a score, *{scored.name}*; a higher score means a stranger input. Inputs above a threshold "
+        f"are called strange. {calibrated_on} familiar activations, chosen at random, set the threshold; the other "
+        f"{judged} test it. On average over such choices, at most {percent(alarm)} of new familiar inputs are called "
+        f"strange (the false-alarm rate). For this threshold, the rate is below {percent(bound)} with 95 % confidence. "
+        "This holds for every network and score, provided that new inputs are like the familiar ones and that neither "
+        "network nor pair was fitted to these. It does not say how many outliers are detected.",
     )
     if fitted:
         section.text(
-            "**The base was fitted to these very activations**, so that false alarms may be more than it says."
+            "**The base was fitted to these very activations**, so the false-alarm rate for new inputs may be higher."
         )
     section.facts(
         {
             "threshold": threshold.value,
-            "false alarms, asked": share(alarm),
-            "false alarms, measured": share(rates[FAMILIAR]),
+            "false-alarm rate, requested": percent(alarm),
+            "false-alarm rate, measured": percent(scored.rate(FAMILIAR)),
         }
     )
-    drawn = [FAMILIAR, *[name for name in sets if name != FAMILIAR][:_DRAWN]]
-    first = "" if len(drawn) == len(sets) else f" The first {_DRAWN} of {len(sets) - 1} other sets."
-    section.figure(
-        figures.spread({shown[name]: values[name] for name in drawn}, threshold.value, f"{chosen} score"),
-        caption=f"The score of the judged familiar inputs{' and of others' if len(sets) > 1 else ''}; the outermost "
-        f"bars also hold what lies beyond.{first}",
-        alt=f"Histograms of {chosen} for {', '.join(drawn)}, with the threshold at {threshold.value:.4g}.",
-    )
-    rows = [
-        [
-            name,
-            len(values[name]),
-            int(strange[name].sum()),
-            share(rates[name]),
-            share(_error(rates[name], values[name])),
-        ]
-        for name in sets
-    ]
-    section.table(
-        ["set", "inputs", "called strange", "share", "± standard error"],
-        rows,
-        caption=f"What is above the threshold. Of the judged familiar inputs {share(rates[FAMILIAR])} are, where at "
-        f"most {share(alarm)} was asked for.",
-        align="lrrrr",
-    )
-    facts: dict[str, Any] = {
-        "score": chosen,
+    _histograms(section, scored)
+    _rates(section, scored)
+    separations = {name: scored.separations(name) for name in scored.others}
+    if separations:
+        _detection(section, scored, separations)
+    return {
+        "score": scored.name,
         "threshold": threshold.value,
         "false_alarm": alarm,
         "false_alarm_bound": bound,
-        "false_alarm_measured": rates[FAMILIAR],
-        "calibrated_on": n,
+        "false_alarm_measured": scored.rate(FAMILIAR),
+        "calibrated_on": calibrated_on,
         "judged": judged,
-        "others": {},
+        "others": {
+            name: {
+                "count": len(scored.rows[name]),
+                "strange": scored.rate(name),
+                "scores": {score: {"auroc": one.auroc, "fpr95": one.fpr95} for score, one in by_score.items()},
+            }
+            for name, by_score in separations.items()
+        },
     }
-    if len(sets) == 1:
-        return facts
-    parted = {
-        name: {each: figures.separation(sets[FAMILIAR].scores[each][keep[FAMILIAR]], of) for each, of in own.items()}
-        for name, own in ((name, one.scores) for name, one in sets.items() if name != FAMILIAR)
-    }
+
+
+def _shown_sets(scored: Scores) -> tuple[list[str], str]:
+    """Return the names of the other sets that figures show, and a sentence if these are not all."""
+    shown = scored.others[:_SHOWN_SETS]
+    if len(shown) == len(scored.others):
+        return shown, ""
+    return shown, f" Only the first {_SHOWN_SETS} of {len(scored.others)} other sets are shown."
+
+
+def _histograms(section: Section, scored: Scores) -> None:
+    shown, note = _shown_sets(scored)
+    labels, value = labels_of(list(scored.sets)), scored.threshold.value
     section.figure(
-        figures.roc({shown[name]: parted[name][chosen] for name in drawn[1:]}),
-        caption=f"What each threshold on {chosen} finds of strange inputs, and what it costs in false alarms.{first}",
-        alt="ROC curves: " + "; ".join(f"{name} has an area of {parted[name][chosen].auroc:.3f}" for name in drawn[1:]),
+        figures.spread({labels[name]: scored.of(name) for name in (FAMILIAR, *shown)}, value, f"{scored.name} score"),
+        caption=f"The score of the familiar inputs that test the threshold{' and of other inputs' if shown else ''}. "
+        f"The outermost bars include all scores beyond them.{note}",
+        alt=f"Histograms of the {scored.name} score for {', '.join((FAMILIAR, *shown))}, with the threshold at "
+        f"{value:.4g}.",
+    )
+
+
+def _rates(section: Section, scored: Scores) -> None:
+    rows = []
+    for name in scored.sets:
+        num_inputs, rate = len(scored.rows[name]), scored.rate(name)
+        error = math.sqrt(rate * (1 - rate) / num_inputs)
+        rows.append([name, num_inputs, scored.num_above(name), percent(rate), percent(error)])
+    section.table(
+        ["set", "inputs", "above the threshold", "rate", "standard error"],
+        rows,
+        caption="Inputs above the threshold. The rate of the familiar set is the measured false-alarm rate; "
+        f"{percent(scored.threshold.false_alarm)} was requested. The rates of other sets are detection rates.",
+        align="lrrrr",
+    )
+
+
+def _detection(section: Section, scored: Scores, separations: Mapping[str, Mapping[str, Separation]]) -> None:
+    shown, note = _shown_sets(scored)
+    labels = labels_of(list(scored.sets))
+    curves = {name: separations[name][scored.name] for name in shown}
+    section.figure(
+        figures.roc({labels[name]: curve for name, curve in curves.items()}),
+        caption=f"Detection rate over false-alarm rate for all thresholds on {scored.name}.{note}",
+        alt="ROC curves: " + "; ".join(f"{name} has an AUROC of {curve.auroc:.3f}" for name, curve in curves.items()),
     )
     section.table(
         ["set", "score", "AUROC", "FPR at 95 % TPR"],
         [
-            [name, f"**{each}**" if each == chosen else each, f"{one.auroc:.4f}", share(one.fpr95)]
-            for name, found in parted.items()
-            for each, one in found.items()
+            [name, f"**{score}**" if score == scored.name else score, f"{one.auroc:.4f}", percent(one.fpr95)]
+            for name, by_score in separations.items()
+            for score, one in by_score.items()
         ],
-        caption="The chosen score beside the usual ones of the head's own logits. AUROC: how often a strange input has "
-        "the higher score than a familiar one, 0.5 by chance. FPR at 95 % TPR: the share of strange inputs that pass "
-        "for familiar where 95 % of familiar ones do.",
+        caption="The chosen score (bold) and common scores from the logits of the head. AUROC: probability that an "
+        "outlier has a higher score than a familiar input; 0.5 is chance. FPR at 95 % TPR: fraction of outliers below "
+        "the threshold that 95 % of familiar inputs are below.",
         align="llrr",
     )
-    facts["others"] = {
-        name: {
-            "count": len(values[name]),
-            "strange": rates[name],
-            "scores": {each: {"auroc": one.auroc, "fpr95": one.fpr95} for each, one in found.items()},
-        }
-        for name, found in parted.items()
-    }
-    return facts
 
 
-def _error(rate: float, values: Tensor) -> float:
-    return math.sqrt(rate * (1 - rate) / len(values))
+# --- pictures -----------------------------------------------------------------------------------------------
 
 
 def pictured(
-    made: Page,
-    sets: Mapping[str, ScoredSet],
-    keep: Mapping[str, Tensor],
-    chosen: str,
-    threshold: Threshold,
-    pictures: Mapping[str, Images],
-    names: Sequence[str],
-    familiar: Activations,
+    page: Page, scored: Scores, images: Mapping[str, Images], names: Sequence[str], labels: Tensor | None
 ) -> None:
-    """The section of the inputs at either end of the score."""
-    section = made.section(
+    """Add the section with pictures of the most and the least familiar inputs of each set.
+
+    Args:
+        page: The page.
+        scored: Scores of all sets.
+        images: Images of a set by its name.
+        names: K names of classes.
+        labels: Labels of the familiar inputs, if known.
+    """
+    section = page.section(
         "Most and least familiar inputs",
-        "Below each input stand the class that the head takes it for and its p-value: the share of familiar inputs "
-        "that are at least as strange. Of the familiar set only those that are judged are looked at.",
+        "Below each input are its predicted class and its p-value, the fraction of familiar inputs that are at least "
+        "as strange. Of the familiar set, only inputs that test the threshold are shown.",
     )
-    for name, images in pictures.items():
-        one = sets[name]
-        order = keep[name][one.scores[chosen][keep[name]].argsort(stable=True)]
-        ends = order[:_THUMBNAILS], order[_THUMBNAILS:].flip(0)[:_THUMBNAILS]
-        labels = familiar.labels if name == FAMILIAR else None
-        for what, places in zip(("most familiar", "least familiar"), ends, strict=True):
-            if not len(places):
+    for set_name, set_images in images.items():
+        rows = scored.rows[set_name][scored.of(set_name).argsort(stable=True)]
+        subject = "familiar inputs" if set_name == FAMILIAR else f"inputs of “{shorten(set_name, _LETTERS)}”"
+        set_labels = labels if set_name == FAMILIAR else None
+        ends = {"most": rows[:_PICTURES], "least": rows[_PICTURES:].flip(0)[:_PICTURES]}
+        for end, shown in ends.items():
+            if not len(shown):
                 continue
-            shown = name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…"
-            section.text(f"The {what} of {'the familiar inputs' if name == FAMILIAR else f'“{shown}”'}:")
-            p = threshold.p_value(one.scores[chosen][places].to(threshold.calibration)).tolist()
-            gallery(
-                section,
-                [
-                    _thumbnail(images[place], name, place, one, chosen, p_value, names, labels)
-                    for place, p_value in zip(places.tolist(), p, strict=True)
-                ],
-            )
+            section.text(f"The {subject} that are {end} familiar:")
+            thumbnails = [
+                _thumbnail(scored, set_name, row, set_images[row], names, set_labels) for row in shown.tolist()
+            ]
+            gallery(section, thumbnails)
 
 
 def _thumbnail(
-    item: Any,
-    name: str,
-    place: int,
-    one: ScoredSet,
-    chosen: str,
-    p_value: float,
-    names: Sequence[str],
-    labels: Tensor | None,
+    scored: Scores, set_name: str, row: int, item: Any, names: Sequence[str], labels: Tensor | None
 ) -> Thumbnail:
-    guess, value = names[int(one.predicted[place])], float(one.scores[chosen][place])
-    true = None if labels is None else names[int(labels[place])]
-    lines = [guess, f"p {p_value:.3f}", *([f"label {true}"] if true not in (None, guess) else [])]
+    """Return the picture of one input, with its prediction, p-value and label."""
+    scored_set = scored.sets[set_name]
+    score = scored_set.scores[scored.name][row]
+    p_value = float(scored.threshold.p_value(score.unsqueeze(0).to(scored.threshold.calibration)))
+    prediction, confidence = names[int(scored_set.predicted[row])], float(scored_set.confidence[row])
+    label = None if labels is None else names[int(labels[row])]
+    lines = [prediction, f"p {p_value:.3f}", *([f"label {label}"] if label not in (None, prediction) else [])]
     alt = (
-        f"Input {place} of {name}, taken for {guess} at {float(one.confidence[place]):.2f}, "
-        f"{chosen} {value:.4g}, p-value {p_value:.3f}" + ("" if true is None else f", label {true}")
+        f"Input {row} of {set_name}, classified as {prediction} with probability {confidence:.2f}, "
+        f"{scored.name} {float(score):.4g}, p-value {p_value:.3f}" + ("" if label is None else f", label {label}")
     )
     return Thumbnail(item[0] if isinstance(item, tuple | list) else item, lines, alt)

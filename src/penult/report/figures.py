@@ -1,6 +1,6 @@
-"""The house style of figures, and their way out: inline SVG for a page, PNG or SVG files for a README.
+"""House style of figures, and their output as inline SVG for a page or as PNG and SVG files.
 
-Sizes are CSS pixels: a figure of size (600, 360) is 600 pixels wide where there is room.
+Sizes are CSS pixels: a figure of size (600, 360) is 600 pixels wide if the screen has room for it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "text_width",
 ]
 
-# the gid of a figure that is not laid out anew for a narrow screen, but scrolls there
+# The gid of figures that keep their layout on a narrow screen and scroll there.
 FIXED = "fixed"
 
 _HOUSE: dict[str, Any] = {
@@ -56,7 +56,7 @@ _HOUSE: dict[str, Any] = {
     "figure.constrained_layout.wspace": 0.05,
     "font.size": 14,
     "text.color": LIGHT["ink"],
-    "text.parse_math": False,  # a class may be called $x
+    "text.parse_math": False,  # Names of classes may contain a dollar sign.
     "axes.facecolor": "none",
     "axes.edgecolor": LIGHT["muted"],
     "axes.labelcolor": LIGHT["muted"],
@@ -101,7 +101,7 @@ _HOUSE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the house style inside the `with`, whatever the user's rcParams, which come back after it."""
+    """Use the house style inside the `with` block instead of the user's rcParams, and restore these after it."""
     with matplotlib.style.context(["default", _HOUSE]):
         yield
 
@@ -111,14 +111,14 @@ def new_figure(
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure in the house style and its axes, row by row.
 
-    Labels are never cut: matplotlib's constrained layout makes room for them inside the size. Draw inside
-    `with style():`, since titles and legends ask for their looks when they are made.
+    Matplotlib's constrained layout keeps all labels inside the figure. Draw inside `with style():`, because titles and
+    legends read the style when they are created.
 
     Args:
-        rows: rows of axes.
-        cols: columns of axes.
-        size: width and height in CSS pixels; by default 600 x 360, or 310 x 300 for each of several axes.
-        subplots: passed on to `Figure.subplots`, such as `sharey=True`.
+        rows: Number of rows of axes.
+        cols: Number of columns of axes.
+        size: Width and height in CSS pixels. Default: 600 x 360, or 310 x 300 for each of several axes.
+        subplots: Options of `Figure.subplots`, such as `sharey=True`.
 
     Example:
         >>> figure, (left, right) = new_figure(1, 2)
@@ -138,7 +138,7 @@ def new_figure(
 
 
 def text_width(texts: Iterable[str], size: float = 13) -> float:
-    """Return the width of the widest of some texts, set in a size, in CSS pixels.
+    """Return the width of the widest text at a font size, in CSS pixels.
 
     Example:
         >>> text_width(["a", "aaaa"]) == text_width(["aaaa"]) > 4 * text_width(["i"])
@@ -149,11 +149,11 @@ def text_width(texts: Iterable[str], size: float = 13) -> float:
 
 
 def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Put a legend above the axes, where no data is, in as many columns as the figure is wide.
+    """Add a legend above the axes, with as many columns as fit into the width of the figure.
 
     Args:
-        figure: made by `new_figure`.
-        handles: name to what was drawn under it, or an artist that looks like it.
+        figure: Figure made by `new_figure`.
+        handles: Artists by name.
     """
     columns = max(1, int(figure.get_figwidth() * 72 / (text_width(handles, 13.5) + 50)))
     lines = -(-len(handles) // columns)
@@ -165,18 +165,18 @@ def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
 
 
 def compact(figure: Figure, width: float = 400) -> Figure | None:
-    """Lay a figure out anew for a narrow screen, with its text at full size.
+    """Return a copy of a figure that is laid out for a narrow screen, with text at full size.
 
     Returns:
-        A copy of the figure, or None for one that is narrow enough, was laid out by hand, has several columns
-        of axes, or bears `FIXED` as its gid, such as a heatmap with numbers in its cells.
+        The copy, or None if the figure is narrow enough already, has no constrained layout, has several columns of
+        axes, or has the gid `FIXED`, such as a heat map with numbers in its cells.
     """
     free = isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine) and figure.get_gid() != FIXED
     if not free or is_narrow(figure, width):
         return None
     figure = _copied(figure)
     figure.set_figwidth(width / 72)
-    for box in [each for each in figure.legends if each.get_gid() == "above"]:
+    for box in [box for box in figure.legends if box.get_gid() == "above"]:
         figure.legends.remove(box)
         pairs = zip(box.get_texts(), box.legend_handles, strict=True)
         legend(figure, {text.get_text(): handle for text, handle in pairs if handle is not None})
@@ -184,23 +184,23 @@ def compact(figure: Figure, width: float = 400) -> Figure | None:
 
 
 def is_narrow(figure: Figure, width: float = 400) -> bool:
-    """Say whether a figure can be read where there is but a `width`, being little wider."""
+    """Return whether a figure is at most 15 % wider than `width`, so that it stays readable when scaled down."""
     return bool(figure.get_figwidth() * 72 <= 1.15 * width)
 
 
 def svg(figure: Figure | str, alt: str, prefix: str = "figure") -> str:
-    """Turn a figure into an SVG element that stands inside an HTML page and follows its theme.
+    """Convert a figure to an SVG element for an HTML page, in the colours of the page's theme.
 
-    Colours of the house style become CSS variables such as `var(--series-1)`, with the light theme's colour
-    as the fallback. Text stays text, in the page's font. The same figure gives the same bytes.
+    Colours of the house style become CSS variables such as `var(--series-1)`, with the colour of the light theme as
+    the fallback. Text stays text, in the font of the page. The same figure gives the same bytes.
 
     Args:
-        figure: a matplotlib figure, or an SVG document as text.
-        alt: what the picture shows, for those who don't see it.
-        prefix: begins every id inside, so that two pictures can share a page.
+        figure: A matplotlib figure, or an SVG document as text.
+        alt: One sentence that describes the picture to readers who cannot see it.
+        prefix: Prefix of all ids, so that two pictures can share a page.
 
     Raises:
-        ValueError: `alt` is empty, or a given document holds more than drawing.
+        ValueError: `alt` is empty, or the document contains anything but drawing elements.
 
     Example:
         >>> figure, (axes,) = new_figure()
@@ -211,16 +211,16 @@ def svg(figure: Figure | str, alt: str, prefix: str = "figure") -> str:
 
 
 def save(figure: Figure, path: str | Path, theme: Theme = "light", scale: float = 2) -> Path:
-    """Write a figure to a `.png` or `.svg` file of its own, in one theme and on its solid paper.
+    """Write a figure to a `.png` or `.svg` file in one theme, with a solid background, and return its path.
 
     Args:
-        figure: drawn in the house style.
-        path: where; the ending decides what is written.
+        figure: Figure in the house style.
+        path: Path of the file; its suffix selects the format.
         theme: "light" or "dark".
-        scale: pixels of a PNG for each CSS pixel of the figure.
+        scale: Pixels of a PNG for each CSS pixel of the figure.
 
     Raises:
-        ValueError: the ending is neither `.png` nor `.svg`.
+        ValueError: The suffix is neither `.png` nor `.svg`.
     """
     path = Path(path)
     if path.suffix == ".svg":
@@ -237,21 +237,24 @@ def save(figure: Figure, path: str | Path, theme: Theme = "light", scale: float 
             )
         data = buffer.getvalue()
     else:
-        raise ValueError(f"a figure is saved as .png or .svg, not {path.suffix or path.name!r}")
+        raise ValueError(f"the suffix of {path.name!r} is {path.suffix!r}; expected .png or .svg")
     return io.write_bytes(path, data)
 
 
 def _document(figure: Figure) -> str:
     buffer = StringIO()
     with style():
-        figure.draw_without_rendering()  # the layout settles at the second drawing
+        # The constrained layout settles only at the second drawing.
+        figure.draw_without_rendering()
         figure.savefig(buffer, format="svg", dpi=72, transparent=True, metadata={"Date": None})
     return buffer.getvalue()
 
 
 def _copied(figure: Figure) -> Figure:
+    """Return a deep copy of a figure."""
     canvas = figure.canvas
-    FigureCanvasBase(figure)  # without a window, of which the copy would open a second one
+    # A canvas without a window: the copy of a canvas with a window would open another window.
+    FigureCanvasBase(figure)
     try:
         return copy.deepcopy(figure)
     finally:
@@ -259,7 +262,7 @@ def _copied(figure: Figure) -> Figure:
 
 
 def _recoloured(figure: Figure, theme: Theme) -> Figure:
-    """Return a copy of a figure in which every artist has its colour in a theme."""
+    """Return a copy of a figure with all colours in a theme."""
     figure = _copied(figure)
     for artist in figure.findobj():
         if isinstance(artist, (AxesImage, Collection)) and artist.get_array() is not None:
@@ -275,7 +278,7 @@ def _recoloured(figure: Figure, theme: Theme) -> Figure:
 
 
 def _in_theme(colour: Any, theme: Theme) -> Any:
-    """Return a colour, or rows of colours, of an artist in a theme; how opaque each is stays."""
+    """Return a colour or rows of colours of an artist in a theme, with the same opacity."""
     if isinstance(colour, str) and colour in ("none", "auto", "face"):
         return colour
     rows: list[tuple[float, float, float, float]] = to_rgba_array(colour).tolist()

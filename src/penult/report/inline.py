@@ -1,4 +1,4 @@
-"""From a finished SVG document to one that can stand inside an HTML page, or alone in a chosen theme."""
+"""Conversion of SVG documents to small, safe SVG elements for HTML pages, or to files in one theme."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ _REFERENCE = re.compile(r"(?<=^href:#).+|(?<=url\(#)[^)]+")
 
 
 def clean(source: str, alt: str, prefix: str, theme: Theme | None = None) -> str:
-    """Make an SVG document safe, small and theme-aware.
+    """Return an SVG document without anything but drawing elements, small and in the colours of a theme.
 
-    Keeps drawing elements only; colours of the palette become CSS variables (or a theme's colours), fonts the
-    page's own, ids `prefix` and a number, and the size a `viewBox` that scales.
+    Colours of the palette become CSS variables, or the colours of `theme`. Fonts are removed, so that text has the
+    font of the page. Ids become `prefix` and a number. The size becomes a `viewBox`, so that the picture scales.
 
     Args:
-        source: an SVG document, such as matplotlib writes.
-        alt: what the picture shows, for those who don't see it.
-        prefix: begins every id, so that two pictures can share a page.
-        theme: draw a document of its own in this theme on its solid paper; without it, an inline one.
+        source: An SVG document, for example from matplotlib.
+        alt: One sentence that describes the picture to readers who cannot see it.
+        prefix: Prefix of all ids, so that two pictures can share a page.
+        theme: Theme of a document for a file of its own, with a solid background. None: an element for a page.
 
     Raises:
-        ValueError: `alt` is empty, or the document holds a script, a link out or anything else but drawing.
+        ValueError: `alt` is empty, or the document contains a script, an external link or any other element that
+            does not draw.
     """
     if not alt.strip():
-        raise ValueError("a figure needs a non-empty alt: one sentence on what it shows")
-    root = ElementTree.fromstring(markup.seen(source))  # no XML may hold control characters, such as a name may
+        raise ValueError("alt is empty; expected one sentence that describes the figure")
+    # Names of classes may contain control characters, which XML does not allow.
+    root = ElementTree.fromstring(markup.seen(source))
     _prune(root)
     width, height = (float(size) for size in root.attrib["viewBox"].split()[2:])
     names: dict[str, str] = {}
@@ -75,7 +77,7 @@ def clean(source: str, alt: str, prefix: str, theme: Theme | None = None) -> str
 
 
 def _prune(parent: Element) -> None:
-    """Strip namespaces, what is not drawn, and the white space between elements."""
+    """Remove namespaces, elements that draw nothing, and white space between elements."""
     parent.tag = parent.tag.rpartition("}")[2]
     parent.attrib = {key.rpartition("}")[2]: value for key, value in parent.attrib.items()}
     if parent.tag not in ("text", "tspan"):
@@ -89,25 +91,27 @@ def _prune(parent: Element) -> None:
 
 
 def _check(element: Element) -> None:
+    """Raise unless an element only draws, and refers to nothing outside the document."""
     if element.tag not in _DRAWN:
-        raise ValueError(f"an SVG on a page is made of drawing elements: <{element.tag}> is none")
+        raise ValueError(f"an SVG on a page may contain drawing elements only; this one has <{element.tag}>")
     inside = ("#", "data:image/") if element.tag == "image" else "#"
     for key, value in element.attrib.items():
         if key.startswith("on") or (key == "href" and not value.startswith(inside)):
-            raise ValueError(f"an SVG on a page runs and loads nothing: <{element.tag}> has {key}={value!r}")
+            raise ValueError(f"an SVG on a page may not run or load anything; <{element.tag}> has {key}={value!r}")
         if re.search(r"url\((?!#)", value):
-            raise ValueError(f"an SVG on a page refers to its own parts: <{element.tag}> has {value!r}")
+            raise ValueError(f"an SVG on a page may refer only to its own parts; <{element.tag}> has {value!r}")
 
 
 def _style(style: str, theme: Theme | None) -> str:
-    """Rewrite the declarations of one style attribute: palette colours, and the font of the page."""
+    """Return a style attribute with its colours in a theme and without font families."""
     declarations = []
     for declaration in filter(str.strip, style.split(";")):
         name, _, value = (part.strip() for part in declaration.partition(":"))
-        if name == "font":  # the shorthand of matplotlib < 3.11: weight, size, families
+        if name == "font":
+            # matplotlib before 3.11 writes the shorthand property: weight, size, families.
             before, size = re.findall(r"^(.*?)([\d.]+px)", value)[0]
             weight = re.findall(r"bold|\d{3}", before)
-            declarations += [f"font-size:{size}", *(f"font-weight:{each}" for each in weight)]
+            declarations += [f"font-size:{size}", *(f"font-weight:{value}" for value in weight)]
         elif name != "font-family":
             value = re.sub(r"#[0-9a-fA-F]{6}\b", lambda match: recolour(match[0], theme), value)
             declarations.append(f"{name}:{value}")
@@ -115,13 +119,13 @@ def _style(style: str, theme: Theme | None) -> str:
 
 
 def _shorten(value: str) -> str:
-    """Write coordinates to a hundredth of a pixel, on one line."""
+    """Round coordinates to a hundredth of a pixel and join them on one line."""
     numbers = re.sub(r"-?\d+\.\d+", lambda match: f"{round(float(match[0]), 2) + 0.0:g}", value)
     return " ".join(numbers.split())
 
 
 def _rename(root: Element, names: dict[str, str]) -> None:
-    """Give what is referred to its new id, and take away every other."""
+    """Rename the ids that are referred to, and remove all others."""
     for element in root.iter():
         old = element.attrib.pop("id", None)
         if old in names:
@@ -132,7 +136,7 @@ def _rename(root: Element, names: dict[str, str]) -> None:
 
 
 def _hoist(root: Element) -> None:
-    """Write a style that all points of a cloud share once, on their group."""
+    """Move a style that all points of a scatter plot share to their group."""
     for group in root.iter("g"):
         uses = [child for child in group if child.tag == "use"]
         styles = {use.get("style", "") for use in uses}

@@ -1,4 +1,4 @@
-"""The little markup that a page's text may hold, and how a page writes numbers."""
+"""Inline markup of the text of pages, and the format of numbers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from markupsafe import Markup, escape
 
 _INLINE = re.compile(
     r"`(?P<code>[^`]+)`"
-    # no "**" inside, or each that nothing closes would be looked for to the end of the text
+    # No "**" inside: otherwise the search for each unclosed "**" would run to the end of the text.
     r"|(?<![\w*])\*\*(?P<strong>\S(?:(?:(?!\*\*).)*?\S)?)\*\*(?![\w*])"
     r"|(?<![\w*])\*(?P<em>[^\s*](?:[^*]*[^\s*])?)\*(?![\w*])",
     re.DOTALL,
 )
-# Control characters and halves of pairs, which no page may hold, and what turns round or embeds the text behind it.
+# Control characters and lone surrogates, which HTML does not allow, and marks that change the direction of text.
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 _NUMBER = re.compile(r"[\s*≤≥<>~≈±+−-]*[.]?\d")
 
 
 def inline(text: str) -> Markup:
-    """Escape a text and turn `` `code` ``, ``**strong**`` and ``*emphasis*`` into HTML.
+    """Escape a text and convert `` `code` ``, ``**strong**`` and ``*emphasis*`` to HTML.
 
-    Marks do not nest, and stand only at word boundaries: `2 * 3 * 4` and `2**3` stay as they are.
+    Marks do not nest, and count only at word boundaries: `2 * 3 * 4` and `2**3` are unchanged.
 
     Example:
         >>> print(inline("**p** < `a & b`"))
@@ -39,10 +39,10 @@ def inline(text: str) -> Markup:
 
 
 def seen(document: str) -> str:
-    r"""Put a replacement character where a document, finished or not, holds what cannot be shown as it is.
+    r"""Replace characters that a page cannot show by the replacement character, U+FFFD.
 
-    These are control characters, lone surrogates (of file names that are no UTF-8) and marks that change the direction
-    of what stands behind them, beyond the name that brought them.
+    These are control characters, lone surrogates (from file names that are not UTF-8), and marks that change the
+    direction of all text after them.
 
     Example:
         >>> seen("a\x1bb\u202ec\ud800\n")
@@ -52,7 +52,7 @@ def seen(document: str) -> str:
 
 
 def paragraphs(text: str) -> list[Markup]:
-    r"""Split a text at its blank lines and mark up each paragraph.
+    r"""Split a text at blank lines and convert each paragraph to HTML.
 
     Example:
         >>> [str(part) for part in paragraphs("one\n\n*two*")]
@@ -62,9 +62,9 @@ def paragraphs(text: str) -> list[Markup]:
 
 
 def cell(value: Any) -> str:
-    """Write a value of a table or a fact: text as it is, numbers short, nothing as a dash.
+    """Format the value of a table cell or headline number: text as it is, numbers short, None and NaN as a dash.
 
-    Zero-dimensional arrays and tensors count as the number they hold.
+    Zero-dimensional arrays and tensors are formatted as their number.
 
     Example:
         >>> cell(60000), cell(0.98765), cell(2e-7), cell(None), cell("**.99**")
@@ -83,8 +83,38 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def number(value: float, spec: str) -> str:
+    """Format a number with a true minus sign.
+
+    Example:
+        >>> number(-0.5, ".2f")
+        '−0.50'
+    """
+    return format(value, spec).replace("-", "−")
+
+
+def percent(value: float) -> str:
+    """Format a fraction in percent with at most three significant digits.
+
+    Example:
+        >>> percent(0.05), percent(0.05321), percent(1.0), percent(0.0004)
+        ('5 %', '5.32 %', '100 %', '0.04 %')
+    """
+    return f"{100 * value:.3g} %"
+
+
+def shorten(text: str, letters: int = 24) -> str:
+    """Cut a long text, such as the name of a class, so that it fits into a figure.
+
+    Example:
+        >>> shorten("a long name", 8), shorten("short", 8)
+        ('a long …', 'short')
+    """
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
 def is_number(text: str) -> bool:
-    """Say whether a table's cell reads as a number, so that its column stands to the right.
+    """Return whether a table cell begins with a number; columns of numbers are aligned to the right.
 
     Example:
         >>> is_number("**.915** ± .003"), is_number("≤ 1e-9"), is_number("ResNet 20")

@@ -1,4 +1,4 @@
-"""Pages: sections of text, facts, tables, figures and code, written as one HTML file that loads nothing."""
+"""Pages of text, headline numbers, tables, figures and code, written as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _Block(NamedTuple):
 
 
 class Section:
-    """A titled part of a `Page`; made by `Page.section`. Every method adds one block and returns the section.
+    """A titled part of a `Page`, made by `Page.section`. Each method adds one block and returns the section.
 
-    All text is escaped. Where a text is shown as prose (paragraphs, labels, cells, captions), it may hold
-    code between backticks, ``**strong**`` and ``*emphasis*``.
+    All text is escaped. Prose (paragraphs, labels, table cells, captions) may contain code between backticks,
+    ``**strong**`` and ``*emphasis*``.
     """
 
     def __init__(self, title: str, id: str, pictures: count[int]) -> None:
@@ -40,14 +40,15 @@ class Section:
         return self
 
     def text(self, text: str) -> Section:
-        """Add paragraphs; blank lines part them."""
+        """Add paragraphs, separated by blank lines."""
         return self._add("text", paragraphs=markup.paragraphs(text))
 
     def facts(self, facts: Mapping[str, Any]) -> Section:
-        """Add headline numbers, each large under its label.
+        """Add headline numbers, each in large type under its label.
 
         Args:
-            facts: label to value. Strings stand as they are; numbers get thousands commas or four digits.
+            facts: Values by label. Strings are shown as they are, integers with thousands separators, other numbers
+                with four significant digits.
         """
         entries = [(label, markup.cell(value)) for label, value in facts.items()]
         lines = -(-len(entries) // 5)
@@ -60,39 +61,41 @@ class Section:
         caption: str | None = None,
         align: str | None = None,
     ) -> Section:
-        """Add a table; one too wide for the screen scrolls by itself.
+        """Add a table. A table that is wider than the screen gets its own scroll bar.
 
         Args:
-            columns: the headings.
-            rows: a sequence of as many values each; values are written as in `facts`.
-            caption: what the table shows.
-            align: one letter a column, `l` or `r`; by default columns that hold nothing but numbers go right.
+            columns: Column headings.
+            rows: Rows with one value for each column, formatted as in `facts`.
+            caption: Caption below the table.
+            align: One letter for each column, `l` (left) or `r` (right). Default: right for columns of numbers.
 
         Raises:
-            ValueError: a row or `align` has another length than `columns`.
+            ValueError: The length of a row or of `align` differs from the number of columns.
         """
         cells = [[markup.cell(value) for value in row] for row in rows]
         for row in cells:
             if len(row) != len(columns):
-                raise ValueError(f"a row of {len(row)} values in a table of {len(columns)} columns: {row}")
+                raise ValueError(
+                    f"a row has {len(row)} values; expected one for each of the {len(columns)} columns: {row}"
+                )
         if align is None:
             align = "".join(_side([row[column] for row in cells]) for column in range(len(columns)))
         if len(align) != len(columns) or set(align) - set("lr"):
-            raise ValueError(f"align needs one of l, r for each of {len(columns)} columns, not {align!r}")
+            raise ValueError(f"align is {align!r}; expected one letter, l or r, for each of the {len(columns)} columns")
         return self._add("table", columns=columns, rows=cells, caption=caption, align=align)
 
     def figure(self, figure: Figure | str, caption: str, alt: str, wide: bool | None = None) -> Section:
-        """Add a figure as it is now; later changes to it don't show.
+        """Add a figure in its current state; later changes to it are not shown.
 
         Args:
-            figure: a matplotlib figure (see `penult.report.figures`), or an SVG document as text.
-            caption: stands below the figure.
-            alt: what it shows, in a sentence, for those who don't see it.
-            wide: on a narrow screen keep the size and scroll, rather than fit; by default for figures that
-                can't be laid out anew, such as several panels or cells with numbers.
+            figure: A matplotlib figure (see `penult.report.figures`), or an SVG document as text.
+            caption: Caption below the figure.
+            alt: One sentence that describes the figure to readers who cannot see it.
+            wide: Whether the figure keeps its size on a narrow screen and scrolls, instead of shrinking. Default: for
+                figures with a fixed layout, such as several panels or cells with numbers.
 
         Raises:
-            ValueError: `alt` is empty, or an SVG document holds more than drawing.
+            ValueError: `alt` is empty, or an SVG document contains anything but drawing elements.
         """
         drawings = [figure]
         if isinstance(figure, Figure) and not wide:
@@ -103,32 +106,32 @@ class Section:
         return self._add("figure", svgs=svgs, caption=caption, alt=alt, wide=wide)
 
     def pictures(self, items: Sequence[Mapping[str, Any]]) -> Section:
-        """Add pictures in rows, as many in each as there is room for; see `penult.report.thumbnails.gallery`.
+        """Add pictures in rows that wrap at the width of the page; see `penult.report.thumbnails.gallery`.
 
         Args:
-            items: of each its PNG in base64 (`data`), `alt`, `width` and `height` in CSS pixels, whether its pixels
-                are shown as squares (`pixelated`), and `lines` that stand below it.
+            items: For each picture a mapping with its PNG in base64 (`data`), `alt`, `width` and `height` in CSS
+                pixels, whether its pixels are shown as squares (`pixelated`), and the `lines` below it.
         """
         return self._add("pictures", items=items)
 
     def code(self, code: str, label: str = "Code") -> Section:
-        """Add text as a terminal shows it; `label` names it to screen readers."""
+        """Add preformatted text; `label` is its name for screen readers."""
         return self._add("code", code=code.strip("\n"), label=label)
 
 
 class Page:
-    r"""A page of sections, kept in the order in which they were added.
+    r"""A page of sections, in the order in which they were added.
 
-    The same calls give the same bytes: a page holds no date, no random id and no path.
+    The same calls give the same bytes: a page contains no date, no random id and no path.
 
     Args:
-        title: the page's name.
-        subtitle: a short line above the title.
-        lead: one or two sentences that say what the reader will learn.
-        footer: a line at the end, such as how to make the page again.
+        title: Title of the page.
+        subtitle: Short line above the title.
+        lead: One or two sentences below the title that summarize the page.
+        footer: Line at the end, such as the command that made the page.
 
     Example:
-        >>> page = Page("Digits", lead="What a small network's head knows.")
+        >>> page = Page("Digits", lead="The head of a small network.")
         >>> section = page.section("Accuracy", "Measured on *held-out* images.")
         >>> section = section.facts({"accuracy": 0.9833, "images": 1797})
         >>> section = section.table(["base", "AUROC"], [["`Sphere`", 0.981], ["`Marginal`", 0.992]])
@@ -147,12 +150,12 @@ class Page:
         self._pictures = count(1)
 
     def section(self, title: str, text: str | None = None, id: str | None = None) -> Section:
-        """Begin a section and return it, to be filled.
+        """Add an empty section and return it.
 
         Args:
-            title: its heading.
-            text: its first paragraphs.
-            id: its anchor, for links to `#id`; by default made from the title.
+            title: Heading of the section.
+            text: First paragraphs.
+            id: Anchor for links to `#id`. Default: made from the title.
 
         Raises:
             ValueError: `id` is taken, or is not lower-case words joined by hyphens.
@@ -160,9 +163,11 @@ class Page:
         taken = {section.id for section in self.sections} | {"content", "contents"}
         if id is None:
             name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
-            id = next(each for each in _numbered(name) if each not in taken)
+            id = next(candidate for candidate in _numbered(name) if candidate not in taken)
         elif id in taken or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", id):
-            raise ValueError(f"a section's id is a name not yet taken, like this-one, not {id!r}")
+            raise ValueError(
+                f"id is {id!r}; expected lower-case words joined by hyphens that no other section has as id"
+            )
         section = Section(title, id, self._pictures)
         self.sections.append(section)
         return section if text is None else section.text(text)
@@ -173,16 +178,18 @@ class Page:
         return markup.seen(template.render(page=self, themes=THEMES, font=inline.FONT))
 
     def write(self, path: str | Path) -> Path:
-        """Write the page to a file, whole or not at all, and return its path."""
+        """Write the page to a file atomically and return its path."""
         return io.write_bytes(path, self.html().encode())
 
 
 def _side(cells: Sequence[str]) -> str:
+    """Return the alignment of a column: `r` if all of its non-empty cells are numbers, else `l`."""
     filled = [cell for cell in cells if cell not in ("", "–")]
     return "r" if filled and all(map(markup.is_number, filled)) else "l"
 
 
 def _numbered(name: str) -> Iterator[str]:
+    """Iterate over a name and its numbered variants: `name`, `name-2`, `name-3`, ..."""
     yield name
     yield from (f"{name}-{number}" for number in count(2))
 

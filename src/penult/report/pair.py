@@ -1,4 +1,4 @@
-"""A page on one pair: what its head knows, how real its draws are, and which inputs are strange to it."""
+"""A page on a pair: its head, its exact properties, the realism of its samples, and outlier scores of inputs."""
 
 from __future__ import annotations
 
@@ -10,27 +10,46 @@ import torch
 from torch import Tensor
 
 from penult import scores
+from penult._checks import check_between, described
 from penult._extras import extra
 from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
 from penult.report import _pair_sections as sections
-from penult.report._pair_scores import FAMILIAR, Images, ScoredSet, familiarity, pictured
+from penult.report._pair_scores import FAMILIAR, Images, ScoredSet, Scores, familiarity, pictured
+from penult.report._pair_sections import class_cosines
 from penult.report.page import Page
 from penult.scores import _raw_logits
 
-__all__ = ["FAMILIAR", "build", "page"]
+__all__ = ["FAMILIAR", "PairPage", "build", "class_cosines", "page"]
 
-_FEWEST = 40  # familiar activations
-_LOGITS = 1 << 24  # at a time
-_COMPARED: dict[str, Callable[[GenerativePair, Tensor], Tensor]] = {
+# Smallest number of familiar activations.
+_MIN_FAMILIAR = 40
+# Logits that are computed at once.
+_LOGITS = 1 << 24
+# Limits of the difference between posterior and softmax in double and in single precision.
+_LIMIT_DOUBLE, _LIMIT_SINGLE = 1e-9, 1e-5
+# Scores that the chosen score is compared with.
+_COMMON_SCORES: dict[str, Callable[[GenerativePair, Tensor], Tensor]] = {
     "energy": scores.energy,
     "max logit": scores.max_logit,
     "msp": scores.msp,
 }
 
 Score = Callable[[GenerativePair, Tensor], Tensor] | scores.Score
+Functions = dict[str, Callable[[Tensor], Tensor]]
 
 
+class PairPage(Page):
+    """A page on a pair.
+
+    Attributes:
+        results: The numbers on the page, for JSON.
+    """
+
+    results: dict[str, Any]
+
+
+@torch.no_grad()
 def page(
     pair: GenerativePair,
     familiar: Activations,
@@ -44,38 +63,41 @@ def page(
     fitted: bool = False,
     title: str = "A head and its pair",
     footer: str | None = None,
-) -> Page:
-    """A page on a pair, from activations of its network. Needs the extras ``report`` and ``data``.
+    progress: bool = False,
+) -> PairPage:
+    """Make a page on a pair from activations of its network. Needs the extras ``report`` and ``data``.
 
-    It says what the head is; checks the pair's laws; shows which classes are alike, how close draws come to real
-    activations (`penult.realism.compare`) and how strange other inputs are. Half of the familiar activations, chosen at
-    random, set the threshold of a `penult.scores.Threshold`; the other half is judged by it. The same arguments give
-    the same page.
+    The page describes the head, checks the exact properties of the pair, shows the classes with the most similar rows,
+    compares samples with real activations (`penult.realism.compare`), and scores other inputs. Half of the familiar
+    activations, chosen at random, set the threshold of a `penult.scores.Threshold`; the other half tests it. The same
+    arguments give the same page.
 
     Args:
         pair: The pair.
-        familiar: Activations of inputs such as the network is meant for, at least 40 that neither network nor pair were
-            fitted to. Their labels, where they have some, and their class names are used.
-        others: Name to activations of other inputs, which are held against them.
+        familiar: Activations of inputs that the network is meant for, at least 40, which neither network nor pair were
+            fitted to. Their labels and class names are used if they have any.
+        others: Activations of other inputs by name, which are compared with the familiar ones.
         images: The familiar inputs, one for each activation, for pictures of the most and the least familiar: a
             sequence or map-style data set of images (C, H, W), or of tuples that begin with one; C is 1 or 3.
-        other_images: The same of the others, by name.
-        score: A function of a pair and activations such as `penult.scores.energy`, or a fitted `penult.scores.Score`;
-            None for `penult.scores.usual`.
-        false_alarm: The share of familiar activations that may be called strange.
-        seed: Seed of halves, choices and draws. No global random state is touched.
-        fitted: Whether the base was fitted to these very familiar activations; the page then says that it flatters.
-        title: The page's name.
-        footer: Its last line.
+        other_images: The inputs of `others` in the same form, by name.
+        score: A function of a pair and activations such as `penult.scores.energy`, or a fitted `penult.scores.Score`.
+            Default: `penult.scores.usual`.
+        false_alarm: Fraction of familiar activations that may be above the threshold.
+        seed: Seed of all random choices and samples. The global random state is not changed.
+        fitted: Whether the base was fitted to these familiar activations; the page then warns that its numbers are too
+            good.
+        title: Title of the page.
+        footer: Last line of the page.
+        progress: Whether a progress bar is shown on stderr while realism is measured.
 
     Returns:
-        The page, for `Page.write`.
+        The page; `Page.write` writes it to a file.
 
     Raises:
         ImportError: scikit-learn is missing.
-        TypeError: An argument is of another kind.
-        ValueError: Activations do not fit the head, are too few, all the same or not finite; a name is taken; there is
-            not one image for each activation; or the score is NaN.
+        TypeError: An argument has a wrong type.
+        ValueError: Activations do not fit the head, are too few, all the same or not finite; the name of a set is
+            empty or taken; the number of images differs from that of activations; or a score is NaN.
 
     Example:
         >>> head = penult.Head(4 * torch.eye(3))
@@ -83,158 +105,147 @@ def page(
         >>> pair = penult.GenerativePair(head, penult.Sphere.fit(head, h[:100], shape="elliptic"))
         >>> familiar = penult.Activations(h[100:], head(h[100:]), y[100:])
         >>> noise = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
-        >>> found = page(pair, familiar, {"noise": penult.Activations(noise, head(noise))})
-        >>> [section.title for section in found.sections][:2]
+        >>> report = page(pair, familiar, {"noise": penult.Activations(noise, head(noise))})
+        >>> [section.title for section in report.sections][:2]
         ['The head', 'Identity and laws']
-    """
-    return build(
-        pair,
-        familiar,
-        others,
-        images=images,
-        other_images=other_images,
-        score=score,
-        false_alarm=false_alarm,
-        seed=seed,
-        fitted=fitted,
-        title=title,
-        footer=footer,
-    )[0]
-
-
-@torch.no_grad()
-def build(
-    pair: GenerativePair,
-    familiar: Activations,
-    others: Mapping[str, Activations] | None = None,
-    *,
-    images: Images | None = None,
-    other_images: Mapping[str, Images] | None = None,
-    score: Score | None = None,
-    false_alarm: float = 0.05,
-    seed: int = 0,
-    fitted: bool = False,
-    title: str = "A head and its pair",
-    footer: str | None = None,
-    progress: bool = False,
-) -> tuple[Page, dict[str, Any]]:
-    """The page of `page`, and its figures as JSON can hold them.
-
-    Args:
-        pair: As of `page`, like all that follow.
-        familiar: As there.
-        others: As there.
-        images: As there.
-        other_images: As there.
-        score: As there.
-        false_alarm: As there.
-        seed: As there.
-        fitted: As there.
-        title: As there.
-        footer: As there.
-        progress: A bar on stderr while realism is measured.
     """
     extra("sklearn.metrics", "a page on a pair is measured with scikit-learn")
     others, other_images = dict(others or {}), dict(other_images or {})
     _check(pair, familiar, others, images, other_images, false_alarm)
-    chosen, functions = _functions(pair, score)
-    sets = {FAMILIAR: _read(pair, FAMILIAR, familiar, functions)}
-    sets |= {name: _read(pair, name, acts, functions) for name, acts in others.items()}
-    own = sets[FAMILIAR]
-    if own.constant:
-        raise ValueError(
-            f"all {len(familiar)} familiar activations are the same; give activations of different inputs, as "
-            "penult.extract makes them"
-        )
+    scored = _scored(pair, {FAMILIAR: familiar, **others}, score, false_alarm, seed)
     names = familiar.class_names or tuple(map(str, range(pair.head.num_classes)))
-    order = torch.randperm(len(familiar), generator=torch.Generator().manual_seed(seed))
-    half = -(-len(order) // 2)
-    calibrating, judged = order[:half].sort().values, order[half:].sort().values
-    threshold = scores.Threshold(_itself, own.scores[chosen][calibrating], false_alarm)
-
-    made = Page(
+    report = PairPage(
         title,
         subtitle="penult report",
-        lead=f"What a softmax head over {pair.head.num_classes} classes knows of its activations, with a base of the "
-        f"kind *{pair.base.info.name}*: what is exact, how real its draws are, and which inputs are strange to it.",
+        lead=f"The softmax head of a classifier with {pair.head.num_classes} classes, together with a base measure "
+        f"(here *{pair.base.info.name}*), is a generative model of the activations that the head reads. This page "
+        "shows which of its properties are exact, how realistic its samples are, and which inputs look strange to it.",
         footer=footer,
     )
-    sections.head(made, pair)
-    facts: dict[str, Any] = {
+    own = scored.sets[FAMILIAR]
+    sections.head(report, pair)
+    report.results = {
         "base": pair.base.info.name,
         "classes": pair.head.num_classes,
         "features": pair.head.in_features,
         "familiar": len(familiar),
-        "laws": sections.laws(made, pair, own.posterior, (own.gap, own.bar), own.stored_gap, seed),
+        "laws": sections.laws(report, pair, own.posterior, (own.gap, own.gap_limit), own.stored_gap, seed),
     }
-    sections.geometry(made, pair.head, names, seed)
-    facts["realism"] = sections.realism(made, pair, familiar, own.predicted, names, seed, fitted, progress)
-    keep = {name: judged if name == FAMILIAR else torch.arange(len(each.predicted)) for name, each in sets.items()}
-    facts |= familiarity(made, sets, keep, chosen, threshold, fitted)
-    pictures = ({FAMILIAR: images} if images is not None else {}) | other_images
-    if pictures:
-        pictured(made, sets, keep, chosen, threshold, pictures, names, familiar)
-    return made, facts
+    sections.geometry(report, pair.head, names, seed)
+    report.results["realism"] = sections.realism(
+        report, pair, familiar, own.predicted, names, seed=seed, fitted=fitted, progress=progress
+    )
+    report.results |= familiarity(report, scored, fitted)
+    all_images = ({} if images is None else {FAMILIAR: images}) | other_images
+    if all_images:
+        pictured(report, scored, all_images, names, familiar.labels)
+    return report
 
 
-def _read(
-    pair: GenerativePair, name: str, acts: Activations, functions: Mapping[str, Callable[[Tensor], Tensor]]
-) -> ScoredSet:
-    """Go through a set once."""
+def build(*args: Any, **options: Any) -> tuple[PairPage, dict[str, Any]]:
+    """Return the page of `page`, which takes the same arguments, and its numbers for JSON."""
+    report = page(*args, **options)
+    return report, report.results
+
+
+def _scored(
+    pair: GenerativePair, sets: Mapping[str, Activations], score: Score | None, false_alarm: float, seed: int
+) -> Scores:
+    """Score all sets, and set the threshold on half of the familiar one."""
+    score_name, functions = _score_functions(pair, score)
+    scored_sets = {name: _read(pair, name, activations, functions) for name, activations in sets.items()}
+    familiar = scored_sets[FAMILIAR]
+    num_familiar = len(familiar.predicted)
+    if familiar.constant:
+        raise ValueError(
+            f"all {num_familiar} familiar activations are the same; expected activations of different inputs, such as "
+            "those that penult.extract returns"
+        )
+    order = torch.randperm(num_familiar, generator=torch.Generator().manual_seed(seed))
+    half = -(-num_familiar // 2)
+    calibration, judged = order[:half].sort().values, order[half:].sort().values
+    threshold = scores.Threshold(_identity, familiar.scores[score_name][calibration], false_alarm)
+    rows = {name: torch.arange(len(scored_set.predicted)) for name, scored_set in scored_sets.items()}
+    return Scores(scored_sets, rows | {FAMILIAR: judged}, score_name, threshold)
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
+
+
+def _read(pair: GenerativePair, name: str, activations: Activations, functions: Functions) -> ScoredSet:
+    """Read a set once, in blocks, and return its scores and predictions."""
     head = pair.head
-    rows_of: dict[str, list[Tensor]] = {each: [] for each in functions}
-    tops, total, gap, stored_gap = [], torch.zeros(head.num_classes, dtype=torch.float64), 0.0, 0.0
-    first, constant, start, bar = None, True, 0, 0.0
-    step = max(1, _LOGITS // head.num_classes)
+    parts: dict[str, list[Tensor]] = {score: [] for score in functions}
+    confidences, predictions = [], []
+    posterior = torch.zeros(head.num_classes, dtype=torch.float64)
+    gap, stored_gap, limit = 0.0, 0.0, 0.0
+    first, constant, start = None, True, 0
+    source = _ActivationSource(activations, name=f"the set {name!r}", dtype="wide")
     try:
-        for block in _ActivationSource(acts, dtype="wide"):
+        for block in source:
             first = block[0] if first is None else first
             constant = constant and bool((block == first).all())
-            for rows in block.to(head.weight.device).split(step):
+            for rows in block.to(head.weight.device).split(max(1, _LOGITS // head.num_classes)):
                 p = _raw_logits(head, rows).softmax(-1)
-                stored = acts[start : start + len(rows)].logits.to(p).softmax(-1)
+                stored = activations[start : start + len(rows)].logits.to(p).softmax(-1)
                 start += len(rows)
-                bar = 1e-9 if p.dtype == torch.float64 else 1e-5
+                limit = _LIMIT_DOUBLE if p.dtype == torch.float64 else _LIMIT_SINGLE
                 gap = max(gap, float((pair.posterior(rows).probs.to(p) - p).abs().max()))
                 stored_gap = max(stored_gap, float((stored - p).abs().max()))
-                total += p.cpu().double().sum(0)
-                tops.append(tuple(each.cpu() for each in p.max(-1)))
-                for each, function in functions.items():
-                    rows_of[each].append(function(rows).detach().cpu())
+                posterior += p.cpu().double().sum(0)
+                confidence, predicted = p.max(-1)
+                confidences.append(confidence.cpu())
+                predictions.append(predicted.cpu())
+                for score, function in functions.items():
+                    parts[score].append(function(rows).detach().cpu())
     except ValueError as error:
         raise ValueError(f"the set {name!r}: {error}") from error
-    found = {each: torch.cat(parts) for each, parts in rows_of.items()}
-    for each, values in found.items():
-        if values.shape != (len(acts),) or bool(values.isnan().any()):
+    values = {score: torch.cat(blocks) for score, blocks in parts.items()}
+    _check_scores(name, len(activations), values)
+    return ScoredSet(
+        scores=values,
+        predicted=torch.cat(predictions),
+        confidence=torch.cat(confidences),
+        posterior=posterior / len(activations),
+        gap=gap,
+        gap_limit=limit,
+        stored_gap=stored_gap,
+        constant=constant,
+    )
+
+
+def _check_scores(name: str, count: int, values: Mapping[str, Tensor]) -> None:
+    for score, tensor in values.items():
+        num_nan = int(tensor.isnan().sum())
+        if tensor.shape != (count,) or num_nan:
             raise ValueError(
-                f"the score {each} gives {int(values.isnan().sum())} NaN for the {len(acts)} activations of {name!r}, "
-                f"in the shape {tuple(values.shape)}; it must give one number each"
+                f"the score {score} of the set {name!r} has shape {tuple(tensor.shape)} and {num_nan} NaN; expected "
+                f"({count},) without NaN, one number for each activation"
             )
-    confidence, predicted = (torch.cat(parts) for parts in zip(*tops, strict=True))
-    return ScoredSet(found, predicted, confidence, total / len(acts), gap, bar, stored_gap, constant)
 
 
-def _functions(pair: GenerativePair, score: Score | None) -> tuple[str, dict[str, Callable[[Tensor], Tensor]]]:
-    """The score that is asked for, under its name, beside those that it is compared with."""
+def _score_functions(pair: GenerativePair, score: Score | None) -> tuple[str, Functions]:
+    """Return the name of the chosen score, and the functions of this and the common scores by name."""
     if score is None:
         score = scores.usual(pair)
+    chosen: Callable[[Tensor], Tensor]
     if isinstance(score, scores.Score):
-        name, own = type(score).__name__, score.score
+        name, chosen = type(score).__name__, score.score
     elif callable(score):
-        given = score
-        name = str(getattr(given, "__name__", type(given).__name__)).replace("_", " ")
-
-        def own(h: Tensor) -> Tensor:
-            return given(pair, h)
+        name = str(getattr(score, "__name__", type(score).__name__)).replace("_", " ")
+        chosen = _of_pair(score, pair)
     else:
         raise TypeError(
-            f"score is a {type(score).__name__}; give a function such as penult.scores.energy, or a fitted Score"
+            f"score is {described(score)}; expected a function such as penult.scores.energy, or a fitted "
+            "penult.scores.Score"
         )
+    common = {other: _of_pair(function, pair) for other, function in _COMMON_SCORES.items() if other != name}
+    return name, {name: chosen} | common
 
-    def bound(function: Callable[[GenerativePair, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda h: function(pair, h)
 
-    return name, {name: own} | {each: bound(function) for each, function in _COMPARED.items() if each != name}
+def _of_pair(function: Callable[[GenerativePair, Tensor], Tensor], pair: GenerativePair) -> Callable[[Tensor], Tensor]:
+    return lambda h: function(pair, h)
 
 
 def _check(
@@ -246,38 +257,41 @@ def _check(
     false_alarm: float,
 ) -> None:
     if not isinstance(pair, GenerativePair):
-        raise TypeError(f"pair must be a penult.GenerativePair, got {type(pair).__name__}")
+        raise TypeError(f"pair is {described(pair)}; expected a penult.GenerativePair")
     if FAMILIAR in {name.strip() for name in others} or not all(name.strip() for name in others):
-        raise ValueError(f"other sets need names of their own, not {list(others)}: {FAMILIAR!r} is the first one's")
-    shape = pair.head.in_features, pair.head.num_classes
-    for name, acts in {FAMILIAR: familiar, **others}.items():
-        if not isinstance(acts, Activations):
-            raise TypeError(
-                f"the set {name!r} must be penult.Activations, got {type(acts).__name__}: "
-                "Activations(h, head(h), labels) makes them"
-            )
-        if (acts.in_features, acts.num_classes) != shape:
-            raise ValueError(
-                f"the set {name!r} has dimension {acts.in_features} and {acts.num_classes} classes, but the head reads "
-                f"{shape[0]} and has {shape[1]}: give activations of the pair's network"
-            )
-    if not 0 < false_alarm < 1:
-        raise ValueError(f"false_alarm is {false_alarm}; it must lie between 0 and 1")
-    need = max(_FEWEST, 2 * (math.ceil(1 / false_alarm - 1e-9) - 1) - 1)
+        raise ValueError(
+            f"the names of others are {list(others)}; expected names that are neither empty nor {FAMILIAR!r}"
+        )
+    sets = {FAMILIAR: familiar, **others}
+    for name, activations in sets.items():
+        _check_fits(pair, name, activations)
+    check_between("false_alarm", false_alarm)
+    need = max(_MIN_FAMILIAR, 2 * (math.ceil(1 / false_alarm - 1e-9) - 1) - 1)
     if len(familiar) < need:
         raise ValueError(
-            f"there are {len(familiar)} familiar activations; half of them set the threshold, and for false alarms of "
-            f"{false_alarm:g} at least {need} are needed"
-            + ("" if need == _FEWEST else ": give more, or allow more false alarms")
+            f"there are {len(familiar)} familiar activations; expected at least {need}, because half of them set the "
+            f"threshold for a false-alarm rate of {false_alarm:g}. Give more"
+            + ("" if need == _MIN_FAMILIAR else ", or allow more false alarms")
         )
-    for name in other_images:
-        if name not in others:
-            raise ValueError(f"other_images has {name!r}, which is not among the other sets {list(others)}")
-    for name, given in {FAMILIAR: images, **other_images}.items():
-        count = len(familiar if name == FAMILIAR else others[name])
-        if given is not None and len(given) != count:
-            raise ValueError(f"the set {name!r} has {count} activations and {len(given)} images; give one for each")
+    if unknown := [name for name in other_images if name not in others]:
+        raise ValueError(f"other_images has {unknown[0]!r}; expected only names of other sets, {list(others)}")
+    for name, pictures in {FAMILIAR: images, **other_images}.items():
+        if pictures is not None and len(pictures) != len(sets[name]):
+            raise ValueError(
+                f"the set {name!r} has {len(sets[name])} activations and {len(pictures)} images; expected one image "
+                "for each activation"
+            )
 
 
-def _itself(found: Tensor) -> Tensor:
-    return found
+def _check_fits(pair: GenerativePair, name: str, activations: Activations) -> None:
+    if not isinstance(activations, Activations):
+        raise TypeError(
+            f"the set {name!r} is {described(activations)}; expected penult.Activations, such as "
+            "penult.Activations(h, head(h), labels)"
+        )
+    expected = pair.head.in_features, pair.head.num_classes
+    if (activations.in_features, activations.num_classes) != expected:
+        raise ValueError(
+            f"the set {name!r} has dimension {activations.in_features} and {activations.num_classes} classes, but the "
+            f"head reads {expected[0]} and has {expected[1]}. Give activations of the pair's network"
+        )

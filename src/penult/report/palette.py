@@ -1,10 +1,10 @@
-"""The colours of pages and figures, by name, once for each theme.
+"""Named colours of pages and figures, for a light and a dark theme.
 
-A figure is drawn in the light theme's colours. Every one of them is a different hex code, so that the code in
-a finished SVG tells which name was meant, and can be replaced by the CSS variable of that name.
+Figures are drawn in the colours of the light theme. No two names have the same hex code, so each code in a finished
+SVG identifies a name and can be replaced by the CSS variable of that name.
 
-The ten series keep their hue in both themes, stand out from the paper by a contrast of 3 at least, and stay
-apart for readers who don't see red, green or blue. The ramps carry readable numbers at every level.
+The ten series colours have the same hue in both themes and a contrast of at least 3 to the background, and they stay
+distinct for colour-blind readers. Numbers are readable on every level of the ramps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _named(name: str, colours: str) -> dict[str, str]:
 
 
 def _ramp(name: str, anchors: str) -> dict[str, str]:
-    """Return `LEVELS` colours, named `name-0` and on, that run evenly through the anchors."""
+    """Return `LEVELS` evenly spaced colours through the anchors, named `name-0`, `name-1`, ..."""
     levels = LinearSegmentedColormap.from_list(name, anchors.split(), N=LEVELS)
     return {f"{name}-{level}": to_hex(levels(level)) for level in range(LEVELS)}
 
@@ -68,17 +68,17 @@ def _colormap(name: str) -> ListedColormap:
 SEQUENTIAL = _colormap("sequential")
 DIVERGING = _colormap("diverging")
 
-# The levels of each ramp on which a number is written in `on-high`; elsewhere in `on-low`.
+# Levels of each ramp on which numbers are written in `on-high`; on all other levels they are written in `on-low`.
 STRONG: dict[str, list[int]] = {"sequential": list(range(11, 21)), "diverging": [*range(5), *range(16, 21)]}
 
-# Black and white are what a figure drawn without the house style uses for text and backgrounds.
+# Black and white are matplotlib's own colours of text and backgrounds, outside the house style.
 _NAMES = {"#000000": "ink", "#ffffff": "paper"} | {colour: name for name, colour in LIGHT.items()}
 
 
 def recolour(colour: str, theme: Theme | None) -> str:
-    """Return what a colour of a drawn figure is in a theme, or its CSS variable where no theme is given.
+    """Return a colour of a drawn figure in a theme, or as a CSS variable if `theme` is None.
 
-    Colours that are none of the palette's are returned as they came.
+    Colours that are not in the palette are returned unchanged.
 
     Example:
         >>> recolour("#1a212c", None), recolour("#1a212c", "dark"), recolour("#123456", "dark")

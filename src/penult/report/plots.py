@@ -1,7 +1,7 @@
-"""Plots that the pages share: plain arrays or tensors in, a figure in the house style out.
+"""General figures in the house style, from arrays or tensors.
 
-Every function returns a matplotlib Figure, whose `axes` can be adjusted further. Colours go by the order of
-the names. Legends stand above the plot, never on the data.
+Each function returns a matplotlib Figure, whose `axes` can be adjusted. Colours follow the order of the names. Legends
+are above the axes and never cover data.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from penult.report.figures import FIXED, legend, new_figure, style, text_width
+from penult.report.markup import number as formatted
 from penult.report.markup import seen
 from penult.report.palette import DIVERGING, LEVELS, LIGHT, SEQUENTIAL, SERIES, STRONG
 
-__all__ = ["bars", "curves", "heatmap", "histograms", "image_grid", "scatter"]
+__all__ = ["bars", "curves", "heatmap", "histogram_panels", "histograms", "image_grid", "scatter"]
 
-# shapes and how large each is drawn to look as large as a disc
+# Marker shapes, with the scale at which each looks as large as a disc.
 _MARKERS = {"o": 1, "s": 0.9, "^": 1.1, "D": 0.82, "v": 1.1, "P": 1.2, "X": 1.2, "<": 1.1, ">": 1.1, "h": 1.1}
 
 
@@ -35,15 +36,15 @@ def curves(
     bands: Mapping[str, tuple[Any, Any]] | None = None,
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw lines over one x.
+    """Draw curves over a common x.
 
     Args:
-        x: (N,) positions.
-        ys: name to (N,) values; from the sixth on, lines are dashed as well.
-        xlabel: what x is.
-        ylabel: what y is.
-        bands: name to a lower and an upper (N,) curve, shaded in that name's colour.
-        size: width and height in CSS pixels.
+        x: Positions (N,).
+        ys: Values (N,) by name. Lines are dashed from the sixth on.
+        xlabel: Label of the x axis.
+        ylabel: Label of the y axis.
+        bands: Lower and upper curve (N,) by name; the area between them is shaded in the colour of that name.
+        size: Width and height in CSS pixels.
 
     Example:
         >>> figure = curves([1, 2, 3], {"student": [.7, .8, .85]}, "epoch", "accuracy")
@@ -75,21 +76,21 @@ def histograms(
     bins: int | None = None,
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw histograms of samples over common bins, as densities, and the curves that they should follow.
+    """Draw normalized histograms of samples over common bins, with the density curves that they should follow.
 
     Args:
-        values: name to (N,) samples.
-        densities: name to (M,) positions and (M,) densities. One that bears a histogram's name has its
-            colour; others have their own, and their own place in the legend.
-        xlabel: what is counted.
-        density_label: what the legend calls the curves that bear a histogram's name.
-        bins: how many; by default as the data ask for, 80 at most.
-        size: width and height in CSS pixels.
+        values: Samples (N,) by name.
+        densities: Positions (M,) and densities (M,) by name. A curve with the name of a histogram has its colour; any
+            other curve has a colour and a legend entry of its own.
+        xlabel: Label of the x axis.
+        density_label: Legend entry of all curves that have the name of a histogram.
+        bins: Number of bins. Default: chosen from the data, at most 80.
+        size: Width and height in CSS pixels.
 
     Example:
         >>> figure = histograms({"draws": [0.1, 0.4, 0.5, 0.9]}, {"draws": ([0, 1], [1, 1])}, "u", bins=4)
     """
-    samples = {name: _array(each).ravel() for name, each in values.items()}
+    samples = {name: _array(sample).ravel() for name, sample in values.items()}
     densities = densities or {}
     together = np.concatenate(list(samples.values()))
     natural = len(np.histogram_bin_edges(together, "auto")) - 1
@@ -97,9 +98,9 @@ def histograms(
     figure, (axes,) = new_figure(size=size)
     with style():
         handles: dict[str, Artist] = {}
-        for position, (name, each) in enumerate(samples.items()):
+        for position, (name, sample) in enumerate(samples.items()):
             colour = _colour(position)
-            heights, _ = np.histogram(each, edges, density=True)
+            heights, _ = np.histogram(sample, edges, density=True)
             axes.stairs(heights, edges, fill=True, color=colour, alpha=0.3)
             axes.stairs(heights, edges, color=colour, alpha=0.55, linewidth=1)
             handles[name] = Patch(facecolor=colour, edgecolor=colour, alpha=0.4)
@@ -116,6 +117,41 @@ def histograms(
     return figure
 
 
+def histogram_panels(
+    panels: Mapping[str, tuple[Any, tuple[Any, Any]]],
+    xlabel: str,
+    names: tuple[str, str],
+    bins: int = 40,
+    size: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw panels side by side, each with the histogram of a sample and the density that it should follow.
+
+    Args:
+        panels: For each title a sample (N,), and the positions (M,) and values (M,) of a density.
+        xlabel: Label of the x axes.
+        names: Legend entries of the histograms and of the densities.
+        bins: Number of bins.
+        size: Width and height in CSS pixels.
+
+    Example:
+        >>> uniform = [0, 1], [1, 1]
+        >>> panels = {"few": ([0.2, 0.9], uniform), "more": ([0.1, 0.4, 0.5, 0.9], uniform)}
+        >>> figure = histogram_panels(panels, "u", ("sample", "density"))
+    """
+    figure, all_axes = new_figure(1, len(panels), size=size or (470 * len(panels), 340))
+    with style():
+        handles: dict[str, Artist] = {}
+        for axes, (title, (sample, (x, y))) in zip(all_axes, panels.items(), strict=True):
+            axes.hist(_array(sample).ravel(), bins, density=True, color=_colour(0), alpha=0.55)
+            (line,) = axes.plot(_array(x), _array(y), color=_colour(1))
+            axes.set_title(title)
+            axes.set_xlabel(xlabel)
+            handles = {names[0]: axes.patches[0], names[1]: line}
+        all_axes[0].set_ylabel("density")
+        legend(figure, handles)
+    return figure
+
+
 def bars(
     values: Mapping[str, float | Mapping[str, float]],
     errors: Mapping[str, float | Mapping[str, float]] | None = None,
@@ -123,14 +159,14 @@ def bars(
     number: str = ".3g",
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw horizontal bars, one a name, or one group of bars a name; each bears its number.
+    """Draw horizontal bars or groups of bars, with their values as numbers.
 
     Args:
-        values: name to value, or name to a mapping of series to value.
-        errors: half the length of an error bar, in the same form.
-        xlabel: what the numbers are.
-        number: the format of the numbers.
-        size: width and height in CSS pixels.
+        values: Value by name, or for groups of bars a mapping of series to value by name.
+        errors: Half the lengths of error bars, in the same form.
+        xlabel: Label of the x axis.
+        number: Format of the numbers.
+        size: Width and height in CSS pixels.
 
     Example:
         >>> figure = bars({"Sphere": .91, "Marginal": .98}, errors={"Sphere": .01}, xlabel="AUROC")
@@ -152,7 +188,7 @@ def bars(
                     axes.errorbar(value, y, xerr=spread, color=LIGHT["ink"], elinewidth=1.4, capsize=3)
                 ends += [value - spread, value + spread]
                 axes.annotate(
-                    format(value, number).replace("-", "−"),
+                    formatted(value, number),
                     (max(value + spread, 0), y),
                     xytext=(6, 0),
                     textcoords="offset points",
@@ -174,8 +210,9 @@ def bars(
 
 
 def _grouped(values: Mapping[str, float | Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    pairs = ((name, each if isinstance(each, Mapping) else {"": each}) for name, each in values.items())
-    return {name: {key: float(value) for key, value in each.items()} for name, each in pairs}
+    """Return values as groups: a single value becomes a group with one series."""
+    groups = {name: value if isinstance(value, Mapping) else {"": value} for name, value in values.items()}
+    return {name: {series: float(value) for series, value in group.items()} for name, group in groups.items()}
 
 
 def heatmap(
@@ -189,21 +226,21 @@ def heatmap(
     ylabel: str = "",
     size: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw a matrix as coloured cells, with its numbers in them or else a colour bar.
+    """Draw a matrix as coloured cells, with numbers in the cells or with a colour bar.
 
     Args:
-        matrix: (R, C) values.
+        matrix: Values (R, C).
         row_labels: R names.
         col_labels: C names.
-        annotate: write each number into its cell.
-        number: the format of the numbers.
-        diverging: blue below zero and orange above; by default light is little and dark is much.
-        xlabel: what the columns are.
-        ylabel: what the rows are.
-        size: width and height in CSS pixels; by default by the number of cells.
+        annotate: Whether numbers are written into the cells.
+        number: Format of the numbers.
+        diverging: Whether zero is neutral, with blue below and orange above. Default: from light to dark.
+        xlabel: Label of the columns.
+        ylabel: Label of the rows.
+        size: Width and height in CSS pixels. Default: from the number of cells.
 
     Raises:
-        ValueError: the labels don't fit the matrix.
+        ValueError: The number of labels differs from the number of rows or columns.
 
     Example:
         >>> figure = heatmap([[0.9, 0.1], [0.2, 0.8]], ["cat", "dog"], ["cat", "dog"], xlabel="predicted")
@@ -242,7 +279,7 @@ def heatmap(
                 if np.isfinite(value):
                     level = min(int((value - low) / (high - low or 1) * LEVELS), LEVELS - 1)
                     ink = LIGHT["on-high" if level in STRONG[colours.name] else "on-low"]
-                    text = format(value, number).replace("-", "−")
+                    text = formatted(value, number)
                     axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=13, color=ink)
         else:
             bar = figure.colorbar(mesh, shrink=0.8, aspect=24, pad=0.02)
@@ -260,39 +297,39 @@ def scatter(
     size: tuple[float, float] | None = None,
     rest: str = "",
 ) -> Figure:
-    """Draw labelled points in the plane, and a second cloud beside them on the same axes.
+    """Draw labelled points in the plane, optionally next to a second set of points with the same axis limits.
 
     Args:
-        points: (N, 2) positions.
-        labels: (N,) classes 0 ... K-1; with `rest`, -1 as well.
+        points: Positions (N, 2).
+        labels: Classes (N,) from 0 to K-1; with `rest`, also -1.
         names: K names.
-        second: points and labels of the cloud to compare with.
-        titles: what the two clouds are.
-        rest: what the points labelled -1 are, which are drawn small and pale, beneath the others.
-        size: width and height in CSS pixels.
+        second: Positions and labels of a second set of points.
+        titles: Titles of the two panels.
+        rest: Legend entry of the points with label -1, which are drawn small and pale behind the others.
+        size: Width and height in CSS pixels.
 
     Example:
         >>> figure = scatter([[0, 0], [1, 1]], [0, 1], ["cat", "dog"], second=([[0, 1]], [0]))
     """
-    clouds = [(points, labels)] if second is None else [(points, labels), second]
-    pairs = [(_array(cloud), _array(classes)) for cloud, classes in clouds]
+    sets = [(points, labels)] if second is None else [(points, labels), second]
+    pairs = [(_array(positions), _array(classes)) for positions, classes in sets]
     figure, panels = new_figure(1, len(pairs), size=size or ((560, 520) if second is None else (940, 520)))
-    together = np.concatenate([cloud for cloud, _ in pairs])
+    together = np.concatenate([positions for positions, _ in pairs])
     middle, half = (together.max(0) + together.min(0)) / 2, np.ptp(together, axis=0).max() * 0.54
     limits = [(centre - half, centre + half) for centre in middle]
     with style():
         handles: dict[str, Artist] = {}
-        for axes, title, (cloud, classes) in zip(panels, titles, pairs, strict=False):
+        for axes, title, (positions, classes) in zip(panels, titles, pairs, strict=False):
             if rest:
-                x, y = cloud[classes == -1].T
+                x, y = positions[classes == -1].T
                 axes.plot(x, y, color=LIGHT["muted"], marker="o", linestyle="none", markersize=3, markeredgewidth=0)
                 axes.get_lines()[-1].set_alpha(0.35)
-            for position, name in enumerate(names):
-                x, y = cloud[classes == position].T
-                marker, scale = list(_MARKERS.items())[position % len(_MARKERS)]
-                handles[name] = Line2D([], [], color=_colour(position), marker=marker, linestyle="none")
+            for class_index, name in enumerate(names):
+                x, y = positions[classes == class_index].T
+                marker, scale = list(_MARKERS.items())[class_index % len(_MARKERS)]
+                handles[name] = Line2D([], [], color=_colour(class_index), marker=marker, linestyle="none")
                 handles[name].set(markersize=8 * scale, markeredgewidth=0)
-                (dots,) = axes.plot(x, y, color=_colour(position), marker=marker, linestyle="none")
+                (dots,) = axes.plot(x, y, color=_colour(class_index), marker=marker, linestyle="none")
                 dots.set(markersize=5 * scale, markeredgewidth=0, alpha=0.6)
             axes.set(aspect="equal", anchor="NW", xticks=[], yticks=[], xlim=limits[0], ylim=limits[1])
             axes.spines[:].set(visible=True, color=LIGHT["line"])
@@ -312,24 +349,24 @@ def image_grid(
     row_labels: Sequence[str] | None = None,
     cell: float = 64,
 ) -> Figure:
-    """Draw images in rows, their pixels as they are.
+    """Draw images in rows, without interpolation between pixels.
 
     Args:
-        images: (N, H, W) or (N, H, W, 3); floats from 0 to 1 or bytes.
-        columns: how many in a row.
-        captions: N short texts that stand below the images.
-        row_labels: a text to the left of each row.
-        cell: the width of an image in CSS pixels.
+        images: (N, H, W) or (N, H, W, 3); floats from 0 to 1, or uint8.
+        columns: Number of images in a row.
+        captions: N short texts below the images.
+        row_labels: Texts to the left of the rows.
+        cell: Width of an image in CSS pixels.
 
     Raises:
-        ValueError: the array has another shape.
+        ValueError: The array has another shape.
 
     Example:
         >>> figure = image_grid([[[0.0, 1.0], [1.0, 0.0]]] * 3, columns=3, captions=["a", "b", "c"])
     """
     pixels = _array(images)
     if pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[-1] != 3) or not len(pixels):
-        raise ValueError(f"image_grid needs images of shape (N, H, W) or (N, H, W, 3), not {pixels.shape}")
+        raise ValueError(f"image_grid needs images of shape (N, H, W) or (N, H, W, 3) with N >= 1, not {pixels.shape}")
     if pixels.ndim == 3:
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.dtype.kind == "f":
@@ -357,7 +394,7 @@ def image_grid(
 
 
 def _array(values: Any) -> npt.NDArray[Any]:
-    """Return values as a numpy array; tensors are taken off their graph and device, halves widened."""
+    """Return values as a numpy array; tensors are detached, moved to the CPU and converted to a dtype of numpy."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
@@ -365,4 +402,5 @@ def _array(values: Any) -> npt.NDArray[Any]:
 
 
 def _colour(position: int) -> str:
+    """Return the series colour of a position."""
     return SERIES[position % len(SERIES)]

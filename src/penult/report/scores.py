@@ -1,4 +1,4 @@
-"""Figures of outlier scores: how they are spread, and how well they part strange inputs from familiar ones."""
+"""Figures of outlier scores: histograms with a threshold, and ROC curves."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from penult.report.palette import LIGHT, SERIES
 
 __all__ = ["Separation", "roc", "separation", "spread"]
 
-_EDGE = 0.005  # share of all scores beyond either end of a histogram, which its outermost bars hold
+# Fraction of all scores that is clipped into the outermost bar at either end of a histogram.
+_EDGE = 0.005
 _BINS = 50
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How well a score parts one set of strange inputs from familiar ones.
+    """How well a score separates outliers from familiar inputs.
 
     Attributes:
-        auroc: The probability that a strange input has a higher score than a familiar one; 0.5 is chance.
-        fpr95: The share of strange inputs that pass for familiar where 95 % of familiar ones do.
-        alarms: Shares of familiar inputs that are called strange, along the ROC curve.
-        hits: Shares of strange inputs that are called so there.
+        auroc: Probability that an outlier has a higher score than a familiar input; 0.5 is chance.
+        fpr95: Fraction of outliers below the threshold that 95 % of familiar inputs are below.
+        alarms: Fractions of familiar inputs above the threshold (false-alarm rates), along the ROC curve.
+        hits: Fractions of outliers above the threshold (detection rates), along the ROC curve.
     """
 
     auroc: float
@@ -41,39 +42,44 @@ class Separation:
 
 
 def separation(familiar: Any, strange: Any) -> Separation:
-    """Measure how well scores part strange inputs from familiar ones, with scikit-learn (extra ``data``).
+    """Measure how well a score separates outliers from familiar inputs, with scikit-learn (extra ``data``).
 
     Args:
-        familiar: (N,) scores, higher for stranger inputs; infinite ones count as beyond all others.
-        strange: (M,) scores.
+        familiar: Scores (N,) of familiar inputs; higher means more unusual. Infinite scores are allowed.
+        strange: Scores (M,) of outliers.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: There are none of either kind, or some are NaN.
+        ValueError: One of the two is empty or contains NaN.
 
     Example:
-        >>> found = separation([0.1, 0.2, 0.3, 0.4], [0.35, 0.8])
-        >>> found.auroc, found.fpr95
+        >>> measured = separation([0.1, 0.2, 0.3, 0.4], [0.35, 0.8])
+        >>> measured.auroc, measured.fpr95
         (0.875, 0.5)
     """
     metrics = extra("sklearn.metrics", "areas under ROC curves are measured by scikit-learn")
-    sides = [np.asarray(each, dtype=float).ravel() for each in (familiar, strange)]
-    for name, each in zip(("familiar", "strange"), sides, strict=True):
-        if not len(each) or np.isnan(each).any():
-            raise ValueError(f"there are {len(each)} scores of {name} inputs, {int(np.isnan(each).sum())} of them NaN")
-    truth = np.repeat([0, 1], [len(each) for each in sides])
-    scores = np.nan_to_num(np.concatenate(sides))  # infinite ones become the largest numbers
+    sides = {name: np.asarray(s, dtype=float).ravel() for name, s in (("familiar", familiar), ("strange", strange))}
+    for name, values in sides.items():
+        num_nan = int(np.isnan(values).sum())
+        if not len(values) or num_nan:
+            raise ValueError(
+                f"there are {len(values)} scores of {name} inputs, {num_nan} of them NaN; expected at least one score "
+                "and no NaN"
+            )
+    truth = np.repeat([0, 1], [len(values) for values in sides.values()])
+    # Infinite scores become the largest finite numbers, which scikit-learn accepts.
+    scores = np.nan_to_num(np.concatenate(list(sides.values())))
     alarms, hits, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
     kept = 1 - alarms >= 0.95 - 1e-12
     return Separation(float(metrics.roc_auc_score(truth, scores)), float(1 - hits[kept].max()), alarms, hits)
 
 
 def roc(found: Mapping[str, Separation], size: tuple[float, float] | None = None) -> Figure:
-    """Draw ROC curves: what a threshold finds of strange inputs, over what it costs in false alarms.
+    """Draw ROC curves: the detection rate of outliers over the false-alarm rate.
 
     Args:
-        found: name of a set to its `separation`.
-        size: width and height in CSS pixels.
+        found: `separation` by name of the set of outliers.
+        size: Width and height in CSS pixels.
 
     Example:
         >>> figure = roc({"noise": separation([0.1, 0.2, 0.3], [0.25, 0.8])})
@@ -81,11 +87,13 @@ def roc(found: Mapping[str, Separation], size: tuple[float, float] | None = None
     figure, (axes,) = new_figure(size=size or (520, 460))
     with style():
         handles: dict[str, Artist] = {}
-        for position, (name, each) in enumerate(found.items(), start=1):  # familiar inputs have the first colour
-            (handles[name],) = axes.plot(each.alarms, each.hits, color=SERIES[position % len(SERIES)], clip_on=False)
+        # The first colour is that of familiar inputs in `spread`.
+        for position, (name, measured) in enumerate(found.items(), start=1):
+            colour = SERIES[position % len(SERIES)]
+            (handles[name],) = axes.plot(measured.alarms, measured.hits, color=colour, clip_on=False)
         chance = axes.plot([0, 1], [0, 1], color=LIGHT["muted"], linewidth=1.25, linestyle=(0, (4, 3)))
         handles["chance"] = chance[0]
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="familiar inputs called strange", ylabel="strange inputs found")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="false-alarm rate", ylabel="detection rate")
         axes.grid(True)
         legend(figure, handles)
     return figure
@@ -94,28 +102,29 @@ def roc(found: Mapping[str, Separation], size: tuple[float, float] | None = None
 def spread(
     values: Mapping[str, Any], threshold: float | None, xlabel: str, size: tuple[float, float] | None = None
 ) -> Figure:
-    """Draw how scores of several sets are spread, and the threshold above which an input is called strange.
+    """Draw histograms of the scores of several sets of inputs, and a threshold.
 
-    Few scores that lie far out are counted in the outermost bars.
+    The few most extreme scores are counted in the outermost bars.
 
     Args:
-        values: name of a set to its (N,) scores.
-        threshold: where the line stands, or None for no line.
-        xlabel: what the score is.
-        size: width and height in CSS pixels.
+        values: Scores (N,) by name of the set.
+        threshold: Position of a vertical line, or None for no line.
+        xlabel: Label of the x axis, such as the name of the score.
+        size: Width and height in CSS pixels.
 
     Example:
         >>> figure = spread({"familiar": [0.1, 0.2, 0.2], "noise": [0.6, 0.8]}, 0.4, "energy")
     """
-    samples = {name: np.asarray(each, dtype=float).ravel() for name, each in values.items()}
+    samples = {name: np.asarray(sample, dtype=float).ravel() for name, sample in values.items()}
     together = np.concatenate(list(samples.values()))
     finite = together[np.isfinite(together)]
     low, high = np.quantile(finite, [_EDGE, 1 - _EDGE]) if len(finite) else (0.0, 1.0)
     if threshold is not None:
         low, high = min(low, threshold), max(high, threshold)
-    if not high - low > 1e-9 * max(abs(low), abs(high)):  # too close for bins between them
+    if not high - low > 1e-9 * max(abs(low), abs(high)):
+        # The limits are too close for bins between them.
         low, high = low - 1e-6 * max(abs(low), 1), high + 1e-6 * max(abs(high), 1)
-    clipped = {name: np.clip(np.nan_to_num(each), low, high) for name, each in samples.items()}
+    clipped = {name: np.clip(np.nan_to_num(sample), low, high) for name, sample in samples.items()}
     figure = plots.histograms(clipped, xlabel=xlabel, bins=_BINS, size=size or (680, 380))
     if threshold is not None:
         (axes,) = figure.axes

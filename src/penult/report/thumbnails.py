@@ -1,4 +1,4 @@
-"""Small pictures of inputs, inside the page, each with what is said of it."""
+"""Small pictures of inputs with lines of text below them, embedded in a page."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from penult.report.page import Section
 
 __all__ = ["Thumbnail", "gallery", "png"]
 
-_SIDE = 96  # pixels of the longer side, at most; half of it at least
-_SHOWN = 72  # CSS pixels
+# The longer side of the PNG has between half of this number of pixels and this number.
+_SIDE = 96
+# The longer side on the page, in CSS pixels.
+_SHOWN = 72
 
 
 class Thumbnail(NamedTuple):
-    """A picture and what is said of it.
+    """A picture and its text.
 
     Attributes:
-        image: (C, H, W) or (H, W), C = 1 or 3; floats in [0, 1] or bytes. Other floats are stretched to that.
-        lines: what stands below it, one line each; the first is strong.
-        alt: the same in a sentence, for those who don't see it.
+        image: (C, H, W) or (H, W), C = 1 or 3; floats in [0, 1] or uint8. Other floats are rescaled to [0, 1].
+        lines: Lines of text below the picture; the first is bold.
+        alt: One sentence with the same content, for readers who cannot see the picture.
     """
 
     image: Any
@@ -32,16 +34,16 @@ class Thumbnail(NamedTuple):
 
 
 def gallery(section: Section, pictures: Sequence[Thumbnail]) -> Section:
-    """Add pictures in rows, as many in each as there is room for. All text is escaped.
+    """Add pictures to a section, in rows that wrap at the width of the page. All text is escaped.
 
     Raises:
-        ValueError: an image has another shape.
+        ValueError: An image has another shape.
 
     Example:
         >>> from penult.report import Page
         >>> page = Page("Inputs")
         >>> picture = Thumbnail(torch.rand(1, 8, 8), ["cat", "p 0.04"], "An image taken for a cat, p-value 0.04")
-        >>> section = gallery(page.section("Strange"), [picture])
+        >>> section = gallery(page.section("Outliers"), [picture])
         >>> 'alt="An image taken for a cat, p-value 0.04"' in page.html()
         True
     """
@@ -63,30 +65,31 @@ def gallery(section: Section, pictures: Sequence[Thumbnail]) -> Section:
 
 
 def png(image: Any) -> tuple[bytes, int, int]:
-    """An image as PNG, and its width and height: small ones with each pixel a square, large ones made smaller.
+    """Return an image as PNG, with its width and height; small images are magnified, large ones scaled down.
 
     Args:
-        image: as of a `Thumbnail`.
+        image: An image, as in `Thumbnail`.
 
     Raises:
-        ValueError: it is neither grey nor in colour.
+        ValueError: The image is neither grey nor in colour.
 
     Example:
         >>> data, width, height = png(torch.zeros(1, 8, 16))
         >>> data[1:4], width, height
         (b'PNG', 96, 48)
     """
-    from PIL import Image  # which matplotlib brings
+    from PIL import Image  # matplotlib requires pillow
 
     pixels = image.detach().cpu().numpy() if hasattr(image, "detach") else np.asarray(image)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
         pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1)
     elif pixels.ndim != 2:
-        raise ValueError(f"a thumbnail is of an image (H, W), (1, H, W) or (3, H, W), not of shape {pixels.shape}")
+        raise ValueError(f"the image of a thumbnail has shape {pixels.shape}; expected (H, W), (1, H, W) or (3, H, W)")
     if pixels.dtype != np.uint8:
         values = np.nan_to_num(pixels.astype(float))
         low, high = values.min(), values.max()
-        if low < -1e-3 or high > 1 + 1e-3:  # such as what was normalised for a network
+        if low < -1e-3 or high > 1 + 1e-3:
+            # Most likely the image was normalized for a network.
             values = (values - low) / (high - low or 1)
         pixels = np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)
     longest = max(pixels.shape[:2])
