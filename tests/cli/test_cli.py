@@ -19,6 +19,26 @@ def test_version_and_help():
     assert "Example" in page
 
 
+_HELPS = """
+import sys
+import typer
+from typer.testing import CliRunner
+from penult.cli import app
+
+for name in ("", *typer.main.get_command(app).commands):
+    result = CliRunner().invoke(app, [*filter(None, [name]), "--help"])
+    assert result.exit_code == 0, (name, result.output)
+    loaded = {"torch", "numpy", "lightning", "matplotlib"} & set(sys.modules)
+    assert not loaded, f"penult {name} --help loads {loaded}"
+print("all")
+"""
+
+
+def test_help_loads_no_torch():
+    done = subprocess.run([sys.executable, "-c", _HELPS], capture_output=True, text=True, check=False)
+    assert done.stdout == "all\n", done.stderr
+
+
 def test_demo_prints_and_returns_json(tmp_path, monkeypatch):
     from penult import demo
     from penult.demo import classifier

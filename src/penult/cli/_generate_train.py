@@ -33,6 +33,7 @@ from penult.cli._inputs import (
 )
 from penult.cli._launch import Launch
 from penult.cli._models import folder_path, load_model, load_pair
+from penult.cli._options import plain
 from penult.cli._training import (
     CHECKPOINT,
     LOG_FILE,
@@ -41,7 +42,6 @@ from penult.cli._training import (
     digest,
     fit,
     is_complete,
-    plain,
     say_complete,
     trainer_of,
 )

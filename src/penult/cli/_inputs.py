@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -18,24 +17,15 @@ from penult.cli._models import load_model, running
 from penult.data import ImageDataset
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from penult.activations import Activations, Tap
-    from penult.data import ImageDataset
     from penult.pair import GenerativePair
 
 __all__ = [
     "FEW",
-    "OPTIONS",
-    "BatchSize",
     "Inputs",
     "InputsReader",
-    "Network",
-    "NetworkWeights",
     "Normalized",
-    "Pair",
     "Share",
-    "Workers",
     "batches_of",
     "class_names",
     "first_images",
@@ -48,24 +38,9 @@ __all__ = [
     "watched",
 ]
 
-OPTIONS = ("weights", "path", "fold", "size", "mode", "mean", "std", "batch_size", "workers")
-"""Options of a command that say how a network reads images."""
-
 _FEW = 16  # images that the head is found with
 _LOOKED_AT = 1000  # labels that are compared with what the network says
 _CHECKED = 1000  # activations whose logits the pair's head has to make
-
-Pair = Annotated[
-    str, typer.Argument(metavar="PAIR", help="A *.penult.safetensors, as penult fit writes it, or a file with a head.")
-]
-Network = Annotated[
-    str | None, typer.Option("--model", help="For images: the network that reads them, package.module:factory.")
-]
-NetworkWeights = Annotated[
-    Path | None, typer.Option("--weights", help="A .safetensors state dict for the model that the factory makes.")
-]
-BatchSize = Annotated[int, typer.Option(help="Images at a time.", min=1)]
-Workers = Annotated[int, typer.Option(help="Processes that decode images.", min=0)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +61,7 @@ class InputsReader:
         pair_source: What the user calls it.
         reporter: Told what is found.
         model: The network, or None where activations are stored.
-        options: Those of `OPTIONS`.
+        options: Options of the command by their name.
         seed: Seed of what the factory and the network draw, if they do.
     """
 

@@ -7,9 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from penult.cli._console import quiet, show_cursor, tell
 from penult.cli._models import device_of
@@ -18,13 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-__all__ = ["Devices", "Launch", "NumNodes", "Strategy", "lost", "own_rank"]
-
-Devices = Annotated[
-    int | None, typer.Option(help="How many devices of a machine. [default: 1, or as torchrun says]", min=1)
-]
-NumNodes = Annotated[int | None, typer.Option(help="How many machines. [default: 1, or as torchrun says]", min=1)]
-Strategy = Annotated[str, typer.Option(help="Lightning's strategy for several devices, such as ddp.")]
+__all__ = ["Launch", "lost", "own_rank"]
 
 _LOOK = 0.2  # seconds between two looks at the other processes
 _PATIENCE = timedelta(days=30)  # for a process that has more to do than the others

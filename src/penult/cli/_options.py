@@ -1,48 +1,89 @@
-"""Options that several commands share."""
+"""Annotated option types that several commands share; this file loads nothing but typer."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "AsJson",
+    "BatchSize",
     "BiasKey",
     "Device",
+    "Devices",
     "Fold",
     "HeadPath",
     "Mean",
     "Mode",
     "Model",
+    "Network",
+    "NetworkWeights",
+    "NumNodes",
+    "Pair",
+    "Precision",
     "Seed",
     "Size",
     "Std",
+    "Strategy",
     "WeightKey",
     "Weights",
+    "Workers",
+    "plain",
 ]
 
+# --- networks, heads and pairs ------------------------------------------------------------------------------
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="package.module:factory, which is imported and called; or a .safetensors file that holds a head.",
+        help="Factory of the network, package.module:factory, called without arguments; or a .safetensors file that "
+        "holds a head.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the facts as JSON; progress goes to stderr.")]
-Weights = Annotated[Path | None, typer.Option(help="A .safetensors state dict for the model that the factory makes.")]
-HeadPath = Annotated[str | None, typer.Option("--path", help="Name of the head's module, if known.")]
-Fold = Annotated[bool, typer.Option(help="Fold a norm layer before the head into it.")]
+Weights = Annotated[Path | None, typer.Option(help="State dict for the network, .safetensors.")]
+Network = Annotated[
+    str | None, typer.Option("--model", help="Factory of the network that reads images, package.module:factory.")
+]
+NetworkWeights = Annotated[Path | None, typer.Option("--weights", help="State dict for the network, .safetensors.")]
+HeadPath = Annotated[str | None, typer.Option("--path", help="Name of the head's module. Default: found by a run.")]
+Fold = Annotated[bool, typer.Option(help="Fold a norm layer before the head into the head.")]
+Pair = Annotated[
+    str,
+    typer.Argument(
+        metavar="PAIR", help="Pair written by `penult fit`, *.penult.safetensors; or a .safetensors file with a head."
+    ),
+]
 WeightKey = Annotated[str | None, typer.Option(help="Name of W in a .safetensors file.")]
 BiasKey = Annotated[str | None, typer.Option(help="Name of b in a .safetensors file.")]
-Size = Annotated[str | None, typer.Option(help="Resize images to this, e.g. 224 or 32x48.")]
-Mode = Annotated[str | None, typer.Option(help="Convert images to L (grey) or RGB.")]
-Mean = Annotated[str | None, typer.Option(help="Subtracted from images in 0..1, e.g. 0.485,0.456,0.406.")]
-Std = Annotated[str | None, typer.Option(help="Images are divided by it, e.g. 0.229,0.224,0.225.")]
+
+# --- images -------------------------------------------------------------------------------------------------
+
+Size = Annotated[str | None, typer.Option(help="Size that images are scaled to, for example 224 or 32x48.")]
+Mode = Annotated[str | None, typer.Option(help="Colour mode that images are converted to: L (grey) or RGB.")]
+Mean = Annotated[str | None, typer.Option(help="Per-channel mean of images in 0..1, for example 0.485,0.456,0.406.")]
+Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation, for example 0.229,0.224,0.225.")]
+BatchSize = Annotated[int, typer.Option(help="Images per batch.", min=1)]
+Workers = Annotated[int, typer.Option(help="Number of processes that decode images.", min=0)]
+
+# --- where and how to compute, and what to print ------------------------------------------------------------
+
+Seed = Annotated[int, typer.Option(help="Seed for all random numbers.", min=0)]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, mps.")]
+Devices = Annotated[
+    int | None, typer.Option(help="Number of devices per machine. [default: 1, or as started by torchrun]", min=1)
+]
+NumNodes = Annotated[
+    int | None, typer.Option(help="Number of machines. [default: 1, or as started by torchrun]", min=1)
+]
+Strategy = Annotated[str, typer.Option(help="Lightning strategy for several devices, for example ddp.")]
+Precision = Annotated[str, typer.Option(help="Lightning precision, for example bf16-mixed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")]
+
+
+def plain(value: Any) -> Any:
+    """Return the value of an option as JSON can hold it."""
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value

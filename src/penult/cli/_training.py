@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from enum import Enum
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ __all__ = [
     "digest",
     "fit",
     "is_complete",
-    "plain",
     "say_complete",
     "trainer_of",
 ]
@@ -39,11 +37,6 @@ _OTHER = {  # settings that say nothing to a reader
     "content": "images, labels or files hold something else",
 }
 _COMMANDS = {"distill": "distillation", "generate": "generator"}  # what the folder of a command holds
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON can hold it."""
-    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
 def digest(*parts: Tensor | str | Path) -> str:

@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from penult.cli._console import RichReporter, warnings_as_lines
-from penult.cli._distill_train import STUDENT_FILE, accuracy_of, confusion_of, lesson_of, save, share_of, summary
-from penult.cli._inputs import FEW, class_names, first_images, load_images, loader_of, watched
-from penult.cli._launch import Devices, Launch, NumNodes, Strategy
+from penult.cli._launch import Launch
 from penult.cli._models import folder_path, is_file, load_model, load_pair, running
-from penult.cli._options import AsJson, BiasKey, Device, Fold, Mean, Mode, Seed, Size, Std, WeightKey
-from penult.cli._training import (
-    CHECKPOINT,
-    LOG_FILE,
-    PAGE_FILE,
-    SETTINGS_FILE,
-    digest,
-    fit,
-    is_complete,
+from penult.cli._options import (
+    AsJson,
+    BiasKey,
+    Device,
+    Devices,
+    Fold,
+    Mean,
+    Mode,
+    NumNodes,
+    Precision,
+    Seed,
+    Size,
+    Std,
+    Strategy,
+    WeightKey,
+    Workers,
     plain,
-    say_complete,
-    trainer_of,
 )
-from penult.report.distill import page
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,7 +82,7 @@ def distill(
     epochs: Annotated[int, typer.Option(help="How often all images are seen.", min=1)] = 20,
     batch_size: Annotated[int, typer.Option(help="Images at a time, on each device.", min=2)] = 64,
     rate: Annotated[float, typer.Option(help="Half the highest learning rate of AdamW.")] = 3e-3,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
+    workers: Workers = 0,
     size: Size = None,
     mode: Mode = None,
     mean: Mean = None,
@@ -98,7 +100,7 @@ def distill(
     devices: Devices = None,
     num_nodes: NumNodes = None,
     strategy: Strategy = "auto",
-    precision: Annotated[str, typer.Option(help="Lightning's precision, such as bf16-mixed.")] = "32-true",
+    precision: Precision = "32-true",
     as_json: AsJson = False,
 ) -> None:
     """Distil a teacher into a student, believing it only where it deserves to be.
@@ -120,10 +122,23 @@ def distill(
     settings = {name: plain(value) for name, value in locals().items() if name in _RECORDED}
     from penult import io
     from penult.activations import _checksum
+    from penult.cli._distill_train import STUDENT_FILE, accuracy_of, confusion_of, lesson_of, save, share_of, summary
+    from penult.cli._inputs import FEW, class_names, first_images, load_images, loader_of, watched
+    from penult.cli._training import (
+        CHECKPOINT,
+        LOG_FILE,
+        PAGE_FILE,
+        SETTINGS_FILE,
+        digest,
+        fit,
+        is_complete,
+        say_complete,
+        trainer_of,
+    )
     from penult.distill import Distiller
     from penult.pair import load
     from penult.processes import Processes
-    from penult.report import Page  # noqa: F401  a missing extra is better said before the work
+    from penult.report.distill import page  # a missing extra is better said before the work
 
     launch = Launch(device, devices, num_nodes, strategy)
     reporter, where = RichReporter(stderr=as_json, silent=launch.rank > 0), launch.device

@@ -10,10 +10,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from penult.cli._console import RichReporter, tell
-from penult.cli._inputs import batches_of, first_images, labels_fit, load_images, of_one_size, right_answers
-from penult.cli._launch import Devices, Launch, NumNodes, Strategy
+from penult.cli._launch import Launch
 from penult.cli._models import folder_path, is_file, load_model, running
-from penult.cli._options import AsJson, Device, Fold, HeadPath, Mean, Mode, Model, Size, Std, Weights
+from penult.cli._options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Devices,
+    Fold,
+    HeadPath,
+    Mean,
+    Mode,
+    Model,
+    NumNodes,
+    Size,
+    Std,
+    Strategy,
+    Weights,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from penult.activations import Activations
@@ -35,8 +50,8 @@ def extract(
     model: Model,
     data: Annotated[str, typer.Argument(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
     out: Annotated[Path, typer.Option(help="Folder for the activations; a run that was killed continues there.")],
-    batch_size: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 128,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
+    batch_size: BatchSize = 128,
+    workers: Workers = 0,
     size: Size = None,
     mode: Mode = None,
     mean: Mean = None,
@@ -69,6 +84,7 @@ def extract(
     from penult import io
     from penult.activations import Tap
     from penult.activations import extract as run
+    from penult.cli._inputs import batches_of, first_images, labels_fit, load_images, of_one_size
     from penult.head import find_head
     from penult.pair import GenerativePair
 
@@ -130,6 +146,8 @@ def extract(
 
 def _tell_accuracy(acts: Activations, out: Path, reporter: RichReporter) -> None:
     """Say how often a network gives the labels, and warn where that is no more often than by guessing."""
+    from penult.cli._inputs import right_answers
+
     right, guessed = right_answers(acts)
     if guessed:
         tell(

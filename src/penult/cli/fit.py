@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from penult.cli._console import RichReporter, warnings_as_lines
-from penult.cli._launch import Devices, Launch, NumNodes, Strategy
+from penult.cli._launch import Launch
 from penult.cli._models import load_head, pair_path
-from penult.cli._options import AsJson, BiasKey, Device, Seed, WeightKey
+from penult.cli._options import AsJson, BiasKey, Device, Devices, NumNodes, Seed, Strategy, WeightKey
 from penult.cli.extract import HEAD_FILE
 
 if TYPE_CHECKING:

@@ -11,9 +11,24 @@ from typing import Annotated, Any
 import typer
 
 from penult.cli._console import RichReporter
-from penult.cli._launch import Devices, Launch, NumNodes, Strategy
-from penult.cli._options import AsJson, BiasKey, Device, Fold, HeadPath, Mode, Seed, Size, WeightKey
-from penult.cli._training import plain
+from penult.cli._launch import Launch
+from penult.cli._options import (
+    AsJson,
+    BiasKey,
+    Device,
+    Devices,
+    Fold,
+    HeadPath,
+    Mode,
+    NumNodes,
+    Precision,
+    Seed,
+    Size,
+    Strategy,
+    WeightKey,
+    Workers,
+    plain,
+)
 
 __all__ = ["KINDS", "generate"]
 
@@ -160,14 +175,14 @@ def generate(
     fold: Fold = True,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
-    workers: Annotated[int, typer.Option(help="Processes that decode images.", min=0)] = 0,
+    workers: Workers = 0,
     overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds another generator.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     devices: Devices = None,
     num_nodes: NumNodes = None,
     strategy: Strategy = "auto",
-    precision: Annotated[str, typer.Option(help="Lightning's precision, such as bf16-mixed.")] = "32-true",
+    precision: Precision = "32-true",
     as_json: AsJson = False,
 ) -> None:
     """Train a generator of images on a classifier's activations, or draw images of classes from one.

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from penult.cli._console import RichReporter
-from penult.cli._inputs import first_images, load_images
 from penult.cli._models import device_of, is_file, load_head, load_model, load_pair, pair_path, running
 from penult.cli._options import (
     AsJson,
@@ -59,6 +58,7 @@ def head(
     """
     import torch
 
+    from penult.cli._inputs import first_images, load_images
     from penult.head import find_head
     from penult.pair import GenerativePair
 

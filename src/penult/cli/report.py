@@ -9,9 +9,25 @@ from typing import Annotated
 import typer
 
 from penult.cli._console import RichReporter, warnings_as_lines
-from penult.cli._inputs import OPTIONS, BatchSize, InputsReader, Network, NetworkWeights, Pair, Workers
 from penult.cli._models import device_of, load_pair
-from penult.cli._options import AsJson, BiasKey, Device, Fold, HeadPath, Mean, Mode, Seed, Size, Std, WeightKey
+from penult.cli._options import (
+    AsJson,
+    BatchSize,
+    BiasKey,
+    Device,
+    Fold,
+    HeadPath,
+    Mean,
+    Mode,
+    Network,
+    NetworkWeights,
+    Pair,
+    Seed,
+    Size,
+    Std,
+    WeightKey,
+    Workers,
+)
 from penult.cli.score import ScoreName, same_source, score_of
 
 __all__ = ["report"]
@@ -69,6 +85,7 @@ def report(
     Example: penult report net.penult.safetensors --data test.parquet --ood other/ --model mynets:net --out page.html
     """
     from penult._extras import extra
+    from penult.cli._inputs import InputsReader
     from penult.report.pair import FAMILIAR, build  # a missing extra is better said before the work
 
     extra("sklearn.metrics", "a page on a pair is measured with scikit-learn")
@@ -83,8 +100,7 @@ def report(
         law = load_pair(pair, weight_key, bias_key).to(device_of(device))
         function, why = score_of(law, name)
         reporter.line(f"score: {why}; higher is stranger")
-        options = {each: context.params[each] for each in OPTIONS}
-        reader = InputsReader(law, pair, reporter, model, options, seed)
+        reader = InputsReader(law, pair, reporter, model, context.params, seed)
         familiar = reader.read(data, labels=True)
         others = {each: reader.read(source) for each, source in named.items()}
         page, facts = build(

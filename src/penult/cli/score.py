@@ -14,18 +14,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from penult.cli._console import RichReporter, warnings_as_lines
-from penult.cli._inputs import (
-    OPTIONS,
+from penult.cli._models import device_of, load_pair
+from penult.cli._options import (
+    AsJson,
     BatchSize,
-    InputsReader,
+    BiasKey,
+    Device,
+    Fold,
+    HeadPath,
+    Mean,
+    Mode,
     Network,
     NetworkWeights,
     Pair,
+    Size,
+    Std,
+    WeightKey,
     Workers,
-    right_answers,
 )
-from penult.cli._models import device_of, load_pair
-from penult.cli._options import AsJson, BiasKey, Device, Fold, HeadPath, Mean, Mode, Size, Std, WeightKey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +117,7 @@ def score(
 
     Example: penult score net.penult.safetensors photos/ --model mynets:net --weights net.safetensors --score energy
     """
+    from penult.cli._inputs import InputsReader
     from penult.scores import Threshold
 
     reporter = RichReporter(stderr=as_json)
@@ -128,8 +135,7 @@ def score(
         law = load_pair(pair, weight_key, bias_key).to(device_of(device))
         function, why = score_of(law, name)
         reporter.line(f"score: {why}; higher is stranger")
-        options = {each: context.params[each] for each in OPTIONS}
-        reader = InputsReader(law, pair, reporter, model, options, seed)
+        reader = InputsReader(law, pair, reporter, model, context.params, seed)
         threshold = familiar = None
         if calibrate is not None:
             familiar = reader.read(calibrate, labels=True).activations
@@ -255,6 +261,8 @@ def same_source(one: str, other: str) -> bool:
 
 def _names(familiar: Activations | None, acts: Activations) -> tuple[str, ...] | None:
     """Names of the classes of the network: strange inputs may have as many classes, and be none of them."""
+    from penult.cli._inputs import right_answers
+
     for each in (familiar, acts):
         if each is not None and each.class_names is not None and (each.labels is None or not right_answers(each)[1]):
             return each.class_names
