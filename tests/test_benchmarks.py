@@ -200,7 +200,8 @@ def test_tables_are_rewritten_once(site):
     assert page.read_text(encoding="utf-8") == text
     assert run("tables.py", "--root", site).returncode == 0
     fresh = page.read_text(encoding="utf-8")
-    assert fresh.startswith("before\n<!-- table: vmf-summary -->\n\n**Implementations of the von Mises-Fisher distribution**\n")
+    start = "before\n<!-- table: vmf-summary -->\n\n**Implementations of the von Mises-Fisher distribution**\n"
+    assert fresh.startswith(start)
     assert fresh.endswith("Command: `python benchmarks/vmf.py --only evaluation`\n\n<!-- /table -->\nafter\n")
     assert "old" not in fresh
     outcome = run("tables.py", "--root", site, "--check")
