@@ -1,4 +1,4 @@
-"""Tables of the results of `families.py`, `extract.py`, `large_head.py` and `scaling.py`."""
+"""Tables of the results of `families.py`, `extract.py`, `label_shift.py`, `large_head.py` and `scaling.py`."""
 
 from __future__ import annotations
 
@@ -99,3 +99,35 @@ def scaling(results: dict[str, Any]) -> Block:
         f"rounds, without the time to start: {starts}. {origin(section, ('penult', 'torch'))}"
     ]
     return Block([Table(title, header, rows)], notes, "python benchmarks/scaling.py")
+
+
+@table("label-shift", source="label_shift")
+def label_shift(results: dict[str, Any]) -> Block:
+    """L1 errors of the estimated class prior, by method."""
+    section = results["sections"]["error"]
+    settings, bars = section["settings"], section["bars"]
+    conditions = {
+        "original": "original pictures",
+        "jpeg": f"JPEG, quality {settings['quality']}",
+        "disturbed": "biases of the head disturbed by N(0, 1)",
+    }
+    shifts = {"none": "none", "dirichlet": "Dirichlet(1)"}
+    rows = []
+    for key, cell in section["cells"].items():
+        name, _, condition = key.partition(" ")
+        for shift, errors in cell["errors"].items():
+            recipe = errors["recipe"]
+            rows.append((
+                f"`{name}`", conditions[condition], f"{100 * cell['accuracy']:.1f} %", shifts[shift],
+                f"**{recipe:.3f}**", f"{errors['temperature']:.3f}", f"{errors['bbse']:.3f}",
+                bound(recipe, bars[condition]),
+            ))  # fmt: skip
+    header = ("network", "pictures", "accuracy", "shift", "temperature and biases", "temperature", "BBSE", "bar")
+    title = "L1 error of the estimated class prior"
+    what = (
+        f"Mean of {settings['seeds']} seeds: {settings['calibration']} labelled pictures calibrate the head and are "
+        f"the bank of the pair, windows have {settings['window']} others. BBSE: black-box shift estimation by hard "
+        "predictions."
+    )
+    notes = [what, origin(section, ("penult", "torch"))]
+    return Block([Table(title, header, rows)], notes, "python benchmarks/label_shift.py --data DATA --cache CACHE")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "mean_row_of", "rounding", "rows_in_double", "span_of", "version_of"]
+__all__ = ["blocks", "mean_row_of", "rounding", "rows_in_double", "span_of", "version_of", "wide_mean_row"]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -36,6 +36,11 @@ def mean_row_of(weight: Tensor) -> Tensor:
         total = rows.sum(0) if total is None else total.add_(rows.sum(0))
     assert total is not None
     return total.div_(weight.shape[0])
+
+
+def wide_mean_row(weight: Tensor) -> Tensor:
+    """Return the mean row in at least float32; rounding to half precision would change all logits."""
+    return mean_row_of(weight).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
 
 def rounding(weight: Tensor) -> float:

@@ -4,6 +4,8 @@ import math
 import pickle
 
 import pytest
+import scipy.optimize
+import scipy.special
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -394,3 +396,47 @@ def test_gradients_flow_to_h():
     head, h = random_head(), seeded(3, 8, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(head, (h,))
     assert torch.autograd.gradcheck(head.centered_logits, (h,))
+
+
+def biased_answers(num_classes, rows, seed=0):
+    """Logits and labels drawn from softmax(logits / 2 + c), and c."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, num_classes, generator=generator)
+    biases = torch.randn(num_classes, generator=generator)
+    labels = torch.multinomial((logits / 2 + biases).softmax(1), 1, generator=generator)[:, 0]
+    return logits, labels, biases - biases.mean()
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 40])
+def test_calibration_with_biases_finds_the_temperature_and_the_biases(num_classes):
+    logits, labels, biases = biased_answers(num_classes, 40_000)
+    head = Head(torch.eye(num_classes), torch.zeros(num_classes)).calibrate(logits, labels, biases=True)
+    assert head.temperature == pytest.approx(2, rel=0.05)
+    torch.testing.assert_close(head.bias - head.bias.mean(), biases, atol=0.2, rtol=0)
+
+
+def test_calibration_with_biases_is_the_minimum_of_the_penalised_likelihood():
+    logits, labels, _ = biased_answers(3, 200)
+    labels[labels == 2] = 0  # no row of one class
+    head = Head(torch.eye(3), torch.zeros(3)).calibrate(logits, labels, biases=True)
+
+    def objective(parameters):
+        rows = parameters[0] * logits.double().numpy() + parameters[1:]
+        normaliser = scipy.special.logsumexp(rows, axis=1)
+        fit = (normaliser - rows[range(len(rows)), labels.numpy()]).sum()
+        return fit + 0.5 * (parameters[1:] ** 2).sum()
+
+    best = scipy.optimize.minimize(objective, [1.0, 0, 0, 0], tol=1e-12).x
+    assert 1 / head.temperature == pytest.approx(best[0], rel=1e-4)
+    torch.testing.assert_close(head.bias.double(), torch.tensor(best[1:]), atol=1e-4, rtol=0)
+
+
+def test_calibration_keeps_the_certificate_and_adds_to_the_bias():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    head = find_head(model, torch.randn(8, 4))
+    logits, labels, _ = biased_answers(3, 300)
+    calibrated = head.calibrate(logits, labels.to(torch.uint8), biases=True)
+    assert calibrated.certificate == head.certificate
+    torch.testing.assert_close(calibrated.weight, head.weight / calibrated.temperature)
+    with pytest.raises(TypeError, match=r"labels is a torch\.float32 tensor"):
+        head.calibrate(logits, labels.float(), biases=True)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penult._checks import check_bias, check_choice, check_finite, check_labels, check_positive, check_weight
-from penult._row_blocks import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of
-from penult.head._calibration import best_inverse_temperature
+from penult._checks import check_bias, check_choice, check_finite, check_positive, check_weight
+from penult._row_blocks import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of, wide_mean_row
+from penult.head._calibration import calibration
 from penult.head._certificate import HeadCertificate
 from penult.special import in_full, outside_transforms
 
@@ -117,7 +117,7 @@ class Head(nn.Module):
     def _set_tensors(self, weight: Tensor, bias: Tensor | None) -> None:
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_buffer("mean_row", _wide_mean_row(self.weight), persistent=False)
+        self.register_buffer("mean_row", wide_mean_row(self.weight), persistent=False)
         self._span: tuple[Tensor, int, Tensor] | None = None
         self._sources: list[weakref.ref[Tensor]] = []
         # The last known version of each source, which may be deleted before the head.
@@ -370,18 +370,24 @@ class Head(nn.Module):
         return head
 
     @torch.no_grad()
-    def calibrate(self, logits: Tensor, labels: Tensor) -> Head:
-        """Return the head at the temperature that makes held-out labels most likely.
+    def calibrate(self, logits: Tensor, labels: Tensor, *, biases: bool = False) -> Head:
+        r"""Return the head whose temperature, and class biases if wanted, make held-out labels most likely.
 
-        The mean negative log-likelihood is convex in 1/T; its minimum in [0.01, 100] is found by Newton's
-        method, safeguarded by bisection, in float64.
+        Without biases, the mean negative log-likelihood is minimised over 1/T in [0.01, 100], in float64. With biases
+        (bias-corrected temperature scaling), softmax(logits / T + c) has one more number for each class, with a penalty
+        of ½‖c‖² on the sum over rows. :meth:`GenerativePair.estimate_prior` needs the biases.
+
+        References:
+            Alexandari, Kundaje and Shrikumar, "Maximum Likelihood with Bias-Corrected Calibration is Hard-To-Beat at
+            Label Shift Adaptation", ICML 2020.
 
         Args:
             logits: (N, K), the logits of this head on held-out data.
             labels: (N,), integers in 0..K-1.
+            biases: Whether to fit class biases as well.
 
         Returns:
-            ``with_temperature(T)`` for the best T.
+            ``with_temperature(T)`` for the best T, with c added to its bias.
 
         Raises:
             TypeError: `labels` are not integers.
@@ -394,11 +400,11 @@ class Head(nn.Module):
             >>> round(head.calibrate(head(h), torch.tensor([0, 0, 0, 1])).temperature, 4)
             1.8205
         """
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes or len(logits) == 0:
-            raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (N, {self.num_classes}) with N >= 1")
-        check_labels(labels, logits.shape)
-        check_finite("logits", logits)
-        return self.with_temperature(1 / best_inverse_temperature(logits, labels.to(logits.device, torch.int64)))
+        temperature, class_biases = calibration(logits, labels, self.num_classes, biases)
+        if class_biases is None:
+            return self.with_temperature(temperature)
+        bias = self.full_bias / temperature + class_biases.to(self.weight)
+        return self._derive(self.weight / temperature, bias, temperature=temperature)
 
     @property
     def rank(self) -> int:
@@ -451,7 +457,7 @@ class Head(nn.Module):
         super()._apply(fn, recurse)
         # The cached span refers to the old weight, and conversion to half precision would round the mean row.
         self._span = None
-        self.mean_row = _wide_mean_row(self.weight)
+        self.mean_row = wide_mean_row(self.weight)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -460,7 +466,7 @@ class Head(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.mean_row = _wide_mean_row(self.weight)
+        self.mean_row = wide_mean_row(self.weight)
 
 
 def _at_least_single(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -472,8 +478,3 @@ def _at_least_single(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
         return tensor.to(new.device, torch.promote_types(tensor.dtype, torch.float32)) if narrow else new
 
     return converted
-
-
-def _wide_mean_row(weight: Tensor) -> Tensor:
-    """Return the mean row in at least float32; rounding to half precision would change all logits."""
-    return mean_row_of(weight).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
