@@ -144,10 +144,10 @@ def test_fits_to_activations_on_disk_are_those_in_memory(name, tmp_path):
         ({"activations": torch.zeros(5, 12)}, ValueError, "all 5 activations are equal"),
         ({"activations": torch.randn(1, 12)}, ValueError, r"expected \(N, 12\) with N >= 2"),
         ({"activations": torch.randn(5, 3)}, ValueError, r"shape \(5, 3\); expected \(N, 12\)"),
-        ({"activations": torch.full((5, 12), torch.nan)}, ValueError, "5 of 5 activations hold NaN"),
-        ({"activations": [1.0]}, TypeError, "floating tensor .* or Activations, got list"),
-        ({"covariance_type": "tied"}, ValueError, "covariance_type must be .* got 'tied'"),
-        ({"shrinkage": 2.0}, ValueError, "shrinkage must lie"),
+        ({"activations": torch.full((5, 12), torch.nan)}, ValueError, "5 of 5 rows of activations hold NaN"),
+        ({"activations": [1.0]}, TypeError, "activations is a list; expected a floating-point tensor"),
+        ({"covariance_type": "tied"}, ValueError, "covariance_type is 'tied'; expected 'full'"),
+        ({"shrinkage": 2.0}, ValueError, "shrinkage is 2.0; expected a number from 0 to 1"),
         ({"activations": torch.randn(5, 12), "shrinkage": 0.0}, ValueError, "not positive definite"),
     ],
 )
@@ -161,10 +161,10 @@ def test_bad_fits(change, error, words):
     ("loc", "covariance", "words"),
     [
         (torch.zeros(2), torch.eye(3), r"\(2,\) and covariance_matrix \(3, 3\)"),
-        (torch.zeros(2), torch.tensor([1.0, 0.0]), "diagonal of covariance_matrix must be positive"),
-        (torch.zeros(2), torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "not symmetric"),
+        (torch.zeros(2), torch.tensor([1.0, 0.0]), "diagonal covariance_matrix is 0.0; expected positive entries"),
+        (torch.zeros(2), torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "expected a symmetric matrix"),
         (torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "not positive definite"),
-        (torch.tensor([0.0, torch.nan]), torch.eye(2), "loc of shape .* NaN"),
+        (torch.tensor([0.0, torch.nan]), torch.eye(2), "loc holds .* NaN"),
     ],
 )
 def test_bad_parameters(loc, covariance, words):

@@ -1,4 +1,4 @@
-"""Base measures: what all classes of a head share."""
+"""Base measures, which all classes of a head share."""
 
 import sys
 
@@ -7,7 +7,9 @@ from penult.bases.base import Base, BaseInfo
 from penult.bases.gaussian import Gaussian
 from penult.bases.marginal import Marginal
 from penult.bases.sphere import Sphere
-from penult.distributions import Bank as Bank  # the empirical case of a marginal
+
+# A Marginal of a Bank is the empirical distribution.
+from penult.distributions import Bank as Bank
 
 __all__ = ["Base", "BaseInfo", "Gaussian", "Marginal", "Sphere"]
 

@@ -1,4 +1,4 @@
-"""Class draws from a marginal law: draw activations, draw their classes, and keep what is needed."""
+"""Samples of classes from a marginal distribution, by sampling activations and then their labels."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from penult.special import in_double, outside_transforms, working_dtype
 
 __all__ = ["MOST_DRAWS", "RowIndex", "accept", "block_size", "class_means", "expected_posterior", "pick"]
 
-MOST_DRAWS = 1 << 28  # expected for one call, at most
-_ELEMENTS = 1 << 23  # activations and logits in memory at a time
+# Largest expected number of samples of the marginal for one call.
+MOST_DRAWS = 1 << 28
+# Number of floats of activations and logits that are in memory at a time.
+_ELEMENTS = 1 << 23
 
 
 def block_size(head: Head) -> int:
-    """How many activations to look at at a time."""
+    """Return the number of activations to process at a time."""
     return max(256, _ELEMENTS // (head.in_features + head.num_classes))
 
 
@@ -31,31 +33,30 @@ def accept(
     prior: Tensor,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Activations of classes: those h of a stream h ~ p, y ~ softmax(h) with the right y, first come first kept.
+    """Sample activations of classes by rejection: from a stream h ~ p, y ~ softmax(h), keep the first h of each class.
 
     Args:
         head: The head.
-        draw: Gives (n, d) independent draws of p.
+        draw: Function n -> (n, d) of independent samples of p.
         classes: Different classes (R,).
-        counts: How many draws of each (R,).
-        prior: Their probabilities E_p[softmax] (R,); they decide how many are drawn at a time, and nothing else.
-        generator: Source of randomness for the classes, or None for torch's default.
+        counts: Number of samples of each (R,).
+        prior: Their probabilities E_p[softmax] (R,), which only determine how many samples of p are made at a time.
+        generator: Source of randomness for the labels. Default: the global one of torch.
 
     Returns:
         (sum of counts, d), those of the first class first.
 
     Raises:
-        ValueError: If the draws of a class are expected to take more than `MOST_DRAWS` of the law.
-        RuntimeError: If they take a hundred times what was expected, so that the prior cannot be right.
+        ValueError: The samples of a class are expected to take more than `MOST_DRAWS` samples of p.
+        RuntimeError: They take a hundred times the expected number, so that the prior cannot be right.
     """
     expected = in_double(counts) / in_double(prior)
     if float(expected.max()) > MOST_DRAWS:
         worst = int(expected.argmax())
         raise ValueError(
-            f"class {int(classes[worst])} has prior {float(prior[worst]):.2g} under this base: "
-            f"{int(counts[worst])} draws of it would take some {float(expected[worst]):.1g} draws of activations. Ask "
-            "for fewer, fit the base to activations among which the class occurs, or keep them as a Bank, which draws "
-            "any class at once"
+            f"class {int(classes[worst])} has prior {float(prior[worst]):.2g} under this base: {int(counts[worst])} "
+            f"samples of it would take about {float(expected[worst]):.1g} samples of the marginal. Sample fewer, fit "
+            "the base to activations in which the class occurs, or keep them as a Bank, which rejects no samples"
         )
     kept: list[list[Tensor]] = [[] for _ in classes]
     missing, size, drawn = counts.tolist(), block_size(head), 0
@@ -65,18 +66,22 @@ def accept(
         likely = max(missing[r] / float(prior[r]) for r in wanted)
         if drawn > most:
             raise RuntimeError(
-                f"{drawn} draws gave too few of class {int(classes[wanted[0]])}, which should have prior "
-                f"{float(prior[wanted[0]]):.2g}: the prior of this base is not that of its law; fit the base anew"
+                f"{drawn} samples contain too few of class {int(classes[wanted[0]])}; expected a fraction of "
+                f"{float(prior[wanted[0]]):.2g}. The prior of this base is not that of its distribution: fit the base "
+                "again"
             )
-        h = draw(min(size, max(math.ceil(1.05 * likely) + 32, drawn // 16)))  # more, where they were long in vain
+        # The number grows with the samples made so far, in case the class is rarer than its prior.
+        h = draw(min(size, max(math.ceil(1.05 * likely) + 32, drawn // 16)))
         drawn += len(h)
         p = _posterior(head, h, classes[wanted]).cumsum(-1)
         u = torch.rand(len(h), 1, dtype=p.dtype, device=p.device, generator=generator)
-        label = (p <= u).sum(-1)  # len(wanted) for all other classes
+        # All classes that are not wanted have the label len(wanted).
+        label = (p <= u).sum(-1)
         parts = h[label.argsort(stable=True)].split(label.bincount(minlength=len(wanted) + 1).tolist())
         for r, part in zip(wanted, parts, strict=False):
             part = part[: missing[r]]
-            kept[r].append(part.clone())  # the whole block would stay in memory with it
+            # A view would keep the whole block in memory.
+            kept[r].append(part.clone())
             missing[r] -= len(part)
     return torch.cat([part for parts in kept for part in parts])
 
@@ -84,21 +89,21 @@ def accept(
 def pick(
     head: Head, rows: Tensor, classes: Tensor, counts: Tensor, replacement: bool, generator: torch.Generator | None
 ) -> Tensor:
-    """Activations of classes from finitely many rows: row i of class y with probability ∝ softmax_y(h_i).
+    """Sample rows of a finite set for classes: row i for class y with probability ∝ softmax_y(h_i).
 
     Args:
         head: The head.
         rows: Activations (N, d).
         classes: Different classes (R,).
-        counts: How many draws of each (R,).
-        replacement: Whether a row may serve a class more than once.
-        generator: Source of randomness, or None for torch's default.
+        counts: Number of samples of each (R,).
+        replacement: Whether a row may be sampled more than once for a class.
+        generator: Source of randomness. Default: the global one of torch.
 
     Returns:
         (sum of counts, d), those of the first class first.
 
     Raises:
-        ValueError: If, without replacement, more rows of a class are asked for than the rows are worth of it.
+        ValueError: Without replacement, more samples of a class are asked for than the sum of its probabilities.
     """
     parts = []
     dtype, work = torch.promote_types(rows.dtype, torch.float32), working_dtype(rows.device)
@@ -110,18 +115,19 @@ def pick(
         logits = torch.cat([block.to(dtype) @ weight.T + bias for block in blocks])
         share = (logits - total.unsqueeze(-1)).to(work).exp().T
         for y, n, p in zip(batch.tolist(), numbers.tolist(), share, strict=True):
-            worth = float(p.sum())
-            if not replacement and n > math.ceil(worth):
+            expected = float(p.sum())
+            if not replacement and n > math.ceil(expected):
                 raise ValueError(
-                    f"{n} draws of class {y} without replacement were asked of a Bank that is worth {worth:.1f} rows "
-                    "of it; ask for fewer, or allow replacement"
+                    f"the number of samples of class {y} without replacement is {n}; expected at most "
+                    f"{math.ceil(expected)}, since the head expects {expected:.1f} rows of this class in the Bank. "
+                    "Sample fewer, or allow replacement"
                 )
             parts.append(torch.multinomial(p, n, replacement=replacement, generator=generator))
     return rows[torch.cat(parts)]
 
 
 def expected_posterior(head: Head, blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean of softmax(head(h)) over activations (K,), and its standard error relative to it (K,)."""
+    """Return the mean of softmax(head(h)) over activations (K,), and its relative standard error (K,)."""
     total = square = None
     count = 0
     for h in blocks:
@@ -132,13 +138,14 @@ def expected_posterior(head: Head, blocks: Iterable[Tensor]) -> tuple[Tensor, Te
         count += len(h)
     assert total is not None
     assert square is not None
-    mean = total / total.sum()  # which is the count, but for rounding
+    # The sum equals the count up to rounding, which this division removes.
+    mean = total / total.sum()
     tiny = torch.finfo(mean.dtype).tiny
     return mean, ((square / count - mean.square()).clamp_min(0) / count).sqrt() / mean.clamp_min(tiny)
 
 
 def class_means(head: Head, blocks: Iterable[Tensor], classes: Tensor) -> Tensor:
-    """Σ_i softmax_y(h_i) h_i / Σ_i softmax_y(h_i) for classes (R,): the mean of p(h|y), (R, d)."""
+    """Return the mean Σ_i softmax_y(h_i) h_i / Σ_i softmax_y(h_i) of p(h|y) for classes (R,): (R, d)."""
     mass = total = None
     for h in blocks:
         p = _posterior(head, h, classes)
@@ -151,56 +158,58 @@ def class_means(head: Head, blocks: Iterable[Tensor], classes: Tensor) -> Tensor
 
 
 def _posterior(head: Head, h: Tensor, classes: Tensor) -> Tensor:
-    """Softmax_y(head(h)) of classes (R,), (n, R), in the precision in which small probabilities add up."""
+    """Return softmax_y(head(h)) of classes (R,): (n, R), in a precision that can sum small probabilities."""
     logits = head.centered_logits(h)
     log_p = logits[:, classes] - logits.logsumexp(-1, keepdim=True)
     return log_p.to(working_dtype(h.device)).exp()
 
 
-# --- Which class of a head a given row belongs to -----------------------------------------------------------
+# --- The class of a row of W --------------------------------------------------------------------------------
 
 
-_SEARCHED = 4  # neighbours looked at on either side of a row's place
+# Number of neighbours on either side that a row is compared with.
+_NEIGHBOURS = 4
 
 
 class RowIndex:
-    """Finds rows of a head among its centered rows, in O(log K) each and without a second W.
+    """Index that finds the class of a centered row of a head, in O(log K) time and without a copy of W.
 
-    Rows are ordered by their product with one fixed vector; those of equal product are compared in full.
+    Rows are sorted by their product with a fixed vector; rows with close products are compared in all entries.
     """
 
     def __init__(self, head: Head) -> None:
         self._head = head
         self._weight, self._version = head.weight, head.version
         d = head.in_features
-        # No random numbers, which torch.func.vmap would refuse.
+        # The vector is not random, since torch.func.vmap refuses random numbers.
         with nullcontext() if torch.compiler.is_compiling() else outside_transforms():
             self._probe = torch.sin(torch.arange(1, d + 1, dtype=torch.float64).square())
             keys = torch.cat([self._keys(rows) for _, rows in head.centered_blocks()])
             self._keys_sorted, self._order = keys.sort()
 
     def current(self, head: Head) -> bool:
-        """Whether it is that of this head as it is now."""
+        """Return whether this is the index of a head in its current version."""
         same = self._head is head and self._weight is head.weight
-        return same and (torch.compiler.is_compiling() or self._version == head.version)  # no versions while it traces
+        # Versions are not known while torch.compile traces.
+        return same and (torch.compiler.is_compiling() or self._version == head.version)
 
     def classes(self, weight: Tensor) -> Tensor:
-        """The classes of rows (*B, d), (*B,); −1 for a row that is not the head's."""
+        """Return the classes (*B,) of rows (*B, d); −1 for a row that is not in the head."""
         rows = weight.detach().reshape(-1, weight.shape[-1])
         narrow = min(rows.dtype, self._head.weight.dtype, key=lambda dtype: dtype.itemsize)
         eps = torch.finfo(torch.promote_types(narrow, torch.float32)).eps
-        place = torch.searchsorted(self._keys_sorted, self._keys(rows))
-        found = torch.full_like(place, -1)
-        nearest = torch.full_like(place, torch.inf, dtype=torch.float32)
-        for step in range(-_SEARCHED, _SEARCHED):
-            candidate = self._order[(place + step).clamp(0, len(self._order) - 1)]
-            theirs = self._head.centered_weight(candidate)
-            off = (rows.to(theirs.dtype) - theirs).abs().amax(-1).float()
-            # Rows are differences with the mean row, whose rounding they carry.
-            scale = theirs.abs().amax(-1) + self._head.mean_row.abs().amax()
-            better = (off <= 16 * eps * scale) & (off < nearest)
-            found, nearest = torch.where(better, candidate, found), torch.where(better, off, nearest)
-        return found.reshape(weight.shape[:-1])
+        position = torch.searchsorted(self._keys_sorted, self._keys(rows))
+        classes = torch.full_like(position, -1)
+        smallest = torch.full_like(position, torch.inf, dtype=torch.float32)
+        for step in range(-_NEIGHBOURS, _NEIGHBOURS):
+            candidate = self._order[(position + step).clamp(0, len(self._order) - 1)]
+            head_rows = self._head.centered_weight(candidate)
+            error = (rows.to(head_rows.dtype) - head_rows).abs().amax(-1).float()
+            # Centered rows have the rounding errors of the mean row, which was subtracted.
+            scale = head_rows.abs().amax(-1) + self._head.mean_row.abs().amax()
+            better = (error <= 16 * eps * scale) & (error < smallest)
+            classes, smallest = torch.where(better, candidate, classes), torch.where(better, error, smallest)
+        return classes.reshape(weight.shape[:-1])
 
     def _keys(self, rows: Tensor) -> Tensor:
         if rows.device.type == "mps":

@@ -1,4 +1,4 @@
-"""Laws of activations as modules, so that they move, are saved and are loaded with the base that holds them."""
+"""Module that holds a distribution, so that it moves, is saved and is loaded with its base."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from penult.distributions import _NEXT_TO_ZERO, Bank, NormalizingFlow, Principal
 __all__ = ["Law", "Sampler"]
 
 _OPTIONS: dict[type[Any], tuple[str, ...]] = {Bank: ("replacement", "rectified"), PrincipalMixture: ("rectified",)}
-_MAYBE: dict[type[Any], tuple[str, ...]] = {PrincipalMixture: ("softness",)}  # tensors that may be None
+# Tensors that may be None.
+_OPTIONAL: dict[type[Any], tuple[str, ...]] = {PrincipalMixture: ("softness",)}
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What can stand for the law of unlabelled activations: any torch Distribution, and less will do.
+    """Distribution of unlabelled activations: any torch Distribution, or an object with a ``sample`` method.
 
-    ``sample(sample_shape)`` gives (*sample_shape, d). If it takes ``generator=``, that is used; else torch's global
-    random state is forked for the time of the call. ``log_prob`` is optional.
+    ``sample(sample_shape)`` returns (*sample_shape, d). A keyword ``generator`` is used if there is one; otherwise the
+    global random state of torch is forked during the call. ``log_prob`` is optional.
     """
 
     def sample(self, sample_shape: Any) -> Tensor:
-        """Draw activations (*sample_shape, d)."""
+        """Sample activations (*sample_shape, d)."""
 
 
 @final
 class Law(nn.Module):
-    """Holds a sampler: the tensors of penult's distributions as buffers, a module as a submodule, others as they are.
+    """Module that holds a distribution.
+
+    The tensors of penult's distributions become buffers, a module becomes a submodule, and other objects are kept as
+    they are.
 
     Args:
-        sampler: The law.
+        sampler: The distribution.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -44,16 +48,17 @@ class Law(nn.Module):
         self._kind = kind if kind in _OPTIONS else None
         if self._kind is not None:
             self._options = {name: bool(getattr(sampler, name)) for name in _OPTIONS[self._kind]}
-            for name in (*self._kind.arg_constraints, *_MAYBE.get(self._kind, ())):
+            for name in (*self._kind.arg_constraints, *_OPTIONAL.get(self._kind, ())):
                 tensor = getattr(sampler, name)
                 self.register_buffer(name, None if tensor is None else tensor.detach())
         else:
-            self._held: Any = sampler  # registers itself if it is a module
+            # Assigning a module registers it as a submodule.
+            self._held: Any = sampler
         self._seeded = "generator" in inspect.signature(sampler.sample).parameters
 
     @property
     def sampler(self) -> Any:
-        """The law, on the device and in the dtype of the moment."""
+        """The distribution, on the current device and in the current dtype."""
         if self._kind is None:
             return self._held
         tensors = dict(self.named_buffers())
@@ -68,7 +73,7 @@ class Law(nn.Module):
 
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Activations (count, d) on ``device``, in at least float32."""
+        """Sample activations (count, d) on ``device``, in float32 or wider."""
         shape = Size((count,))
         if self._seeded:
             h = self.sampler.sample(shape, generator=generator)
@@ -83,13 +88,14 @@ class Law(nn.Module):
         return moved
 
     def log_prob(self, h: Tensor) -> Tensor:
-        """Log density at h (*S, d), (*S,); of a positive law exact zeros are read at what its fit moved them to.
+        """Return the log density at h (*S, d): (*S,).
 
         Raises:
-            ValueError: If the law has no density.
+            ValueError: The distribution has no density.
         """
         sampler = self.sampler
         softness = getattr(sampler, "softness", None)
+        # The fit of a positive distribution replaced exact zeros by this value.
         if softness is not None:
             h = torch.where(h == 0, _NEXT_TO_ZERO * softness.to(h.dtype), h)
         try:
@@ -98,46 +104,46 @@ class Law(nn.Module):
             if isinstance(error, AttributeError) and hasattr(sampler, "log_prob"):
                 raise
             raise ValueError(
-                f"{type(sampler).__name__} has no log_prob, so that this base has no density; its draws, prior and "
+                f"{type(sampler).__name__} has no log_prob, so that this base has no density; sampling, prior and "
                 "posterior need none"
             ) from error
         return density
 
     def describe(self) -> dict[str, Any]:
-        """JSON facts that, with the buffers, rebuild it in :meth:`rebuild`.
+        """Return JSON facts from which, with the buffers, :meth:`rebuild` makes it again.
 
         Raises:
-            ValueError: If it is none of penult's own.
+            ValueError: It is none of penult's distributions.
         """
         if self._kind is not None:
             return {"class": self._kind.__name__, "options": self._options}
         if isinstance(self._held, NormalizingFlow):
             return {"class": NormalizingFlow.__name__, "options": self._held.config()}
         raise ValueError(
-            f"a Marginal of {type(self._held).__name__} cannot be written to a file, which never holds code: fit one "
-            'of penult\'s laws to its draws, as Marginal.fit(head, draws, kind="mixture"), or keep the draws as a Bank'
+            f"a Marginal of {type(self._held).__name__} cannot be saved, since files contain no code. Fit one of "
+            "penult's distributions to its samples, Marginal.fit(head, samples, kind='mixture'), or keep them as a Bank"
         )
 
     @classmethod
     def rebuild(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Law:
-        """What :meth:`describe` and the buffers describe.
+        """Rebuild a distribution from the facts of :meth:`describe` and the buffers.
 
         Raises:
             KeyError: A part is missing.
-            ValueError: A class is unknown, or the tensors are no such law's.
+            ValueError: The class is unknown, or the tensors do not fit it.
         """
         for kind, names in _OPTIONS.items():
             if facts["class"] == kind.__name__:
                 parts = {name: tensors[name] for name in kind.arg_constraints}
-                parts |= {name: tensors[name] for name in _MAYBE.get(kind, ()) if name in tensors}
+                parts |= {name: tensors[name] for name in _OPTIONAL.get(kind, ()) if name in tensors}
                 options = facts["options"]
                 known = isinstance(options, dict) and set(options) == set(names)
                 if not known or any(type(value) is not bool for value in options.values()):
-                    raise ValueError(f"options of the law are {options!r}, no truth values of {', '.join(names)}")
+                    raise ValueError(f"options is {options!r}; expected true or false for {', '.join(names)}")
                 return cls(kind(**parts, **options, validate_args=True))
         if facts["class"] == NormalizingFlow.__name__:
             if not isinstance(facts["options"], dict):
-                raise ValueError(f"the settings of the flow are {facts['options']!r}, no mapping")
-            held = {name.removeprefix("_held."): tensor for name, tensor in tensors.items()}
-            return cls(NormalizingFlow.from_config(facts["options"], held))
-        raise ValueError(f"the law {facts['class']!r} is none of penult's")
+                raise ValueError(f"options of the flow is {facts['options']!r}; expected a mapping")
+            flow_tensors = {name.removeprefix("_held."): tensor for name, tensor in tensors.items()}
+            return cls(NormalizingFlow.from_config(facts["options"], flow_tensors))
+        raise ValueError(f"class of the distribution is {facts['class']!r}, which penult does not know")

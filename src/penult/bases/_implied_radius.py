@@ -1,4 +1,4 @@
-"""The radius that a head implies on its own, from the confidence that its draws shall have."""
+"""Radius that a head implies without data, from the mean confidence of its samples."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from penult.head import Head
 
 __all__ = ["implied_radius", "unit"]
 
-_CLASSES = 64  # looked at, at most
-_DRAWS = 4096  # in all
-_LOGITS = 1 << 23  # kept, about; a head of very many classes takes fewer draws, but four a class
+# Largest number of classes in the mean confidence, and number of samples of all classes together.
+_CLASSES = 64
+_SAMPLES = 4096
+# About the number of logits in memory. Heads with many classes use fewer samples, but at least four for each class.
+_LOGITS = 1 << 23
 
 
 def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> float:
-    """The radius at which the mean over classes of E[max_k p(k|h)], h ~ p(h|y), equals a confidence.
+    """Return the radius at which the mean over classes of E[max_k p(k|h)], h ~ p(h|y), equals a confidence.
 
     Args:
         head: The head.
@@ -33,45 +35,47 @@ def implied_radius(head: Head, subspace: Tensor | None, confidence: float) -> fl
         The radius, by bisection on common random numbers.
 
     Raises:
-        ValueError: If the confidence cannot be reached, two rows of the head are equal, or their norms are no number
-            of their precision.
+        ValueError: The confidence cannot be reached, two rows of the head are equal, or their norms are 0 or not finite
+            in their dtype.
     """
     if subspace is not None and not len(subspace):
         raise ValueError(
             f"the rows of the head differ by no more than the rounding of their {head.weight.dtype}, so that they span "
-            "nothing; give the weight in float64, or a radius: Sphere(radius)"
+            "no subspace. Pass the weight in float64, or a radius: Sphere(radius)"
         )
     with special.in_full(head.weight.device):
         rows = _directions(head)
         reached = _mean_confidence(head, rows, subspace)
     size = float(torch.linalg.vector_norm(rows, dim=-1).mean())
-    if not 0 < size < math.inf:  # a scale of 0 would be doubled for ever
+    # The search below would never end with a scale of 0.
+    if not 0 < size < math.inf:
         raise ValueError(
-            f"the centered rows of the head have a mean norm of {size} in {rows.dtype}, so no radius can be told from "
-            "them; give the weight in float64, or a radius: Sphere(radius)"
+            f"the mean norm of the centered rows of the head is {size} in {rows.dtype}; expected a positive, finite "
+            "number. Pass the weight in float64, or a radius: Sphere(radius)"
         )
     scale = 1 / size
     low, high = 0.0, scale
     if reached(1e-6 * scale) >= confidence:
         raise ValueError(
-            f"the biases alone already give a mean confidence of {reached(1e-6 * scale):.3f} >= {confidence}; "
-            "ask for a higher confidence or fit the radius to activations with Sphere.fit"
+            f"confidence is {confidence}; expected more than {reached(1e-6 * scale):.3f}, the mean confidence of the "
+            "biases alone. Pass a higher confidence, or fit the radius to activations with Sphere.fit"
         )
     while reached(high) < confidence:
         low, high = high, 2 * high
         if high > 1e6 * scale:
             raise ValueError(
-                f"no radius reaches a mean confidence of {confidence}: at {high:.3g} it is {reached(high):.4f}; "
-                "ask for less, or fit the radius to activations with Sphere.fit"
+                f"confidence is {confidence}, which no radius reaches: at {high:.3g} it is {reached(high):.4f}. "
+                "Pass a lower confidence, or fit the radius to activations with Sphere.fit"
             )
-    for _ in range(14):  # an octave to 1e-4, finer than the draws resolve
+    # An octave is halved to a relative accuracy of 1e-4, which is finer than the sampling error.
+    for _ in range(14):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if reached(middle) < confidence else (low, middle)
     return 0.5 * (low + high)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Directions of vectors (N, m); a zero vector tilts nothing, so any direction serves it."""
+    """Return the directions of vectors (N, m); that of a zero vector is arbitrary, since its tilt is uniform."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     pole = torch.zeros_like(vectors)
     pole[:, 0] = 1.0
@@ -79,7 +83,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def _directions(head: Head) -> Tensor:
-    """At most 64 centered rows (C, d) of a head, after a look at how they stand to the others."""
+    """Return at most 64 centered rows (C, d) of a head, evenly spaced; warn if other rows project further."""
     _check_untied(head)
     k = head.num_classes
     classes = list(range(k)) if k <= _CLASSES else [round(i * (k - 1) / (_CLASSES - 1)) for i in range(_CLASSES)]
@@ -94,8 +98,8 @@ def _directions(head: Head) -> Tensor:
     if lost:
         shown = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
         warnings.warn(
-            f"classes {shown} are not the largest in their own direction: another row of the head projects "
-            "further onto theirs, so activations drawn for them are mostly classified as others",
+            f"classes {shown} are not the largest in their own direction: other rows of the head project further onto "
+            "it, so that most activations sampled for these classes are classified as others",
             UserWarning,
             stacklevel=4,
         )
@@ -103,7 +107,7 @@ def _directions(head: Head) -> Tensor:
 
 
 def _check_untied(head: Head) -> None:
-    """Refuse a head with two equal rows: they are neighbours in the order of a random projection."""
+    """Raise if two rows of a head are equal; they are neighbours in the order of a random projection."""
     probe = torch.rand(head.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     keys = torch.cat([(rows * probe.to(rows.device)).sum(-1) for rows in rows_in_double(head.weight)])
     ordered, order = keys.sort()
@@ -112,21 +116,21 @@ def _check_untied(head: Head) -> None:
         y, twin = sorted((int(order[i]), int(order[i + 1])))
         if torch.equal(head.weight[y], head.weight[twin]):
             raise ValueError(
-                f"rows {y} and {twin} of the head are equal, so no radius can tell these classes apart; "
-                "merge them into one class, or give a radius: Sphere(radius, subspace=head.span())"
+                f"rows {y} and {twin} of the head are equal, so that no radius separates these classes. "
+                "Merge them into one class, or pass a radius: Sphere(radius, subspace=head.span())"
             )
 
 
 def _mean_confidence(head: Head, rows: Tensor, subspace: Tensor | None) -> Callable[[float], float]:
-    """The function radius ↦ mean over classes of E[max_k p(k|h)], on common random numbers.
+    """Return the function radius -> mean over classes of E[max_k p(k|h)], with common random numbers.
 
     An activation is h = r (t μ + √(1 − t²) ξ), with ξ at a right angle to μ: only its cosine t depends on the
     radius, so the logits of μ and ξ are computed once.
     """
     pulled = rows if subspace is None else rows @ subspace.T
     norms = torch.linalg.vector_norm(pulled, dim=-1)
-    draws = max(4, min(_DRAWS, _LOGITS // head.num_classes) // len(rows))
-    index = torch.arange(len(rows), device=rows.device).repeat_interleave(draws)
+    count = max(4, min(_SAMPLES, _LOGITS // head.num_classes) // len(rows))
+    index = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
     mean = unit(pulled)
     generator = torch.Generator(device=rows.device)
     right_angle = torch.ones(len(index), dtype=special.working_dtype(rows.device), device=rows.device)

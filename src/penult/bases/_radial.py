@@ -1,4 +1,4 @@
-"""The mass that all classes put at a radius, tabulated: it is a function of the radius alone."""
+"""Mass that the classes of a head have at each radius of a sphere, and its table."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from penult import special
 
 __all__ = ["log_mass", "log_mass_and_slopes", "log_mass_at", "radial_table"]
 
-# --- How much mass the classes of a head put at each radius of a sphere -------------------------------------
+# --- Mass at a radius ---------------------------------------------------------------------------------------
 
 
-_PAIRS = 1 << 16  # (class, radius) pairs looked at at a time; each takes a kilobyte or two
+# Number of (class, radius) pairs evaluated at a time; each takes one or two kilobytes.
+_PAIRS = 1 << 16
 
 
 def log_mass(dim: int, norms: Tensor, offsets: Tensor, radius: Tensor) -> Tensor:
-    r"""T(r) = log Σ_y exp(b'_y + F(r ‖w'_y‖)) for radii (R,), shape (R,).
+    r"""Return T(r) = log Σ_y exp(b'_y + F(r ‖w'_y‖)) for radii (R,): (R,).
 
     Args:
         dim: Dimension of the chart.
-        norms: ‖w'_y‖ (K,), rows as the chart sees them.
-        offsets: b'_y (K,), biases at the chart's centre.
+        norms: ‖w'_y‖ (K,) of the rows in the chart.
+        offsets: b'_y (K,), biases at the centre of the chart.
         radius: Radii (R,).
     """
     total = torch.full_like(radius, -torch.inf)
@@ -33,18 +34,19 @@ def log_mass(dim: int, norms: Tensor, offsets: Tensor, radius: Tensor) -> Tensor
 
 
 def log_mass_and_slopes(dim: int, norms: Tensor, offsets: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """T(r) as `log_mass`, and its first two derivatives by log r, each (R,)."""
+    """Return T(r) as `log_mass` does, and its first two derivatives by log r, all (R,)."""
     total = log_mass(dim, norms, offsets, radius)
     first, second = torch.zeros_like(total), torch.zeros_like(total)
-    base: Tensor | None = None  # slopes are as large as κ, and cancel in the variance unless set against one of them
+    # Slopes are as large as κ and would cancel in the variance, so one of them is subtracted from all.
+    base: Tensor | None = None
     for rho, b in _parts(norms, offsets, radius):
         kappa = radius * rho
         share = (b + special.log_sphere_mgf(dim, kappa) - total).exp()
         slope = kappa * special.mean_resultant_length(dim, kappa)
         base = slope.gather(0, share.argmax(0, keepdim=True))[0] if base is None else base
-        apart = slope - base
-        first += (share * apart).sum(0)
-        second += (share * (kappa.square() * special.cosine_variance(dim, kappa) + apart.square())).sum(0)
+        difference = slope - base
+        first += (share * difference).sum(0)
+        second += (share * (kappa.square() * special.cosine_variance(dim, kappa) + difference.square())).sum(0)
     assert base is not None
     mean = base + first
     return total, mean, second - first.square() + mean
@@ -55,85 +57,99 @@ def _parts(norms: Tensor, offsets: Tensor, radius: Tensor) -> zip[tuple[Tensor, 
     return zip(norms.unsqueeze(-1).split(step), offsets.unsqueeze(-1).split(step), strict=True)
 
 
-_STEP = 0.12  # between knots at first, in log r
-_ERROR = {torch.float64: 1e-9, torch.float32: 1e-5}  # at most, over max(1, |T|)
-_HALVINGS = 12  # of an interval at most, until the error in its middle is a fifth of that
-_LEAST, _MOST = 3e-3, 1e6  # of κ, over the root of the dimension and over the dimension
+# --- Table of the mass --------------------------------------------------------------------------------------
+
+
+# First distance of the knots in log r.
+_STEP = 0.12
+# Largest error of the table relative to max(1, |T|). Intervals are halved, at most so many times, until the error in
+# their middle is a fifth of it.
+_ERROR = {torch.float64: 1e-9, torch.float32: 1e-5}
+_HALVINGS = 12
+# Range of κ: the lower end over the root of the dimension, the upper end over the dimension.
+_LOWEST, _HIGHEST = 3e-3, 1e6
 
 
 def radial_table(dim: int, norms: Tensor, offsets: Tensor, halvings: int = _HALVINGS) -> Tensor:
-    r"""Coefficients of T(r) = log Σ_y exp(b'_y + F_m(r ‖w'_y‖)), a quintic in log r between each two knots.
+    r"""Tabulate T(r) = log Σ_y exp(b'_y + F_m(r ‖w'_y‖)) as a piecewise quintic in log r.
 
-    T is matched at the knots in value and first two derivatives. An interval in which that is not enough is halved,
-    until the error is below 1e-9 max(1, \|T\|): for κ up to a million times the dimension.
+    The pieces have the value and the first two derivatives of T at the knots. Intervals are halved until the error is
+    below 1e-9 max(1, \|T\|), for κ up to a million times the dimension.
 
     Args:
         dim: Dimension m of the chart.
         norms: ‖w'_y‖ (K,).
         offsets: b'_y (K,).
-        halvings: How often an interval may be halved; without any, the error is below 1e-4 for usual heads.
+        halvings: Largest number of times that an interval is halved. With 0 the error is below 1e-4 for usual heads.
 
     Returns:
         (1 + intervals, 8), for `log_mass_at`.
     """
-    largest = float(norms.max()) or 1.0  # of equal rows, for which T is a constant
-    low, high = math.log(_LEAST * math.sqrt(dim) / largest), math.log(_MOST * dim / largest)
+    # If all rows are equal, their centered norms are 0 and T is constant.
+    largest = float(norms.max()) or 1.0
+    low, high = math.log(_LOWEST * math.sqrt(dim) / largest), math.log(_HIGHEST * dim / largest)
     knots = torch.linspace(low, high, math.ceil((high - low) / _STEP) + 1, dtype=norms.dtype, device=norms.device)
-    known = torch.stack([knots, *log_mass_and_slopes(dim, norms, offsets, knots.exp())], dim=-1)
-    pieces = _matched(known[:-1], known[1:])
-    sure = torch.zeros(len(pieces), dtype=torch.bool, device=knots.device)  # intervals that are close enough
+    # Rows of (log r, T and its two derivatives) at the knots.
+    values = torch.stack([knots, *log_mass_and_slopes(dim, norms, offsets, knots.exp())], dim=-1)
+    pieces = _fit_pieces(values[:-1], values[1:])
+    accurate = torch.zeros(len(pieces), dtype=torch.bool, device=knots.device)
     for _ in range(halvings):
-        middle = (known[:-1, 0] + known[1:, 0])[~sure] / 2
+        middle = (values[:-1, 0] + values[1:, 0])[~accurate] / 2
         exact = log_mass(dim, norms, offsets, middle.exp())
-        error = (_quintic(pieces[~sure], middle) - exact).abs() / exact.abs().clamp_min(1)
-        sure[~sure] = error < _ERROR[norms.dtype] / 5
+        error = (_quintic(pieces[~accurate], middle) - exact).abs() / exact.abs().clamp_min(1)
+        accurate[~accurate] = error < _ERROR[norms.dtype] / 5
         middle = middle[error >= _ERROR[norms.dtype] / 5]
         if not len(middle):
             break
-        fresh = torch.stack([middle, *log_mass_and_slopes(dim, norms, offsets, middle.exp())], dim=-1)
-        marks = torch.cat([torch.ones(1, dtype=torch.bool, device=sure.device), sure])  # of the interval before a knot
-        known = torch.cat([known, fresh])
-        order = known[:, 0].argsort()
-        known = known[order]
-        # An interval is still sure if it was, and both its ends stand where they stood.
-        old = torch.cat([marks, torch.zeros(len(fresh), dtype=torch.bool, device=sure.device)])[order]
-        sure = old[1:]
-        pieces = _matched(known[:-1], known[1:])
-    nought = log_mass(dim, norms, offsets, knots.new_zeros(1))
-    far = known[-1, 2] + (dim - 1) / 2  # T = far r / R - (m - 1)/2 log r + constant, beyond the last radius R
-    facts = torch.cat([known[-1, :2], nought, knots.new_tensor([float(dim)]), far[None], knots.new_zeros(3)])
-    return torch.cat([facts[None], pieces])
+        new_values = torch.stack([middle, *log_mass_and_slopes(dim, norms, offsets, middle.exp())], dim=-1)
+        # A knot carries the flag of the interval that ends there. Both halves of a halved interval are not accurate:
+        # one ends in a new knot, the other in the knot of the interval itself.
+        flags = torch.cat([torch.ones(1, dtype=torch.bool, device=accurate.device), accurate])
+        flags = torch.cat([flags, torch.zeros(len(new_values), dtype=torch.bool, device=accurate.device)])
+        values = torch.cat([values, new_values])
+        order = values[:, 0].argsort()
+        values, accurate = values[order], flags[order][1:]
+        pieces = _fit_pieces(values[:-1], values[1:])
+    at_zero = log_mass(dim, norms, offsets, knots.new_zeros(1))
+    # Beyond the last radius R, T = slope r / R - (m - 1)/2 log r + constant.
+    slope = values[-1, 2] + (dim - 1) / 2
+    ends = torch.cat([values[-1, :2], at_zero, knots.new_tensor([float(dim)]), slope[None], knots.new_zeros(3)])
+    return torch.cat([ends[None], pieces])
 
 
 def log_mass_at(table: Tensor, radius: Tensor) -> Tensor:
-    """T(r) of a table for radii (*S,), in the table's precision; part of the autograd graph of the radii."""
-    last, end, nought, dim, far = table[0, :5].unbind()
+    """Return T(r) of a table for radii (*S,), in the precision of the table; differentiable by the radii."""
+    last_knot, last_value, at_zero, dim, slope = table[0, :5].unbind()
     pieces = table[1:]
     r = radius.to(table.dtype)
-    place = r.clamp_min(torch.finfo(table.dtype).tiny).log()
-    index = torch.searchsorted(pieces[:, 0].contiguous(), place.detach(), right=True).sub(1).clamp(min=0)
-    inside = _quintic(torch.nn.functional.embedding(index, pieces), place)  # which torch.func maps over a single place
-    # Below the first knot T grows with the square of r, beyond the last as F does far out.
-    near = nought + (pieces[0, 2] - nought) * (r * (-pieces[0, 0]).exp()).square()
-    beyond = (place - last).clamp_min(0)
-    away = end + far * beyond.exp().sub(1) - (dim - 1) / 2 * beyond
-    return torch.where(place < pieces[0, 0], near, torch.where(beyond > 0, away, inside))
+    log_r = r.clamp_min(torch.finfo(table.dtype).tiny).log()
+    index = torch.searchsorted(pieces[:, 0].contiguous(), log_r.detach(), right=True).sub(1).clamp(min=0)
+    # Unlike indexing, torch.func maps an embedding over a single radius.
+    inside = _quintic(torch.nn.functional.embedding(index, pieces), log_r)
+    # Below the first knot T grows with the square of r, beyond the last one as F does for large arguments.
+    below = at_zero + (pieces[0, 2] - at_zero) * (r * (-pieces[0, 0]).exp()).square()
+    excess = (log_r - last_knot).clamp_min(0)
+    above = last_value + slope * excess.exp().sub(1) - (dim - 1) / 2 * excess
+    return torch.where(log_r < pieces[0, 0], below, torch.where(excess > 0, above, inside))
 
 
-def _matched(left: Tensor, right: Tensor) -> Tensor:
-    """Pieces (N, 8): first knot, length, six coefficients; from log r, T and two derivatives at either end, (N, 4)."""
+def _fit_pieces(left: Tensor, right: Tensor) -> Tensor:
+    """Return pieces (N, 8): first knot, length and six coefficients.
+
+    The ends (N, 4) of the intervals have log r, T and its first two derivatives.
+    """
     step = right[:, 0] - left[:, 0]
     a, b, c = left[:, 1], step * left[:, 2], step.square() * left[:, 3] / 2
-    # What is left of value, slope and curvature at the right end, after a + b x + c x².
+    # Value, slope and curvature at the right end, minus those of a + b x + c x².
     v, s = right[:, 1] - a - b - c, step * right[:, 2] - b - 2 * c
     k = step.square() * right[:, 3] - 2 * c
     quintic = (a, b, c, 10 * v - 4 * s + k / 2, -15 * v + 7 * s - k, 6 * v - 3 * s + k / 2)
     return torch.stack([left[:, 0], step, *quintic], dim=-1)
 
 
-def _quintic(pieces: Tensor, place: Tensor) -> Tensor:
-    """Each piece (*S, 8) at its log r (*S,), held at its ends."""
-    x = ((place - pieces[..., 0]) / pieces[..., 1]).clamp(0, 1)
+def _quintic(pieces: Tensor, log_r: Tensor) -> Tensor:
+    """Return the values of pieces (*S, 8) at log r (*S,), which is clamped to the interval of the piece."""
+    x = ((log_r - pieces[..., 0]) / pieces[..., 1]).clamp(0, 1)
     value = pieces[..., 7]
     for power in (6, 5, 4, 3, 2):
         value = value * x + pieces[..., power]

@@ -1,4 +1,4 @@
-"""The sphere closest to unlabelled activations: where it lies, and its law of radii."""
+"""Fit of a sphere to unlabelled activations: its chart and its distribution of radii."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Shape = Literal["round", "centered", "elliptic"]
 def fit_sphere(
     head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: float, radii: int
 ) -> tuple[Chart, Tensor, Tensor]:
-    """Chart, radii (R,) and log weights (R,) of a sphere, float64; arguments and errors as ``Sphere.fit``."""
+    """Return chart, radii (R,) and log weights (R,) of a sphere, float64; arguments and errors as ``Sphere.fit``."""
     chart = _chart(head, source, shape, ambient, shrinkage)
-    return chart, *_radial_law(head, source, chart, radii)
+    return chart, *_radial_distribution(head, source, chart, radii)
 
 
 def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: float) -> Chart:
@@ -44,16 +44,16 @@ def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, s
             scale_tril, failed = torch.linalg.cholesky_ex(covariance)
             if int(failed):
                 raise ValueError(
-                    f"the covariance of {len(source)} activations in {len(covariance)} dimensions is singular; "
-                    f"pass more activations or a shrinkage above {shrinkage}"
+                    f"the covariance of {len(source)} activations in {len(covariance)} dimensions is singular. "
+                    f"Pass more activations or a shrinkage above {shrinkage}"
                 )
     if subspace is not None and outside is not None:
         loc = outside if loc is None else outside + subspace.T @ loc
     return Chart.of(loc, scale_tril, subspace)
 
 
-def _radial_law(head: Head, source: _ActivationSource, chart: Chart, radii: int) -> tuple[Tensor, Tensor]:
-    """Atoms of the observed radii, and the log weights with which the pair's own marginal of r is the observed one."""
+def _radial_distribution(head: Head, source: _ActivationSource, chart: Chart, radii: int) -> tuple[Tensor, Tensor]:
+    """Return atoms of the observed radii, and log weights that make the pair's marginal of r the observed one."""
     histogram = RadialHistogram()
     for rows in source:
         histogram.update(torch.linalg.vector_norm(chart.read(in_double(rows)), dim=-1).clamp_min(1e-18))
@@ -61,21 +61,26 @@ def _radial_law(head: Head, source: _ActivationSource, chart: Chart, radii: int)
     device, dtype = head.weight.device, working_dtype(head.weight.device)
     radius, share = (a.to(device, dtype) for a in histogram.atoms(radii))
     if float(radius.max()) <= 1e-15:
-        raise ValueError(f"all {len(source)} activations lie at the centre, so there is no radius to fit")
-    there = Chart(*(None if part is None else part.to(device, dtype) for part in chart))
-    log_weights = share.log() - log_mass(*there.seen(head), radius)
+        raise ValueError(
+            f"all {len(source)} activations are equal to the centre, so that there is no radius to fit; pass different "
+            "activations"
+        )
+    moved = Chart(*(None if part is None else part.to(device, dtype) for part in chart))
+    log_weights = share.log() - log_mass(*moved.seen(head), radius)
     return radius, log_weights.log_softmax(-1)
 
 
-# --- A mergeable histogram of radii -------------------------------------------------------------------------
+# --- Histogram of radii -------------------------------------------------------------------------------------
 
 
-_PER_OCTAVE = 256  # bins between r and 2r: 0.27 % wide, and each keeps the mean of what fell in
-_OCTAVES = 128  # from 2^-64 to 2^64
+# Bins between r and 2r. They are 0.27 % wide, and each stores the mean of its radii.
+_PER_OCTAVE = 256
+# Octaves from 2^-64 to 2^64.
+_OCTAVES = 128
 
 
 class RadialHistogram:
-    """Counts and sums of radii on a fixed logarithmic grid, so that parts of a data set add up.
+    """Counts and sums of radii on a fixed logarithmic grid, which can be added over parts of a data set.
 
     Example:
         >>> histogram = RadialHistogram()
@@ -96,12 +101,12 @@ class RadialHistogram:
         self.sums.index_add_(0, bins, r)
 
     def merge(self, other: RadialHistogram) -> None:
-        """Add what another histogram holds."""
+        """Add the counts and sums of another histogram."""
         self.counts += other.counts
         self.sums += other.sums
 
     def atoms(self, count: int) -> tuple[Tensor, Tensor]:
-        """At most ``count`` radii, the means of groups of equal mass, and the share of each group."""
+        """Return at most ``count`` radii, the means of groups of equal mass, and the fraction of each group."""
         filled = self.counts > 0
         counts, sums = self.counts[filled], self.sums[filled]
         total = counts.sum()
@@ -112,28 +117,30 @@ class RadialHistogram:
         return mass.new_zeros(len(mass)).index_add_(0, group, sums) / mass, mass / total
 
 
-# --- Fits that survive outliers in what they are fitted to --------------------------------------------------
+# --- Trimmed fits, which tolerate outliers in their activations ---------------------------------------------
 
 
-_GROWTH = (0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1)  # from half of the rows to all that are to be kept
+# The steps grow the kept rows from half of all rows (0) to all rows but the trimmed ones (1).
+_GROWTH = (0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1)
 
 
 def trimmed(
-    source: _ActivationSource, trim: float, fitted: Callable[[_ActivationSource], Callable[[Tensor], Tensor]]
+    source: _ActivationSource, trim: float, fit_score: Callable[[_ActivationSource], Callable[[Tensor], Tensor]]
 ) -> _ActivationSource:
-    """The rows that are least strange to a fit to them: from half of all, growing to a share 1 − trim.
+    """Return the fraction 1 − trim of the rows that have the lowest outlier scores under a fit to themselves.
 
-    Each step fits to what was kept and keeps what is then least strange (Rousseeuw and Van Driessen, "A Fast Algorithm
-    for the Minimum Covariance Determinant Estimator", Technometrics 1999, call it a concentration step).
+    Each step fits to the rows that are kept and keeps those with the lowest scores, at first half of all (the
+    concentration steps of Rousseeuw and Van Driessen, "A Fast Algorithm for the Minimum Covariance Determinant
+    Estimator", Technometrics 1999).
 
     Args:
         source: Activations.
-        trim: The share to leave out, in (0, 0.5).
-        fitted: From a source to what tells how strange rows (n, d) are to a fit to it, (n,).
+        trim: Fraction to leave out, in (0, 0.5).
+        fit_score: Function that fits to a source and returns a function of outlier scores, (n, d) -> (n,).
     """
-    rest = source
-    for share in _GROWTH:
-        strangeness = fitted(rest)
-        order = source.processes.gather(torch.cat([strangeness(rows) for rows in source])).argsort(stable=True)
-        rest = source.only(order[: max(2, math.ceil(len(source) * (0.5 + share * (0.5 - trim))))])
-    return rest
+    kept = source
+    for growth in _GROWTH:
+        score = fit_score(kept)
+        order = source.processes.gather(torch.cat([score(rows) for rows in source])).argsort(stable=True)
+        kept = source.only(order[: max(2, math.ceil(len(source) * (0.5 + growth * (0.5 - trim))))])
+    return kept

@@ -1,4 +1,4 @@
-"""Label-free Gaussian maximum likelihood of a tilted pair: the centre and shape that classes share."""
+"""Maximum likelihood of the centre and covariance that the classes of a pair share, without labels."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def tilted_gaussian(
     shrinkage: float,
     subspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Soft-label maximum likelihood of p(h|y) = N(m + Σ w_y, Σ), in closed form.
+    r"""Fit p(h|y) = N(m + Σ w_y, Σ) by maximum likelihood with soft labels, in closed form.
 
     With p the mean class probabilities, T the covariance of the activations and C = Σ_y p_y (w_y − w̄)(w_y − w̄)',
     the maximum satisfies T = Σ + Σ C Σ, hence Σ = T^{1/2} X T^{1/2} where X has the eigenvectors of T^{1/2} C T^{1/2}
-    and, for its eigenvalues e, the eigenvalues 2 / (1 + √(1 + 4e)); m = h̄ − Σ w̄. The diagonal and spherical cases
-    are the same entry by entry, and with traces.
+    and, for its eigenvalues e, the eigenvalues 2 / (1 + √(1 + 4e)); m = h̄ − Σ w̄. The diagonal case is the same for
+    each entry, and the spherical case is the same for the means of the diagonals.
 
     Args:
         head: The head with the rows w_y.
         source: Activations (N, d), unlabelled.
         covariance_type: ``"full"``; ``"diag"`` for a diagonal Σ; ``"spherical"`` for Σ = σ² I.
-        shrinkage: Share of T that is replaced by a multiple of the identity with the same trace.
-        subspace: Orthonormal rows (q, d) on which rows and activations are read, or None for all of R^d.
+        shrinkage: Fraction of T that is replaced by a multiple of the identity with the same trace.
+        subspace: Orthonormal rows (q, d) that rows and activations are projected to, or None for all of R^d.
 
     Returns:
         m (q,) and Σ (q, q), float64.
 
     Raises:
-        ValueError: If all activations are equal.
+        ValueError: All activations are equal.
     """
     w_mean, spread_w = _row_moments(head, source.mean_posterior(), subspace)
     mean = _read(source.mean(), subspace)
@@ -53,7 +53,7 @@ def tilted_gaussian(
     scale = spread.diagonal().mean()
     if not float(scale) > 0:
         raise ValueError(
-            f"all {len(source)} activations are equal, so no base can be fitted; pass more, varied activations"
+            f"all {len(source)} activations are equal, so that no base can be fitted; pass different activations"
         )
     d = len(w_mean)
     if covariance_type == "spherical":
@@ -73,7 +73,7 @@ def tilted_gaussian(
 
 
 def _row_moments(head: Head, posterior: Tensor, subspace: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean w̄ and covariance C of the centered rows under class probabilities, without a second W."""
+    """Return mean w̄ and covariance C of the centered rows under class probabilities; W is not copied."""
     p, total, square = in_double(posterior), None, None
     for part, block in head.centered_blocks():
         rows = _read(block, subspace)

@@ -1,4 +1,4 @@
-"""What every base measure offers."""
+"""Abstract class of base measures."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class BaseInfo:
 
     Attributes:
         name: Short name, e.g. ``"sphere"``.
-        reference: The measure that its densities refer to; densities with respect to different reference
-            measures must not be compared.
-        support: Where its activations lie.
-        needs_data: Whether fitting it takes activations (never labels).
+        reference: Reference measure of its densities; densities with respect to different reference measures must not
+            be compared.
+        support: Set that contains its activations.
+        needs_data: Whether it is fitted to activations (never to labels).
         exact_mgf: Whether log M is exact, or an estimate with ``mgf_standard_error``.
-        source: Where the construction comes from.
-        mgf_standard_error: Standard error of log M where it is estimated, at the worst of the head's rows.
-        has_density: Whether ``log_prob`` works; where it does not, draws, prior and posterior do.
+        source: Reference for the construction.
+        mgf_standard_error: Largest standard error of log M over the head's rows, if it is estimated.
+        has_density: Whether ``log_prob`` works. Sampling, prior and posterior need no density.
     """
 
     name: str
@@ -43,10 +43,10 @@ class BaseInfo:
 
 
 class Base(nn.Module, abc.ABC):
-    """A base measure m(h) on activations: what all classes share.
+    """Base measure m(h) on activations, which all classes share.
 
-    A subclass stores its tensors as buffers and implements the abstract methods below; then
-    :func:`penult.testing.check_base` certifies it, and :class:`penult.GenerativePair` does the rest.
+    A subclass stores its tensors as buffers and implements the abstract methods below. Check it with
+    :func:`penult.testing.check_base` and use it in a :class:`penult.GenerativePair`.
     """
 
     @property
@@ -57,52 +57,53 @@ class Base(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def in_features(self) -> int | None:
-        """The dimension d of activations, or None where any fits."""
+        """Dimension d of activations, or None for any dimension."""
 
     @abc.abstractmethod
     def log_mgf(self, weight: Tensor) -> Tensor:
-        """Log M(w) = log ∫ exp(w·h) m(dh) for rows ``weight`` (*B, d): shape (*B,); differentiable."""
+        """Return log M(w) = log ∫ exp(w·h) m(dh) for rows ``weight`` (*B, d): (*B,), differentiable."""
 
     @abc.abstractmethod
     def log_prob(self, h: Tensor) -> Tensor:
-        """Log density log m(h) at activations (*S, d), with respect to ``info.reference``: shape (*S,)."""
+        """Return log m(h) at activations (*S, d), with respect to ``info.reference``: (*S,)."""
 
     @abc.abstractmethod
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw one activation from the tilt by ``weight[i]`` for each i of ``index``: (B, d), (N,) → (N, d)."""
+        """Sample one activation from the tilt by ``weight[i]`` for each i of ``index``: (B, d), (N,) → (N, d)."""
 
     def project(self, h: Tensor) -> Tensor:
-        """The point at which this measure reads ``h``; a measure on all of R^d reads it as it is."""
+        """Return the point at which the density at ``h`` is evaluated: ``h`` itself for a measure on all of R^d."""
         return h
 
     def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
-        """Points (Q, d) and log weights (Q,) that integrate over the reference measure, where it has few dimensions.
+        """Return points (Q, d) and log weights (Q,) of a quadrature of the reference measure, in few dimensions.
 
-        None (the default) where there is no such rule; checks then rely on the other laws.
+        None (the default) if there is no such rule; checks then omit the integrals.
         """
         return None
 
     def tilt(self, weight: Tensor) -> Tilt:
-        """The laws p(h) = exp(w·h) m(h) / M(w), a batch over the rows ``weight`` (*B, d).
+        """Return the distributions p(h) = exp(w·h) m(h) / M(w), a batch over the rows ``weight`` (*B, d).
 
         Raises:
-            ValueError: If the rows do not have this measure's dimension.
+            ValueError: The rows are of another dimension than this measure.
         """
         self._check_features(weight, "weight")
         return Tilt(self, weight, validate_args=False)
 
     def config(self) -> dict[str, Any]:
-        """JSON facts that, with the buffers, rebuild this base in :meth:`from_config`."""
+        """Return JSON facts from which, with the buffers, :meth:`from_config` rebuilds this base."""
         return {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: Head) -> Base:
-        """Rebuild a saved base of a pair with ``head``; by default its buffers are its constructor's arguments."""
+        """Rebuild a saved base of a pair with ``head``. Default: pass config and buffers to the constructor."""
         return cls(**config, **tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Base:
-        """Move as any module, but keep floating buffers in at least float32: a half-precision chart is no chart."""
+        """Apply a function to all buffers, and keep floating ones in float32 or wider."""
 
+        # Half precision has too few digits for a mean, a Cholesky factor or orthonormal rows.
         def wide(t: Tensor) -> Tensor:
             moved: Tensor = fn(t)
             narrow = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
@@ -115,6 +116,6 @@ class Base(nn.Module, abc.ABC):
         d = self.in_features
         if d is not None and (h.dim() < 1 or h.shape[-1] != d):
             raise ValueError(
-                f"{name} has shape {tuple(h.shape)}, but this {self.info.name} base is for activations of "
-                f"dimension {d}: expected (..., {d})"
+                f"{name} has shape {tuple(h.shape)}; expected (..., {d}), since this {self.info.name} base is for "
+                f"activations of dimension {d}"
             )

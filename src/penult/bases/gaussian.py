@@ -1,13 +1,14 @@
-"""The Gaussian: classes differ by Σ w_y, and share Σ."""
+"""Gaussian base: classes have means that differ by Σ w_y, and share the covariance Σ."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
+from penult._checks import check_between, check_choice, check_finite
 from penult.activations import Activations, _ActivationSource
 from penult.bases._tilted_gaussian import CovarianceType, tilted_gaussian
 from penult.bases.base import Base, BaseInfo
@@ -25,14 +26,14 @@ class Gaussian(Base):
 
     .. math:: \log M(w) = w \cdot m + \tfrac12 w^\top \Sigma w, \qquad p(h|y) = N(m + \Sigma w_y,\; \Sigma) .
 
-    It is the generative side of linear discriminant analysis, read from the head.
+    The pair is the generative model of linear discriminant analysis, with the head in place of labels.
 
     Args:
-        loc: The mean m (d,).
+        loc: Mean m (d,).
         covariance_matrix: Σ (d, d), symmetric and positive definite; or its diagonal (d,).
 
     Raises:
-        ValueError: A shape does not fit, a value is not finite, or Σ is not symmetric and positive definite.
+        ValueError: Shapes do not agree, a value is not finite, or Σ is not symmetric and positive definite.
 
     Example:
         >>> base = Gaussian(torch.zeros(2), torch.tensor([1.0, 4.0]))
@@ -50,12 +51,11 @@ class Gaussian(Base):
         super().__init__()
         if loc.ndim != 1 or covariance_matrix.shape not in (loc.shape, (*loc.shape, *loc.shape)):
             raise ValueError(
-                f"loc has shape {tuple(loc.shape)} and covariance_matrix {tuple(covariance_matrix.shape)}; they must "
-                "be (d,) and (d, d), or (d,) for a diagonal one"
+                f"loc has shape {tuple(loc.shape)} and covariance_matrix {tuple(covariance_matrix.shape)}; expected "
+                "(d,) and (d, d), or (d,) and (d,) for a diagonal covariance"
             )
-        for name, value in (("loc", loc), ("covariance_matrix", covariance_matrix)):
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"{name} of shape {tuple(value.shape)} holds NaN or infinity")
+        check_finite("loc", loc)
+        check_finite("covariance_matrix", covariance_matrix)
         dtype = torch.promote_types(torch.promote_types(loc.dtype, covariance_matrix.dtype), torch.float32)
         self.register_buffer("loc", loc.detach().to(dtype))
         self.register_buffer("covariance_matrix", covariance_matrix.detach().to(dtype))
@@ -70,22 +70,22 @@ class Gaussian(Base):
         shrinkage: float = 0.02,
         group: ProcessGroup | None = None,
     ) -> Gaussian:
-        """The Gaussian of most likelihood to unlabelled activations, with the head's soft labels in place of labels.
+        """Fit the Gaussian by maximum likelihood to unlabelled activations, with soft labels from the head.
 
-        In closed form; of the sums that it takes, none grows with the number of activations.
+        The fit is in closed form, and its memory does not grow with the number of activations.
 
         Args:
             head: The head.
             activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`, which may be larger than memory.
             covariance_type: ``"full"``, ``"diag"`` or ``"spherical"``, as in scikit-learn.
-            shrinkage: Share of the activations' covariance that is replaced by a multiple of the identity.
-            group: Processes of ``torch.distributed`` that share the work. Each calls with the same arguments, reads its
-                own part of ``activations``, and gets the same fit, that of one process to rounding of sums.
+            shrinkage: Fraction of the activations' covariance that is replaced by a multiple of the identity.
+            group: Processes of ``torch.distributed`` that share the work. Each makes the same call, reads its own part
+                of ``activations``, and gets the same fit, equal to that of one process up to the rounding of sums.
 
         Raises:
-            TypeError: If ``activations`` is neither a floating tensor nor `Activations`.
-            ValueError: If ``activations`` is too few, has a wrong shape, is not finite or constant; or an option is
-                unknown.
+            TypeError: ``activations`` is neither a floating tensor nor `Activations`, or an option is of a wrong type.
+            ValueError: ``activations`` has too few rows or a wrong shape, is not finite or is constant; or an option is
+                out of range.
 
         Example:
             >>> head = Head(torch.eye(3))
@@ -93,10 +93,8 @@ class Gaussian(Base):
             >>> Gaussian.fit(head, h, covariance_type="diag").covariance_matrix.shape
             torch.Size([3])
         """
-        if covariance_type not in ("full", "diag", "spherical"):
-            raise ValueError(f"covariance_type must be 'full', 'diag' or 'spherical'; got {covariance_type!r}")
-        if not 0 <= shrinkage <= 1:
-            raise ValueError(f"shrinkage must lie in [0, 1]; got {shrinkage}")
+        check_choice("covariance_type", covariance_type, get_args(CovarianceType))
+        check_between("shrinkage", shrinkage, inclusive=True)
         loc, covariance = tilted_gaussian(
             head, _ActivationSource(activations, head, min_rows=2, group=group), covariance_type, shrinkage
         )
@@ -117,16 +115,16 @@ class Gaussian(Base):
 
     @property
     def in_features(self) -> int:
-        """The dimension d of activations."""
+        """Dimension d of activations."""
         return self.loc.shape[0]
 
     def log_mgf(self, weight: Tensor) -> Tensor:
-        """Log M(w) = w·m + w'Σw / 2 for rows (*B, d), (*B,)."""
+        """Return log M(w) = w·m + w'Σw / 2 for rows (*B, d): (*B,)."""
         self._check_features(weight, "weight")
         return weight @ self.loc.to(weight.dtype) + 0.5 * self._root(weight).square().sum(-1)
 
     def log_prob(self, h: Tensor) -> Tensor:
-        """Log density of N(m, Σ) at h (*S, d), with respect to Lebesgue measure: (*S,)."""
+        """Return the log density of N(m, Σ) at h (*S, d): (*S,)."""
         self._check_features(h, "h")
         dtype = torch.promote_types(h.dtype, torch.float32)
         centred, scale = h.to(dtype) - self.loc.to(dtype), self.scale_tril.to(dtype)
@@ -139,7 +137,7 @@ class Gaussian(Base):
         return -0.5 * z.square().sum(-1) - log_det - 0.5 * self.in_features * math.log(2 * math.pi)
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One activation m + Σ w + L z for each i of ``index`` (N,), z standard normal: (N, d)."""
+        """Sample m + Σ w + L z, z standard normal, for each i of ``index`` (N,): (N, d)."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         scale = self.scale_tril.to(dtype)
         shape = (*index.shape, self.in_features)
@@ -150,7 +148,7 @@ class Gaussian(Base):
         return self.loc.to(dtype) + (root[index] + z) @ scale.T
 
     def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
-        """A product rule over twelve standard deviations, in dimension at most 3."""
+        """Return a product rule over twelve standard deviations on either side, in dimension 3 or less."""
         d = self.in_features
         if d > 3:
             return None
@@ -165,7 +163,7 @@ class Gaussian(Base):
         return points, log_volume.to(self.loc).expand(len(points))
 
     def extra_repr(self) -> str:
-        """Shapes, for ``print``."""
+        """Return the shapes, for ``print``."""
         return f"loc={tuple(self.loc.shape)}, covariance_matrix={tuple(self.covariance_matrix.shape)}"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -173,26 +171,29 @@ class Gaussian(Base):
         self.scale_tril = _cholesky(self.covariance_matrix)
 
     def _root(self, weight: Tensor) -> Tensor:
-        """L'w for rows (*B, d), whose square is w'Σw."""
+        """Return L'w for rows (*B, d), whose squared norm is w'Σw."""
         scale = self.scale_tril.to(weight.dtype)
         return weight * scale if scale.ndim == 1 else weight @ scale
 
 
 def _cholesky(covariance: Tensor) -> Tensor:
-    """L (d, d), or the standard deviations (d,) of a diagonal Σ."""
+    """Return L (d, d) with L L' = Σ, or the standard deviations (d,) of a diagonal Σ."""
     if covariance.ndim == 1:
         if not bool((covariance > 0).all()):
             raise ValueError(
-                f"the diagonal of covariance_matrix must be positive; its least is {float(covariance.min())}"
+                f"the smallest entry of the diagonal covariance_matrix is {float(covariance.min())}; expected positive "
+                "entries"
             )
         return covariance.sqrt()
     asymmetry = float((covariance - covariance.T).abs().max())
     if asymmetry > 1e-4 * float(covariance.abs().max()):
-        raise ValueError(f"covariance_matrix is not symmetric (off by {asymmetry:.2g})")
+        raise ValueError(
+            f"covariance_matrix differs from its transpose by {asymmetry:.2g}; expected a symmetric matrix"
+        )
     scale, failed = torch.linalg.cholesky_ex(in_double(covariance))
     if int(failed):
         raise ValueError(
-            f"covariance_matrix of shape {tuple(covariance.shape)} is not positive definite; fit with a larger "
+            f"covariance_matrix of shape {tuple(covariance.shape)} is not positive definite. Fit with a larger "
             "shrinkage, or with more activations"
         )
     root: Tensor = scale.to(covariance)

@@ -1,15 +1,16 @@
-"""The sphere: von Mises-Fisher activations, as they are or through a chart."""
+"""Sphere base: von Mises-Fisher activations, in the space of activations or in a chart."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from penult import special
+from penult._checks import check_between, check_choice, check_integer
 from penult.activations import Activations, _ActivationSource
 from penult.bases._chart import Chart
 from penult.bases._implied_radius import implied_radius, unit
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Sphere"]
 
-_PAIRS = 1 << 20  # (row, radius) pairs evaluated at a time
+# Number of (row, radius) pairs evaluated at a time.
+_PAIRS = 1 << 20
 
 
 class Sphere(Base):
-    r"""Uniform measure on concentric spheres, seen through a chart h = loc + U'L u, ‖u‖ = r.
+    r"""Uniform measure on concentric spheres ‖u‖ = r in a chart h = loc + U'L u.
 
     Its tilts are von Mises-Fisher in u: with w' = L'U w, κ = r ‖w'‖ and
 
@@ -36,20 +38,20 @@ class Sphere(Base):
               \log p(h|w) &= w' \cdot u - \log \sum_r \omega_r e^{F_m(r\|w'\|)}
               - \log \mathrm{area}(S^{m-1}) - (m-1) \log r .
 
-    Densities refer to ω(dr) × the surface measure of radius r in the chart's m dimensions, and are evaluated
-    for every h at its own radius: radii need not be atoms, and parts of h outside the subspace are dropped.
+    Densities refer to ω(dr) × the surface measure of radius r in the chart's m dimensions. They are evaluated for every
+    h at its own radius, which need not be one of the radii, and ignore the part of h outside the subspace.
     ``Sphere(radius)`` is the base of Seo, Lee and Kwak ("On The Distribution of Penultimate Activations of
     Classification Networks", UAI 2021). In one dimension the sphere is two points.
 
     Args:
         radius: Radii (R,) or a number, positive.
-        loc: Centre (d,); its part outside the subspace is the class-independent mean. Zero when left out.
-        scale_tril: Lower triangular L (m, m) with positive diagonal. The identity when left out.
-        subspace: Orthonormal rows U (m, d). The whole space when left out.
-        log_weights: Log weights log ω (R,), normalised here. Equal when left out.
+        loc: Centre (d,); its part outside the subspace is the class-independent mean. Default: zero.
+        scale_tril: Lower triangular L (m, m) with positive diagonal. Default: the identity.
+        subspace: Orthonormal rows U (m, d). Default: the whole space.
+        log_weights: Log weights log ω (R,), which need not be normalised. Default: equal weights.
 
     Raises:
-        ValueError: If a shape does not fit, a radius is not positive and finite, rows of ``subspace`` are not
+        ValueError: Shapes do not agree, a radius is not positive and finite, the rows of ``subspace`` are not
             orthonormal, or ``scale_tril`` is not lower triangular with a positive diagonal.
 
     Example:
@@ -80,11 +82,11 @@ class Sphere(Base):
         if log_weights is None:
             log_weights = torch.zeros_like(radius)
         if radius.numel() == 0 or not bool(((radius > 0) & radius.isfinite()).all()):
-            raise ValueError(f"radius must hold positive, finite numbers (R,); got {radius.tolist()[:8]}")
+            raise ValueError(f"radius is {radius.tolist()[:8]}; expected positive, finite numbers (R,)")
         if log_weights.shape != radius.shape or not bool(log_weights.logsumexp(-1).isfinite()):
             raise ValueError(
-                f"log_weights must have the shape {tuple(radius.shape)} of radius and a finite sum of weights; "
-                f"got {tuple(log_weights.shape)}"
+                f"log_weights has shape {tuple(log_weights.shape)}; expected {tuple(radius.shape)}, as radius has, "
+                "and a finite sum of the weights"
             )
         self.register_buffer("radius", radius)
         self.register_buffer("log_weights", log_weights.log_softmax(-1))
@@ -95,22 +97,23 @@ class Sphere(Base):
 
     @classmethod
     def from_head(cls, head: Head, confidence: float = 0.95, ambient: bool = False) -> Sphere:
-        """The sphere that a head implies without any data.
+        """Make the sphere that a head implies without any data.
 
-        Its radius is the one at which the uniform mean over classes of E[max_k p(k|h)], h ~ p(h|y), equals
-        ``confidence``: by bisection, with the same random numbers at each step. It lies in span(W), the only
-        part of space that the softmax sees. The radius is not identifiable from a head alone and can be far
-        from the true norm, the more so in high dimension; with even one batch of activations use :meth:`fit`.
+        At its radius the mean over classes of E[max_k p(k|h)], h ~ p(h|y), equals ``confidence``. It is found by
+        bisection, with the same random numbers at each step. The sphere lies in span(W), the only part of the space
+        that the softmax depends on. A head does not determine the true norm of activations, which can be far from this
+        radius, in particular in high dimension. Use :meth:`fit` if you have at least one batch of activations.
 
         Args:
             head: The head.
-            confidence: Mean confidence to reach, between that of the biases alone and 1. The known accuracy of
-                the model is a good choice.
-            ambient: Put the sphere in all of R^d rather than in span(W). For a head whose normalisation was
-                folded this is the true support, and the radius is the norm's own, not sought.
+            confidence: Mean confidence at the radius, between that of the biases alone and 1. The accuracy of the model
+                is a good choice.
+            ambient: Put the sphere in all of R^d and not in span(W). For a head with a folded norm layer this is the
+                true support, and the radius is that of the norm layer.
 
         Raises:
-            ValueError: If ``confidence`` cannot be reached, or two rows of the head are equal.
+            TypeError: ``confidence`` is not a number.
+            ValueError: ``confidence`` cannot be reached, or two rows of the head are equal.
 
         Example:
             >>> head = Head(4 * torch.eye(3))
@@ -123,8 +126,7 @@ class Sphere(Base):
             radius = torch.tensor([head.radius], dtype=dtype, device=head.weight.device)
             hyperplane = _zero_sum_basis(head.in_features).to(radius) if head.norm == "layer" else None
             return cls(radius, subspace=hyperplane)
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
+        check_between("confidence", confidence)
         subspace = None if ambient else head.span().to(dtype)
         implied = torch.tensor([implied_radius(head, subspace, confidence)], dtype=dtype, device=head.weight.device)
         return cls(implied, subspace=subspace)
@@ -141,30 +143,29 @@ class Sphere(Base):
         trim: float = 0.0,
         group: ProcessGroup | None = None,
     ) -> Sphere:
-        r"""The sphere closest to unlabelled activations.
+        r"""Fit a sphere to unlabelled activations.
 
-        The observed law of radii p(r) becomes the radial law: quantile atoms with weights
-        ω(r) ∝ p(r) / Σ_y exp(b'_y + F(r ‖w'_y‖)), so that the pair's own marginal of r is the observed one.
+        Its radii are quantiles of the observed distribution p(r) of radii, with weights
+        ω(r) ∝ p(r) / Σ_y exp(b'_y + F(r ‖w'_y‖)), so that the pair's marginal of r equals the observed one.
 
         Args:
-            head: The head; its soft labels take the place of labels.
+            head: The head; its soft labels replace labels.
             activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`, which may be larger than memory.
-            shape: ``"round"`` (about the origin), ``"centered"`` (about the centre of the label-free spherical
-                Gaussian fit) or ``"elliptic"`` (centre and covariance of the full one).
-            ambient: In all of R^d, or in span(W) with the class-independent mean outside it.
-            shrinkage: Share of the covariance replaced by a multiple of the identity (elliptic only).
-            radii: How many radii to keep at most.
-            trim: Share of the activations that the fit leaves out (elliptic only): those of the strangest direction
-                by the fit itself, which begins with the less strange half and grows. 0.2 makes outlier scores
-                survive activations of which every tenth is an outlier; see the guide on outliers for what it
-                costs where there are none.
-            group: Processes of ``torch.distributed`` that share the work. Each calls with the same arguments, reads its
-                own part of ``activations``, and gets the same fit, that of one process to rounding of sums.
+            shape: ``"round"`` (around the origin), ``"centered"`` (around the centre of the label-free spherical
+                Gaussian fit) or ``"elliptic"`` (centre and covariance of the full Gaussian fit).
+            ambient: Whether the sphere lies in all of R^d, or in span(W) with the class-independent mean outside it.
+            shrinkage: Fraction of the covariance that is replaced by a multiple of the identity (elliptic only).
+            radii: Largest number of radii.
+            trim: Fraction of the activations that the fit leaves out (elliptic only): those with the least likely
+                directions under the fit itself, which starts with the more likely half and grows. 0.2 protects outlier
+                scores if one activation in ten is an outlier. The guide on outliers shows the cost if there are none.
+            group: Processes of ``torch.distributed`` that share the work. Each makes the same call, reads its own part
+                of ``activations``, and gets the same fit, equal to that of one process up to the rounding of sums.
 
         Raises:
-            TypeError: If ``activations`` is not a floating tensor.
-            ValueError: If ``activations`` is empty, has a wrong shape, is not finite or constant, or an option
-                is unknown.
+            TypeError: ``activations`` is neither a floating tensor nor `Activations`, or an option is of a wrong type.
+            ValueError: ``activations`` has too few rows or a wrong shape, is not finite or is constant; or an option is
+                out of range.
 
         Example:
             >>> head = Head(torch.eye(3))
@@ -172,40 +173,42 @@ class Sphere(Base):
             >>> Sphere.fit(head, h, shape="elliptic", radii=64).radius.shape
             torch.Size([64])
         """
-        if shape not in ("round", "centered", "elliptic"):
-            raise ValueError(f"shape must be 'round', 'centered' or 'elliptic'; got {shape!r}")
-        if not 0 <= shrinkage <= 1 or radii < 1:
-            raise ValueError(f"shrinkage must lie in [0, 1] and radii be at least 1; got {shrinkage} and {radii}")
-        if not 0 <= trim < 0.5 or (trim and shape != "elliptic"):
-            raise ValueError(f"trim must lie in [0, 0.5), and needs shape='elliptic'; got {trim} with {shape!r}")
+        check_choice("shape", shape, get_args(Shape))
+        check_between("shrinkage", shrinkage, inclusive=True)
+        check_integer("radii", radii)
+        if not 0 <= trim < 0.5:
+            raise ValueError(f"trim is {trim}; expected a number of at least 0 and below 0.5")
+        if trim and shape != "elliptic":
+            raise ValueError(f"trim is {trim} with shape={shape!r}; expected shape='elliptic', or trim=0")
         source = _ActivationSource(activations, head, min_rows=2, group=group)
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
 
-        def fitted(part: _ActivationSource, radii: int) -> Sphere:
+        def fit_part(part: _ActivationSource, radii: int) -> Sphere:
             chart, radius, log_weights = fit_sphere(head, part, shape, ambient, shrinkage, radii)
             return cls(radius, log_weights=log_weights, **chart._asdict()).to(head.weight.device, dtype)
 
         if trim:
 
-            def strangeness(part: _ActivationSource) -> Callable[[Tensor], Tensor]:
-                base = fitted(part, radii=1)
-                table = radial_table(*base.seen(head), halvings=0)  # ranks need no more
+            def fit_score(part: _ActivationSource) -> Callable[[Tensor], Tensor]:
+                base = fit_part(part, radii=1)
+                # A coarse table is accurate enough for ranks.
+                table = radial_table(*base.seen(head), halvings=0)
                 return lambda rows: -base.direction_log_prob(head, base.project(rows.to(dtype)), table)
 
-            source = trimmed(source, trim, strangeness)
-        return fitted(source, radii)
+            source = trimmed(source, trim, fit_score)
+        return fit_part(source, radii)
 
-    # --- the base's contract --------------------------------------------------------------------------------
+    # --- methods of every base ------------------------------------------------------------------------------
 
     @property
     def info(self) -> BaseInfo:
         """Facts about this measure."""
         kind = "elliptic sphere" if self.scale_tril is not None else "sphere"
-        place = "the subspace" if self.subspace is not None else "R^d"
+        space = "the subspace" if self.subspace is not None else "R^d"
         return BaseInfo(
             name=kind,
             reference="radial law x surface measure of the chart",
-            support=f"{self.radius.numel()} concentric {kind}s in {place}",
+            support=f"{self.radius.numel()} concentric {kind}s in {space}",
             needs_data=False,
             exact_mgf=True,
             source="Seo, Lee, Kwak, UAI 2021; Mardia and Jupp, Directional Statistics, 2000",
@@ -213,11 +216,11 @@ class Sphere(Base):
 
     @property
     def in_features(self) -> int | None:
-        """The dimension d of activations; None without a chart, when any d ≥ 1 serves."""
+        """Dimension d of activations; None without a chart, for any d ≥ 1."""
         return self._chart.in_features()
 
     def log_mgf(self, weight: Tensor) -> Tensor:
-        """Log M(w) for rows (*B, d), shape (*B,)."""
+        """Return log M(w) for rows (*B, d): (*B,)."""
         self._check_features(weight, "weight")
         rows = weight.reshape(-1, weight.shape[-1])
         step = max(1, _PAIRS // self.radius.numel())
@@ -230,23 +233,24 @@ class Sphere(Base):
         return result.reshape(weight.shape[:-1]).to(weight.dtype)
 
     def log_prob(self, h: Tensor) -> Tensor:
-        """Log m(h) = −log area − (m − 1) log r at h's own radius, (*S, d) → (*S,)."""
+        """Return log m(h) = −log area − (m − 1) log r at the radius of h, (*S, d) → (*S,)."""
         m = self._chart.dim() or h.shape[-1]
         u = self.read(h)
-        r = torch.linalg.vector_norm(u, dim=-1, dtype=special.working_dtype(u.device))  # squares could overflow
+        # Squares could overflow in the dtype of u.
+        r = torch.linalg.vector_norm(u, dim=-1, dtype=special.working_dtype(u.device))
         return (-special.log_sphere_area(m) - ((m - 1) * r.log() if m > 1 else torch.zeros_like(r))).to(u.dtype)
 
     def project(self, h: Tensor) -> Tensor:
-        """H without its deviation from ``loc`` outside the subspace, (*S, d)."""
+        """Return h without its deviation from ``loc`` outside the subspace, (*S, d)."""
         return self._chart.project(h)
 
     def read(self, h: Tensor) -> Tensor:
-        """Chart coordinates u = L⁻¹U(h − loc) of activations (*S, d), shape (*S, m)."""
+        """Return chart coordinates u = L⁻¹U(h − loc) of activations (*S, d): (*S, m)."""
         self._check_features(h, "h")
         return self._chart.read(h)
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One activation for each i of ``index`` (N,): a radius, then von Mises-Fisher around L'U weight[i]."""
+        """Sample for each i of ``index`` (N,) a radius, then a von Mises-Fisher direction around L'U weight[i]."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         pulled, _ = self._chart.pull(weight.to(dtype))
         norms, mean = torch.linalg.vector_norm(pulled, dim=-1), unit(pulled)
@@ -254,46 +258,47 @@ class Sphere(Base):
         if radius.numel() == 1:
             r = radius.expand(index.shape)
         else:
-            # One sorted table of all rows' cumulative weights, row b shifted by b: a look-up of b + uniform.
+            # The cumulative weights of row b, plus b, form one sorted table in which b + uniform is looked up.
             share = self._log_radial(norms, weight.shape[-1])[1].softmax(-1)
             table = share.cumsum(-1).clamp_max(1) + torch.arange(len(share), device=index.device).unsqueeze(-1)
             key = index + torch.rand(index.shape, dtype=table.dtype, device=index.device, generator=generator)
             r = radius[
                 (torch.searchsorted(table.reshape(-1), key) - index * radius.numel()).clamp(0, radius.numel() - 1)
             ]
-        alone = len(weight) == 1
-        y = _cosine_complement(mean.shape[-1], r * (norms if alone else norms[index]), dtype, generator)
-        u = _around(mean[0] if alone else mean[index], y, generator) * r.unsqueeze(-1)
+        one_row = len(weight) == 1
+        y = _cosine_complement(mean.shape[-1], r * (norms if one_row else norms[index]), dtype, generator)
+        u = _around(mean[0] if one_row else mean[index], y, generator) * r.unsqueeze(-1)
         return self._chart.push(u).to(weight.dtype)
 
     def radial_law(self, weight: Tensor) -> Tensor:
-        """The share of each radius under the tilts by rows (B, d): ω_r e^{F(r ρ)}, normalised, (B, R)."""
+        """Return the probability of each radius under the tilts by rows (B, d): ω_r e^{F(r ρ)}, normalised, (B, R)."""
         self._check_features(weight, "weight")
         return self._log_radial(self._norms(weight), weight.shape[-1])[1].softmax(-1).to(weight.dtype)
 
     def seen(self, head: Head) -> tuple[int, Tensor, Tensor]:
-        """A head in the chart: its dimension m, norms ‖L'U w_y‖ (K,) of the centered rows, and b_y + w_y·loc (K,)."""
+        """Return a head in the chart: m, norms ‖L'U w_y‖ (K,) of the centered rows, and b_y + w_y·loc (K,)."""
         return self._chart.seen(head)
 
     def seen_dim(self, head: Head) -> int:
-        """The dimension m of the chart, d of a head where there is none."""
+        """Return the dimension m of the chart, or d of a head if there is no chart."""
         return self._chart.dim() or head.in_features
 
     def radial_table(self, head: Head) -> Tensor:
-        """The mass that a head's classes put at each radius, for :meth:`direction_log_prob`."""
+        """Tabulate the mass of a head's classes at each radius, for :meth:`direction_log_prob`."""
         return radial_table(*self.seen(head))
 
     def direction_log_prob(self, head: Head, h: Tensor, table: Tensor) -> Tensor:
-        r"""Log density of the direction of u at its own radius, log p(u / r | r), (*S, d) → (*S,).
+        r"""Return the log density of the direction of u at its radius, log p(u / r | r), (*S, d) → (*S,).
 
         .. math:: \log p(u / r | r) = \log \sum_y e^{w_y \cdot h + b_y} - \log \sum_y e^{b'_y + F_m(r \|w'_y\|)}
                   - \log \mathrm{area}(S^{m-1})
 
-        It is relative to the surface measure of the unit sphere in the chart, and no radial law enters.
+        It is relative to the surface measure of the unit sphere in the chart and does not depend on the radii of the
+        base.
 
         Args:
             head: The head of the pair.
-            h: Activations (*S, d), as :meth:`project` gives them.
+            h: Activations (*S, d), as :meth:`project` returns them.
             table: From :meth:`radial_table`.
         """
         u = self.read(h)
@@ -301,12 +306,12 @@ class Sphere(Base):
         return (_log_partition(head, h).to(mass.dtype) - mass).to(u.dtype)
 
     def kappa(self, weight: Tensor) -> Tensor:
-        """The concentration κ = r ‖L'U w‖ of the tilts by rows (B, d) at each radius, (B, R)."""
+        """Return the concentration κ = r ‖L'U w‖ of the tilts by rows (B, d) at each radius, (B, R)."""
         self._check_features(weight, "weight")
         return self._norms(weight).unsqueeze(-1) * self.radius.to(weight.dtype)
 
     def cosine(self, h: Tensor, weight: Tensor) -> Tensor:
-        """The cosine of activations to rows in the chart, u·w' / (‖u‖ ‖w'‖): (N, d), (N, d) → (N,)."""
+        """Return the cosine of activations to rows in the chart, u·w' / (‖u‖ ‖w'‖): (N, d), (N, d) → (N,)."""
         self._check_features(weight, "weight")
         pulled, _ = self._chart.pull(weight)
         u = self.read(h)
@@ -314,7 +319,7 @@ class Sphere(Base):
         return cosine
 
     def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
-        """A product rule on the sphere in chart dimension at most 3, at every radius."""
+        """Return a product rule on the spheres of all radii, in chart dimension 3 or less."""
         m = self._chart.dim()
         if m is None or m > 3:
             return None
@@ -338,7 +343,7 @@ class Sphere(Base):
         return h, logs.reshape(-1).to(device, special.working_dtype(device))
 
     def extra_repr(self) -> str:
-        """Radii and chart, for ``print``."""
+        """Return radii and chart, for ``print``."""
         low, high = float(self.radius.min()), float(self.radius.max())
         parts = [
             f"radius={low:.4g}"
@@ -359,7 +364,7 @@ class Sphere(Base):
         return norms
 
     def _log_radial(self, norms: Tensor, features: int) -> tuple[Tensor, Tensor]:
-        """Log Σ_r ω_r e^{F(r ρ)} for norms ρ (B,), and its terms (B, R), in working precision."""
+        """Return log Σ_r ω_r e^{F(r ρ)} for norms ρ (B,), and its terms (B, R), in working precision."""
         work = special.working_dtype(norms.device)
         m = self._chart.dim() or features
         growth = special.log_sphere_mgf(m, norms.to(work).unsqueeze(-1) * self.radius.to(work))
@@ -368,15 +373,16 @@ class Sphere(Base):
 
 
 def _log_partition(head: Head, h: Tensor) -> Tensor:
-    """The log-sum of exponentiated centered logits of activations (*S, d), (*S,)."""
+    """Return the log-sum-exp of the centered logits of activations (*S, d): (*S,)."""
     if h.dtype != head.weight.dtype:
         return head.centered_logits(h).logsumexp(-1)
-    log_sum: Tensor = head(h).logsumexp(-1)  # centering it takes a number a row, centering the logits K
+    # Centering the sum takes one product for each h, centering the logits K of them.
+    log_sum: Tensor = head(h).logsumexp(-1)
     return log_sum - (h @ head.mean_row.to(h.dtype))
 
 
 def _zero_sum_basis(d: int) -> Tensor:
-    """Orthonormal rows (d − 1, d) of the hyperplane Σ h = 0 (Helmert's)."""
+    """Return orthonormal rows (d − 1, d) of the hyperplane Σ h = 0 (those of Helmert)."""
     i = torch.arange(1, d, dtype=torch.float64)
     rows = torch.tril(torch.ones(d - 1, d, dtype=torch.float64))
     rows[torch.arange(d - 1), torch.arange(1, d)] = -i
