@@ -1,4 +1,4 @@
-"""Tensors derived from a head and a base: computed once, and constants of compiled graphs."""
+"""Tensors derived from a head and a base: computed once, outside of compiled graphs."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class GenerativePair(DerivedTensors):
 
     Densities are computed in the precision of the activations, in float32 or wider even under autocast: bfloat16 has
     too few digits for log densities. They compile as whole graphs (``torch.compile(fullgraph=True)``) and work under
-    ``torch.func``. Tensors derived from head and base are precomputed; they are constants of the compiled graph.
+    ``torch.func``. Tensors derived from head and base are precomputed; they are inputs of the compiled graph.
 
     References:
         Seo, Lee and Kwak, "On The Distribution of Penultimate Activations of Classification Networks", UAI 2021.

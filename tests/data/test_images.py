@@ -88,7 +88,7 @@ def test_sixteen_bits(make, kind):
 
 
 def test_ranges_that_are_not_known(make):
-    with pytest.raises(ValueError, match="floating, of an unknown range"):
+    with pytest.raises(ValueError, match="floating-point numbers of an unknown range"):
         decode(make.encode(Image.fromarray(BARS.astype("float32")), "tiff"), None, None)
     with pytest.raises(ValueError, match="run from -1 to 70000; expected 16 bits"):
         decode(make.encode(Image.fromarray(np.array([[-1, 70000]], "int32")), "tiff"), None, None)
@@ -125,7 +125,7 @@ def test_sizes_alike_for_files_and_arrays(make, tmp_path, array, size):
 
 
 def test_bytes_that_are_no_image():
-    with pytest.raises(ValueError, match="of no format that Pillow knows"):
+    with pytest.raises(ValueError, match="its format is unknown"):
         decode(b"words", None, None)
 
 

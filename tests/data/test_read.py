@@ -45,9 +45,9 @@ def test_what_is_not_read(tmp_path):
     accepted = '"digits", a .parquet file, glob or folder, a folder of images, or an .npz file'
     with pytest.raises(FileNotFoundError) as caught:
         read("cifar10")
-    assert str(caught.value) == f"there is no 'cifar10'; a data set is {accepted}"
+    assert str(caught.value) == f"there is no file or folder 'cifar10'; expected {accepted}"
     (tmp_path / "a.csv").write_text("1,2")
-    with pytest.raises(ValueError, match=r"a.csv' is no data set that penult reads; that is") as caught:
+    with pytest.raises(ValueError, match=r"a.csv' is not a data set that penult can read; expected") as caught:
         read(tmp_path / "a.csv")
     assert accepted in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"no file .*b.npz"):
@@ -68,12 +68,12 @@ def test_indices():
 
 @pytest.mark.parametrize("size", [0, -3, (4,), (4, 0), (1, 2, 3)])
 def test_sizes_that_are_refused(size):
-    with pytest.raises(ValueError, match=r"size is .*; it must be a positive number of pixels, or \(height, width\)"):
+    with pytest.raises(ValueError, match=r"size is .*; expected a positive number of pixels, or \(height, width\)"):
         read("digits", size=size)
 
 
 def test_modes_that_are_refused():
-    with pytest.raises(ValueError, match='mode is \'RGBA\'; it must be "L", "RGB" or None'):
+    with pytest.raises(ValueError, match="mode is 'RGBA'; expected 'L' or 'RGB' or None"):
         read("digits", mode="RGBA")
 
 
@@ -89,11 +89,13 @@ def test_transform_comes_last_and_travels():
 
 def test_labels_that_do_not_fit():
     source = Arrays(torch.zeros(3, 1, 2, 2), "zeros")
-    for wrong in (torch.zeros(2, dtype=torch.int64), torch.zeros(3), torch.zeros(3, dtype=torch.bool)):
-        with pytest.raises(ValueError, match=r"the labels of zeros are .* expected integers of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"labels of zeros has shape \(2,\); expected \(3,\)"):
+        ImageDataset(source, torch.zeros(2, dtype=torch.int64))
+    for wrong in (torch.zeros(3), torch.zeros(3, dtype=torch.bool)):
+        with pytest.raises(TypeError, match=r"labels of zeros is a torch\..* tensor; expected a tensor of integer"):
             ImageDataset(source, wrong)
     assert ImageDataset(source, torch.zeros(3, dtype=torch.uint8)).labels.dtype == torch.int64
-    with pytest.raises(ValueError, match=r"image 1 of zeros has label 2; .* below 2, the number of class names"):
+    with pytest.raises(ValueError, match=r"image 1 of zeros has label 2; expected 0 to 1, as there are 2 class names"):
         ImageDataset(source, torch.tensor([0, 2, 1]), ["a", "b"])
 
 

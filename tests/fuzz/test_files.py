@@ -221,7 +221,7 @@ def test_more_rows_than_a_shard_has_room_for(acts, rows):
 
 def test_rows_that_overlap_or_lack(acts):
     change_shard(acts, rows=3)
-    with pytest.raises(io.FileFormatError, match="but its index says"):
+    with pytest.raises(io.FileFormatError, match="as its index says"):
         _ = penult.Activations.open(acts).activations
     record = json.loads((acts / io.INDEX_NAME).read_text())
     record["shards"].append(record["shards"][0])

@@ -241,7 +241,7 @@ def test_ghostscript_is_never_run(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **more: run.append(args))
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "a.png").write_bytes(eps)
-    with pytest.raises(ValueError, match=r"a.png cannot be read as an image: it is of no format that Pillow knows by"):
+    with pytest.raises(ValueError, match=r"a.png cannot be read as an image: its format is unknown; expected one of"):
         read(tmp_path)[0]
     assert not run
 
@@ -250,10 +250,10 @@ def test_ghostscript_is_never_run(tmp_path, monkeypatch):
     ("data", "words"),
     [
         (png(60_000, 60_000), "exceeds limit"),
-        (png(2**31 - 1, 2**31 - 1), "exceeds limit|no format"),
-        (png(0, 0), "no format"),
-        (encoded()[:40], "truncated|no format"),
-        (b"", "no format"),
+        (png(2**31 - 1, 2**31 - 1), "exceeds limit|format is unknown"),
+        (png(0, 0), "format is unknown"),
+        (encoded()[:40], "truncated|format is unknown"),
+        (b"", "format is unknown"),
     ],
 )
 def test_images_that_are_none(tmp_path, data, words):
@@ -310,7 +310,7 @@ def test_a_row_names_no_file_outside_its_folder(tmp_path, name):
     (tmp_path / "secret.png").write_bytes(encoded())
     path = table(folder / "a.parquet", {"bytes": None, "path": name.format(root=tmp_path)})
     with pytest.raises(
-        ValueError, match=r"row 0 of .*a.parquet .*leads out of .*write the images into the parquet file"
+        ValueError, match=r"row 0 of .*a.parquet .*leads out of .*Write the images into the parquet file"
     ):
         read(path)[0]
 
@@ -343,7 +343,7 @@ def test_a_path_that_is_no_text(tmp_path):
 @pytest.mark.parametrize("names", [5, "ab", {"a": 0}, True])
 def test_class_names_of_a_wrong_type(tmp_path, names):
     path = table(tmp_path / "a.parquet", {"bytes": encoded(), "path": None}, names=names)
-    with pytest.raises(ValueError, match=r"a.parquet call the classes .*expected a list of names"):
+    with pytest.raises(ValueError, match=r"class names in the metadata of .*a.parquet are .*expected a list of names"):
         read(path)
 
 
@@ -394,7 +394,7 @@ def test_arrays_of_objects_are_never_unpickled(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", [(10**12,), (4 * 10**9, 1, 1), (2**62, 2**62, 2), (-1, 2, 2), (3, 2, 2)])
 def test_an_archive_that_claims_more_than_it_holds(tmp_path, shape):
     path = archive(tmp_path / "a.npz", x__npy=npy(shape, data=bytes(8)))
-    with pytest.raises(ValueError, match=r"a.npz cannot be read .*x.npy claims to hold uint8 of shape"):
+    with pytest.raises(ValueError, match=r"a.npz cannot be read .*header of x.npy says uint8 of shape"):
         read(path)
 
 
@@ -414,7 +414,7 @@ def test_an_archive_whose_directory_lies_as_well(tmp_path):
 
 def test_packings_that_have_no_bound(tmp_path):
     path = archive(tmp_path / "a.npz", zipfile.ZIP_BZIP2, x__npy=npy((1, 2, 4), data=bytes(8)))
-    with pytest.raises(ValueError, match=r"a.npz .*packed in a way that NumPy never writes"):
+    with pytest.raises(ValueError, match=r"a.npz .*compression of .* is unknown to NumPy"):
         read(path)
 
 
@@ -431,13 +431,13 @@ def test_members_that_are_no_arrays(tmp_path):
 @pytest.mark.parametrize("shape", [(2, 0, 3), (2, 3, 0, 0), (2, 0, 0, 1)])
 def test_arrays_without_pixels(tmp_path, shape):
     numpy.savez(tmp_path / "a.npz", x=numpy.zeros(shape, "uint8"))
-    with pytest.raises(ValueError, match=r"a.npz have shape .*no pixel"):
+    with pytest.raises(ValueError, match=r"a.npz has shape .*at least one pixel"):
         read(tmp_path / "a.npz", size=4)
 
 
 def test_numbers_that_no_float32_holds(tmp_path):
     numpy.savez(tmp_path / "a.npz", x=numpy.full((2, 2, 2), 1e300))
-    with pytest.raises(ValueError, match=r"a.npz hold values outside \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"a.npz has values from .*expected 0 to 1"):
         read(tmp_path / "a.npz")
 
 
@@ -445,5 +445,5 @@ def test_a_row_group_that_is_not_as_long_as_it_was(tmp_path):
     path = table(tmp_path / "a.parquet", {"bytes": encoded(), "path": None}, (0, 1, 0))
     dataset = read(path)
     table(path, {"bytes": encoded(), "path": None}, (0,))
-    with pytest.raises(ValueError, match=r"row 2 of .*a.parquet is not there"):
+    with pytest.raises(ValueError, match=r"row 2 of .*a.parquet is missing"):
         dataset[2]

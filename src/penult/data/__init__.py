@@ -1,6 +1,6 @@
 """Readers of image data sets, and domain shifts.
 
-`read` looks at what it is given and takes the reader for it. Images are decoded when they are asked for:
+`read` chooses the reader by the kind of its argument. Images are decoded at access:
 
     >>> from torch.utils.data import DataLoader
     >>> from penult.data import ShiftedDataset, read
@@ -11,7 +11,7 @@
     >>> images.shape
     torch.Size([64, 3, 32, 32])
 
-The readers need the extra ``data``; shifts need torch alone.
+The readers need the extra ``data``; shifts need only torch.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A data set of images that are decoded when they are asked for."""
+"""Data set of images, which are decoded at access."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from penult._checks import check_choice, check_shares, integer_labels
 from penult.data._decode import adapt, decode
 
 __all__ = ["ImageDataset", "Images", "Size", "Source", "Transform"]
@@ -19,47 +20,48 @@ Transform = Callable[[Tensor], Tensor] | None
 
 
 class Source(Protocol):
-    """Images by number, as a reader finds them."""
+    """Images of a reader, by number."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of images."""
 
     def __str__(self) -> str:
-        """What they are called in errors."""
+        """Name of the images, for messages."""
 
     def image(self, index: int) -> bytes | Tensor:
-        """Number ``index``: encoded, or float32 (C, H, W) in [0, 1] that the caller may write to."""
+        """Return image ``index``: encoded, or float32 (C, H, W) in [0, 1] that the caller may write to."""
 
     def where(self, index: int) -> str:
-        """Where number ``index`` is found, for errors."""
+        """Return the location of image ``index``, for messages."""
 
 
 @final
 class ImageDataset(Dataset[Any]):
-    """Images that are decoded when they are asked for: a map-style data set for `torch.utils.data.DataLoader`.
+    """Map-style data set of images for `torch.utils.data.DataLoader`, which decodes an image at access.
 
-    `read`, `parquet`, `folder` and `npz` make it. Item i is (image, label): the image float32 (C, H, W) in [0, 1],
-    the label an int. Without labels it is the image alone. It can be pickled, and keeps no file open.
+    `read`, `parquet`, `folder` and `npz` return it. Item i is (image, label): the image float32 (C, H, W) in [0, 1],
+    the label an int. Without labels it is the image alone. The data set can be pickled, and keeps no file open.
 
-    Encoded images are read by Pillow. They are turned as their EXIF orientation says; what is transparent is laid
-    on white; palettes, CMYK and other colours become RGB; bilevel images become grey; 16 bits are divided by 65535.
+    Encoded images are read by Pillow. They are rotated as their EXIF orientation says; transparent images are put on
+    white; palettes, CMYK and other colours become RGB; bilevel images become grey; 16 bits are divided by 65535.
 
     Args:
-        source: The reader's images.
-        labels: (N,) integers, -1 where there is none; or None.
-        class_names: One name a class, or None.
-        mode: ``"L"`` for grey, ``"RGB"`` for colour; None leaves each image as it is, one channel or three.
-        size: Height and width to resize to, one number for a square; None leaves each image as it is. Bilinear
-            with antialiasing, by Pillow for encoded images.
-        transform: Called on each image at last.
+        source: Images of a reader.
+        labels: (N,) integers, -1 for images without a label; or None.
+        class_names: One name for each class, or None.
+        mode: ``"L"`` for grey, ``"RGB"`` for colour; None keeps one or three channels as they are.
+        size: Height and width to resize to, or one number for a square; None keeps the size. Bilinear with
+            antialiasing, by Pillow for encoded images.
+        transform: Function that is applied to each image last.
 
     Attributes:
         labels: (N,) int64, or None if there are none.
-        class_names: One name a class, or None if they have none.
+        class_names: One name for each class, or None.
 
     Raises:
-        ValueError: There is no image; labels that do not fit the images or the names, or are missing in part; an
-            unknown `mode`; a `size` that is not positive.
+        TypeError: Labels or `size` are not integers.
+        ValueError: There is no image; labels do not fit the images or the names, or some are missing; `mode` is
+            unknown; or `size` is not positive.
 
     Example:
         >>> from penult.data import read
@@ -85,9 +87,8 @@ class ImageDataset(Dataset[Any]):
         transform: Transform = None,
     ) -> None:
         if not len(source):
-            raise ValueError(f"{source} holds no image at all")
-        if mode not in (None, "L", "RGB"):
-            raise ValueError(f'mode is {mode!r}; it must be "L", "RGB" or None for images as they are')
+            raise ValueError(f"{source} contains no image; expected at least one")
+        check_choice("mode", mode, ("L", "RGB", None))
         self.class_names = None if class_names is None else tuple(class_names)
         self.labels = None if labels is None else _checked(labels, source, self.class_names)
         self._source = source
@@ -116,10 +117,10 @@ class ImageDataset(Dataset[Any]):
         return f"ImageDataset(N={len(self)}, K={classes}, source={self._source})"
 
     def load(self) -> Images:
-        """All images in memory.
+        """Load all images into memory.
 
         Returns:
-            Images (N, C, H, W). Classes without names are called by their numbers.
+            Images (N, C, H, W). Classes without names have their numbers as names.
 
         Raises:
             ValueError: The images are not all of one size, or have no labels.
@@ -131,8 +132,8 @@ class ImageDataset(Dataset[Any]):
         """
         if self.labels is None:
             raise ValueError(
-                f"{self._source} has no labels, and load() gives images with labels; "
-                "torch.stack(list(dataset)) gives the images alone"
+                f"{self._source} has no labels, but load() returns images with labels. Use torch.stack(list(dataset)) "
+                "for the images alone"
             )
         first = self[0][0]
         images = first.new_empty((len(self), *first.shape))
@@ -141,8 +142,8 @@ class ImageDataset(Dataset[Any]):
             if image.shape != first.shape:
                 remedy = 'mode="L" or mode="RGB"' if len(image) != len(first) else "size=(H, W)"
                 raise ValueError(
-                    f"images must be of one size (C, H, W): {self._source.where(0)} is {tuple(first.shape)}, "
-                    f"{self._source.where(i)} is {tuple(image.shape)}; pass {remedy}"
+                    f"{self._source.where(i)} has shape {tuple(image.shape)}; expected {tuple(first.shape)}, as "
+                    f"{self._source.where(0)} has. Pass {remedy}"
                 )
             images[i] = image
         names = self.class_names or tuple(map(str, range(int(self.labels.max()) + 1)))
@@ -150,23 +151,18 @@ class ImageDataset(Dataset[Any]):
 
 
 def _pair(size: Size) -> tuple[int, int] | None:
-    """Height and width."""
+    """Return height and width."""
     if size is None:
         return None
     pair = tuple(map(operator.index, size if isinstance(size, Sequence) else (size, size)))
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"size is {size!r}; it must be a positive number of pixels, or (height, width)")
+        raise ValueError(f"size is {size!r}; expected a positive number of pixels, or (height, width)")
     return pair
 
 
 def _checked(labels: Tensor, source: Source, names: tuple[str, ...] | None) -> Tensor | None:
-    """Labels (N,) int64 in range, or None if not a single image has one."""
-    if labels.shape != (len(source),) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"the labels of {source} are {labels.dtype} of shape {tuple(labels.shape)}; "
-            f"expected integers of shape ({len(source)},)"
-        )
-    labels = labels.to(torch.int64)
+    """Return labels (N,) as int64, or None if no image has one; raise if some are missing or out of range."""
+    labels = integer_labels(labels, (len(source),), name=f"labels of {source}")
     if bool((labels == -1).all()):
         return None
     wrong = labels < 0
@@ -177,11 +173,11 @@ def _checked(labels: Tensor, source: Source, names: tuple[str, ...] | None) -> T
     i = int(wrong.int().argmax())
     if labels[i] == -1:
         raise ValueError(
-            f"{source.where(i)} has no label (-1 or null), as {int((labels == -1).sum())} of {len(labels)} images; "
-            "leave those out, or give none a label"
+            f"{int((labels == -1).sum())} of {len(labels)} images have no label (-1 or null), the first of them "
+            f"{source.where(i)}; expected a label for all images or for none"
         )
-    limit = "" if names is None else f" and below {len(names)}, the number of class names"
-    raise ValueError(f"{source.where(i)} has label {int(labels[i])}; labels must not be negative{limit}")
+    want = "a label of at least 0" if names is None else f"0 to {len(names) - 1}, as there are {len(names)} class names"
+    raise ValueError(f"{source.where(i)} has label {int(labels[i])}; expected {want}")
 
 
 # --- Labelled images in memory ------------------------------------------------------------------------------
@@ -193,7 +189,7 @@ class Images(NamedTuple):
     Attributes:
         images: (N, C, H, W), values in [0, 1].
         labels: (N,), integers.
-        class_names: One name a class.
+        class_names: One name for each class.
     """
 
     images: Tensor
@@ -201,20 +197,19 @@ class Images(NamedTuple):
     class_names: tuple[str, ...]
 
     def split(self, *shares: float, seed: int = 0) -> list[Images]:
-        """Disjoint random parts.
+        """Split the images at random into disjoint parts.
 
         Args:
-            shares: Positive shares of the whole, which sum to at most 1.
-            seed: Seed of the shuffle; torch's own random state is left alone.
+            shares: Positive fractions of the images, which sum to at most 1.
+            seed: Seed of the split; the global random state of torch is not changed.
 
         Returns:
-            One part a share; the last takes what rounding leaves when the shares sum to 1.
+            One part for each share. If the shares sum to 1, the parts contain all images.
 
         Raises:
-            ValueError: If a share is not positive or they sum to more than 1.
+            ValueError: A share is not positive, or they sum to more than 1.
         """
-        if not shares or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
-            raise ValueError(f"shares must be positive and sum to at most 1; got {shares}")
+        check_shares(shares)
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
         ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
         return [

@@ -1,4 +1,4 @@
-"""From encoded or raw images to tensors of one kind."""
+"""Conversion of encoded and raw images to tensors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ if TYPE_CHECKING:
 
 __all__ = ["adapt", "decode"]
 
-# What Pillow opens by itself. EPS, say, it hands to Ghostscript, another program; what is left out is rare.
+# Formats that Pillow decodes by itself. For others, such as EPS, it runs another program (Ghostscript).
 _FORMATS = tuple("AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split())
 _GREY = ("1", "L", "LA", "La")
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
+# Weights of ITU-R BT.601, as in Pillow.
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def decode(data: bytes, mode: str | None, size: tuple[int, int] | None) -> Tensor:
-    """An encoded image as float32 (C, H, W) in [0, 1].
+    """Decode an image to float32 (C, H, W) in [0, 1].
 
     Raises:
         ImportError: Pillow is not installed.
-        ValueError: It is no image, or of an unknown range of values.
+        ValueError: The data are not an image, or its range of values is unknown.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -33,26 +34,29 @@ def decode(data: bytes, mode: str | None, size: tuple[int, int] | None) -> Tenso
         raise ImportError('images are read by Pillow: pip install "penult[data]"', name=error.name) from error
     try:
         Image.init()
-        formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is younger than our oldest Pillow
+        # The oldest supported Pillow does not know AVIF.
+        formats = [name for name in _FORMATS if name in Image.OPEN]
         with Image.open(io.BytesIO(data), formats=formats) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image, mode, size)
     except UnidentifiedImageError:
-        raise ValueError(f"it is of no format that Pillow knows by itself ({', '.join(formats)})") from None
+        raise ValueError(f"its format is unknown; expected one of {', '.join(formats)}") from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they stumble on: SyntaxError, struct.error, IndexError, ...
+    except Exception as error:
+        # Decoders of damaged images raise errors of many types: SyntaxError, struct.error, IndexError and others.
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _pixels(image: Image.Image, mode: str | None, size: tuple[int, int] | None) -> Tensor:
-    """A Pillow image as a tensor."""
+    """Convert a Pillow image to a tensor."""
     from PIL import Image
 
     if image.mode == "F":
-        raise ValueError("its pixels are floating, of an unknown range; save it with 8 or 16 bits")
-    deep = image.mode.startswith("I")  # 16 bits, or 32 bits that hold 16
+        raise ValueError("its pixels are floating-point numbers of an unknown range; save it with 8 or 16 bits")
+    # These modes have 16 bits, or 32 bits of which 16 are used.
+    deep = image.mode.startswith("I")
     if deep:
         image = image.convert("I")
         low, high = cast("tuple[int, int]", image.getextrema())
@@ -74,25 +78,26 @@ def _pixels(image: Image.Image, mode: str | None, size: tuple[int, int] | None) 
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """What is seen of a partly transparent image on a white page."""
+    """Compose a partly transparent image with a white background."""
     from PIL import Image
 
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 
 
 def adapt(image: Tensor, mode: str | None, size: tuple[int, int] | None) -> Tensor:
-    """The same for an image that is a tensor already: float32 (C, H, W) of a mode and size, never a view.
+    """Convert an image tensor, float32 (C, H, W), to a mode and size; the result is never a view.
 
     Raises:
-        ValueError: A mode is asked of an image that has neither 1 nor 3 channels.
+        ValueError: `mode` is given and the image has neither 1 nor 3 channels.
     """
     if mode is not None and len(image) not in (1, 3):
-        raise ValueError(f"it has {len(image)} channels, which mode={mode!r} is not defined for; leave mode out")
+        raise ValueError(f"it has {len(image)} channels; expected 1 or 3 for mode={mode!r}. Omit mode")
     if mode == "L" and len(image) == 3:
         image = (image * image.new_tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
     elif mode == "RGB" and len(image) == 1:
         image = image.repeat(3, 1, 1)
     if size is not None and size != image.shape[1:]:
         image = functional.interpolate(image.unsqueeze(0), size, mode="bilinear", antialias=True).squeeze(0)
-        image = image.clamp(0, 1)  # weights sum to 1 up to rounding
+        # The weights of the interpolation sum to 1 only up to rounding.
+        image = image.clamp(0, 1)
     return image

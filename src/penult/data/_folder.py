@@ -1,4 +1,4 @@
-"""Folders of image files, one a class."""
+"""Reader of folders of image files, one folder for each class."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class _Files:
 def folder(
     path: str | os.PathLike[str], *, mode: str | None = None, size: Size = None, transform: Transform = None
 ) -> ImageDataset:
-    """Read image files: one folder a class, or all in one folder without labels.
+    """Read image files: one folder for each class, or one folder of images without labels.
 
-    Classes are the folders in `path`, sorted by name; their images may lie in further folders below. Read are files
-    named .bmp, .gif, .jpeg, .jpg, .pbm, .pgm, .png, .pnm, .ppm, .tif, .tiff and .webp. Names that begin with a dot
-    are skipped.
+    Classes are the folders in `path`, sorted by name; subfolders of these may contain images, too. Images are the
+    files named .bmp, .gif, .jpeg, .jpg, .pbm, .pgm, .png, .pnm, .ppm, .tif, .tiff and .webp. Names that begin with a
+    dot are skipped.
 
     Args:
         path: ``path/class/image.png``, or ``path/image.png`` for images without labels.
@@ -54,9 +54,9 @@ def folder(
         The images, sorted by class and path.
 
     Raises:
-        NotADirectoryError: `path` is no folder.
-        ValueError: There is no image, a class without images, images beside the class folders, or the folders are
-            not classes but splits (``train``, ``test``).
+        NotADirectoryError: `path` is not a folder.
+        ValueError: There is no image, or none in a class; there are images next to the class folders; or the folders
+            are splits (``train``, ``test``) and not classes.
 
     Example:
         >>> import pathlib, tempfile
@@ -71,25 +71,27 @@ def folder(
     """
     root = Path(path)
     if not root.is_dir():
-        raise NotADirectoryError(f"{root} is no folder; expected one of images, or of one folder a class")
-    classes = sorted(each for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
-    loose = sorted(each for each in root.iterdir() if _is_image(each))
-    if not classes:
-        return ImageDataset(_Files(root, loose), mode=mode, size=size, transform=transform)
-    names = [each.name for each in classes]
-    if loose:
+        raise NotADirectoryError(
+            f"{root} is not a folder; expected a folder of images, or of one folder for each class"
+        )
+    class_folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    images = sorted(path for path in root.iterdir() if _is_image(path))
+    if not class_folders:
+        return ImageDataset(_Files(root, images), mode=mode, size=size, transform=transform)
+    names = [path.name for path in class_folders]
+    if images:
         raise ValueError(
-            f"{root} holds both folders ({', '.join(names[:3])}) and images ({loose[0].name}); "
-            "expected one folder a class, or images alone"
+            f"{root} contains both folders ({', '.join(names[:3])}) and images ({images[0].name}); "
+            "expected one folder for each class, or images alone"
         )
     if _SPLITS.issuperset(map(str.lower, names)):
-        raise ValueError(f"the folders of {root} are splits rather than classes; read one of them: {classes[0]}")
-    files = [sorted(_below(each)) for each in classes]
-    empty = [each.name for each, inside in zip(classes, files, strict=True) if not inside]
+        raise ValueError(f"the folders of {root} are splits, not classes; read one of them: {class_folders[0]}")
+    files = [sorted(_images_below(path)) for path in class_folders]
+    empty = [name for name, class_files in zip(names, files, strict=True) if not class_files]
     if empty:
         raise ValueError(f"{root} has classes without an image: {', '.join(empty)}; remove these folders")
-    labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(inside) for inside in files]))
-    source = _Files(root, [file for inside in files for file in inside])
+    labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(class_files) for class_files in files]))
+    source = _Files(root, [file for class_files in files for file in class_files])
     return ImageDataset(source, labels, names, mode=mode, size=size, transform=transform)
 
 
@@ -97,13 +99,14 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _below(root: Path) -> Iterator[Path]:
-    """All images below a folder, through symbolic links too; a folder that several lead to is entered once."""
+def _images_below(root: Path) -> Iterator[Path]:
+    """Iterate over all images below a folder, also through symbolic links; each folder is entered once."""
     entered: set[str] = set()
-    for here, folders, files in os.walk(root, followlinks=True):
-        if (place := os.path.realpath(here)) in entered:  # links may go round in circles
+    for parent, folders, files in os.walk(root, followlinks=True):
+        # Symbolic links can form cycles.
+        if (real_path := os.path.realpath(parent)) in entered:
             folders.clear()
             continue
-        entered.add(place)
+        entered.add(real_path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from filter(_is_image, (Path(here, name) for name in files))
+        yield from filter(_is_image, (Path(parent, name) for name in files))

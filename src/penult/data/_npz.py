@@ -1,4 +1,4 @@
-"""Images that are arrays: in an ``.npz`` file, or in memory."""
+"""Images from arrays: reader of ``.npz`` files, and images in memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penult._checks import check_choice
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
 
 __all__ = ["Arrays", "npz"]
 
-_MOST = 1032  # times its size, to which deflate can unpack at the very most
+# Largest ratio of the sizes after and before decompression that deflate can reach.
+_MAX_RATIO = 1032
+# Names of arrays of images, and the names of their labels.
 _PARTNERS = {"images": "labels", "image": "label", "x": "y", "data": "target"}
 
 
 class Arrays:
-    """Images (N, C, H, W) by number: uint8, or floating in [0, 1]."""
+    """Images (N, C, H, W) by number, uint8 or floating in [0, 1]."""
 
     def __init__(self, images: Tensor, name: str) -> None:
         self._images, self._name = images, name
@@ -53,28 +56,30 @@ def npz(
 ) -> ImageDataset:
     """Read images from arrays in a NumPy ``.npz`` file; nothing in it is unpickled.
 
-    Images are uint8, or floating in [0, 1], or bool. Their shape is (N, H, W), (N, H, W, C) or (N, C, H, W); which of
-    the two is seen where C is 1 or 3. They are kept in memory: uint8 as it is, the others as float32.
+    Images are uint8, floating in [0, 1] or bool. Their shape is (N, H, W), (N, H, W, C) or (N, C, H, W); the last two
+    are distinguished by C, which is 1 or 3. Images stay in memory: uint8 as they are, others as float32.
 
     Args:
-        path: The file.
-        images: Key of the images; found by itself if one array alone is called ``images``, ``image``, ``x`` or
-            ``data``, with or without more words as in ``x_train``, or else ``arr_0``.
-        labels: Key of the labels (N,) or (N, 1); found by itself if it is that of the images with ``labels``,
-            ``label``, ``y`` or ``target`` in its place, or else ``arr_1``. Without it there are no labels.
+        path: File.
+        images: Key of the images. Default: the only array named ``images``, ``image``, ``x`` or ``data``, possibly with
+            further words as in ``x_train``; otherwise ``arr_0``.
+        labels: Key of the labels (N,) or (N, 1). Default: the key of the images with the word ``labels``, ``label``,
+            ``y`` or ``target`` in place of that above, or ``arr_1`` for ``arr_0``. If there is none, the data set has
+            no labels.
         channels: ``"first"`` or ``"last"`` for images (N, C, H, W) or (N, H, W, C) of any C.
         mode: As in `ImageDataset`.
         size: As in `ImageDataset`.
         transform: As in `ImageDataset`.
 
     Returns:
-        The images in the file's order.
+        The images in the order of the file.
 
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: NumPy is not installed.
-        ValueError: The file is damaged or holds Python objects, a key is missing or cannot be told, the shape is
-            none of the above or several of them, values are out of range, or labels do not fit the images.
+        ValueError: The file is damaged or contains Python objects; a key is missing or ambiguous; the dtype or shape is
+            none of the above, or the shape could be several of them; values are out of range; or labels are not
+            integers or do not fit the images.
 
     Example:
         >>> import numpy, tempfile
@@ -85,17 +90,15 @@ def npz(
         >>> dataset[2][0].shape, dataset[2][1]
         (torch.Size([1, 4, 6]), 2)
     """
-    arrays = _arrays(Path(path), images, labels)
-    try:
-        tensor = _images(arrays[0], channels)
-    except ValueError as error:
-        raise ValueError(f"the images of {path} {error}") from None
-    targets = None if arrays[1] is None else _labels(arrays[1], path)
+    check_choice("channels", channels, ("first", "last", None))
+    image_array, label_array = _arrays(Path(path), images, labels)
+    tensor = _images(image_array, channels, f"the array of images in {path}")
+    targets = None if label_array is None else _labels(label_array, path)
     return ImageDataset(Arrays(tensor, str(path)), targets, mode=mode, size=size, transform=transform)
 
 
 def _arrays(path: Path, images: str | None, labels: str | None) -> tuple[Any, Any]:
-    """The arrays of images and labels."""
+    """Read the arrays of images and labels."""
     extra("numpy", f"{path} is read by NumPy")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -107,86 +110,93 @@ def _arrays(path: Path, images: str | None, labels: str | None) -> tuple[Any, An
             return _array(archive, members[images]), None if labels is None else _array(archive, members[labels])
     except _NoKeyError as error:
         raise ValueError(str(error)) from None
-    except Exception as error:  # BadZipFile, EOFError, "Object arrays cannot be loaded", zlib.error, ...
+    except Exception as error:
+        # Damaged files raise errors of many types: BadZipFile, EOFError, zlib.error, ValueError for Python objects.
         raise ValueError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> Any:
-    """An array of an archive, for which memory is taken only once what it claims to hold can be there."""
+    """Read an array of an archive; memory is allocated only if its file can contain the shape in its header."""
     from numpy.lib import format as layout
 
     member = archive.getinfo(name)
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is packed in a way that NumPy never writes; write it with numpy.savez_compressed")
+        raise ValueError(f"the compression of {name} is unknown to NumPy; write it with numpy.savez_compressed")
     with archive.open(member) as opened:
         version = layout.read_magic(opened)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{name} is of version {version} of the format, which only structured arrays need")
+            raise ValueError(f"{name} has format version {version}, for structured arrays; expected (1, 0) or (2, 0)")
         header = layout.read_array_header_1_0 if version == (1, 0) else layout.read_array_header_2_0
         shape, _, dtype = header(opened)
         claimed = opened.tell() + math.prod(shape) * dtype.itemsize
-    most = _MOST * os.stat(str(archive.filename)).st_size
-    if not dtype.hasobject and (claimed != member.file_size or claimed > most):
-        raise ValueError(f"{name} claims to hold {dtype} of shape {shape}, which its size cannot be; write it again")
+    limit = _MAX_RATIO * os.stat(str(archive.filename)).st_size
+    if not dtype.hasobject and (claimed != member.file_size or claimed > limit):
+        raise ValueError(f"the header of {name} says {dtype} of shape {shape}, but its size differs; write it again")
     with archive.open(member) as opened:
         return layout.read_array(opened, allow_pickle=False)
 
 
 class _NoKeyError(Exception):
-    """The file is sound, but an array is missing, or which one is meant cannot be told."""
+    """Error for a file that can be read, but in which an array is missing or the choice is ambiguous."""
 
 
 def _key(keys: list[str], wanted: str | None, path: Path) -> str:
-    """The key that is wanted, or that of the images."""
+    """Return the key that was asked for, or that of the images."""
     if wanted is not None:
         if wanted not in keys:
-            raise _NoKeyError(f"{path} has no array {wanted!r}; it has {', '.join(keys) or 'none'}")
+            raise _NoKeyError(f"{path} has no array {wanted!r}; its arrays are {', '.join(keys) or 'none'}")
         return wanted
-    found = [key for key in keys if not _PARTNERS.keys().isdisjoint(key.lower().split("_"))]
-    found = found or [key for key in keys if key == "arr_0"]
-    if len(found) == 1:
-        return found[0]
-    what = f"several arrays may be the images: {', '.join(found)}" if found else "no array is called images or x"
-    raise _NoKeyError(f"in {path} {what}; name one with images= (and labels=) out of {', '.join(keys) or 'none'}")
+    candidates = [key for key in keys if not _PARTNERS.keys().isdisjoint(key.lower().split("_"))]
+    candidates = candidates or [key for key in keys if key == "arr_0"]
+    if len(candidates) == 1:
+        return candidates[0]
+    fault = (
+        f"has several arrays that may be the images: {', '.join(candidates)}"
+        if candidates
+        else "has no array named images or x"
+    )
+    raise _NoKeyError(f"{path} {fault}; pass images= (and labels=) out of {', '.join(keys) or 'none'}")
 
 
 def _partner(images: str, keys: list[str]) -> str | None:
-    """The key of the labels that go with images."""
+    """Return the key of the labels that belong to images, or None."""
     wanted = "_".join(_PARTNERS.get(word, word) for word in images.lower().split("_"))
     wanted = "arr_1" if images == "arr_0" else wanted
     return next((key for key in keys if key.lower() == wanted and key != images), None)
 
 
-def _images(array: Any, channels: str | None) -> Tensor:
-    """The array as (N, C, H, W), uint8 or float32."""
+def _images(array: Any, channels: str | None, name: str) -> Tensor:
+    """Return the array as (N, C, H, W), uint8 or float32; `name` is what messages call it."""
     if array.dtype == bool or array.dtype.kind == "f":
         if not ((array >= 0) & (array <= 1)).all():
-            raise ValueError(f"hold values outside [0, 1] ({array.min():.3g} to {array.max():.3g}); scale them")
+            raise ValueError(
+                f"{name} has values from {array.min():.3g} to {array.max():.3g}; expected 0 to 1. Scale them"
+            )
         tensor = torch.tensor(array.astype("float32"))
     elif array.dtype == "uint8":
         tensor = torch.tensor(array)
     else:
-        raise ValueError(f"are {array.dtype}; expected uint8, or floating in [0, 1]")
-    if channels not in (None, "first", "last"):
-        raise ValueError(f'cannot be read with channels={channels!r}; it must be "first", "last" or None')
+        raise ValueError(f"{name} is {array.dtype}; expected uint8, or floating in [0, 1]")
     shape = tuple(tensor.shape)
     if 0 in shape[1:]:
-        raise ValueError(f"have shape {shape}, so that they have no pixel")
+        raise ValueError(f"{name} has shape {shape}; expected at least one pixel")
     if tensor.ndim == 3 and channels is None:
         return tensor.unsqueeze(1)
     if tensor.ndim != 4:
-        raise ValueError(f"have shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
+        raise ValueError(f"{name} has shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)")
     if channels is None:
         possible = [name for name, size in (("first", shape[1]), ("last", shape[3])) if size in (1, 3)]
         if len(possible) != 1:
-            many = "both (N, C, H, W) and (N, H, W, C)" if possible else "neither (N, C, H, W) nor (N, H, W, C)"
-            raise ValueError(f'have shape {shape}, {many} with C = 1 or 3; pass channels="first" or "last"')
+            layouts = "both (N, C, H, W) and (N, H, W, C)" if possible else "neither (N, C, H, W) nor (N, H, W, C)"
+            raise ValueError(
+                f'{name} has shape {shape}, which is {layouts} with C = 1 or 3; pass channels="first" or "last"'
+            )
         channels = possible[0]
     return tensor if channels == "first" else tensor.permute(0, 3, 1, 2)
 
 
 def _labels(array: Any, path: str | os.PathLike[str]) -> Tensor:
-    """The array as (N,) int64."""
+    """Return the array of labels as (N,) int64."""
     if array.dtype.kind not in "iu":
-        raise ValueError(f"the labels of {path} are {array.dtype}; expected integers")
+        raise ValueError(f"the array of labels in {path} is {array.dtype}; expected integers")
     return torch.tensor(array.astype("int64")).squeeze(1) if array.ndim == 2 else torch.tensor(array.astype("int64"))

@@ -1,4 +1,4 @@
-"""Parquet files in the image layout of Hugging Face data sets."""
+"""Reader of parquet files in the image layout of Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from penult.data._dataset import ImageDataset, Size, Transform
 
 __all__ = ["Rows", "open_parquet", "parquet", "reading"]
 
-_SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00004.parquet
+# Names such as train-00000-of-00004.parquet.
+_SHARD = re.compile(r"(.+)-\d+-of-\d+")
 
 
 def parquet(
@@ -35,20 +36,20 @@ def parquet(
 ) -> ImageDataset:
     """Read images from parquet files in the layout of Hugging Face data sets.
 
-    Images are a column of structs of ``bytes`` and ``path``, or of bytes alone. Where the bytes are null, the file at
-    the path is read, seen from the folder of the parquet file and never outside of it. Labels are a column of integers;
-    -1 and null are no label, and where no row has one, the set has none. Names of classes come from the schema's
-    metadata.
+    Images are a column of structs of ``bytes`` and ``path``, or of bytes alone. If the bytes are null, the file at the
+    path is read; the path is relative to the folder of the parquet file and must not leave it. Labels are a column of
+    integers. -1 and null mean no label, and a data set in which no row has a label has no labels. Names of classes come
+    from the metadata of the schema.
 
-    Files are read by row group. Those used last are kept, up to 64 MiB a process: a small set is read once, a large
-    one is best read in order.
+    Files are read by row group. Each process keeps the last row groups, up to 64 MiB: a small data set is read once, a
+    large one is best read in order.
 
     Args:
-        source: A file, a glob, a folder with ``.parquet`` files in it, or a list of files; they are sorted.
-        image: Column of images. By default the one that the metadata calls an Image, else ``image`` or ``img``, else
-            the only one that can hold images.
-        label: Column of labels. By default the one that the metadata calls a ClassLabel, else ``label`` or
-            ``labels``, else none.
+        source: File, glob, folder with ``.parquet`` files, or list of files; they are sorted.
+        image: Column of images. Default: the column with the type Image in the metadata, otherwise ``image`` or
+            ``img``, otherwise the only column of a type for images.
+        label: Column of labels. Default: the column with the type ClassLabel in the metadata, otherwise ``label`` or
+            ``labels``, otherwise none.
         mode: As in `ImageDataset`.
         size: As in `ImageDataset`.
         transform: As in `ImageDataset`.
@@ -59,8 +60,9 @@ def parquet(
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: pyarrow is not installed.
-        ValueError: A file is no parquet, a folder holds several splits, files differ in columns or class names,
-            a column is missing, cannot be told or is of a wrong type, or a label is out of range or missing in part.
+        ValueError: A file is not a parquet file; a folder contains several splits; files differ in columns or class
+            names; a column is missing, ambiguous or of a wrong type; or a label is out of range or missing for some
+            rows.
 
     Example:
         >>> import io, pyarrow, pyarrow.parquet, tempfile
@@ -73,32 +75,32 @@ def parquet(
         >>> images.shape, labels, names
         (torch.Size([3, 1, 4, 6]), tensor([0, 2, 1]), ('0', '1', '2'))
     """
-    shards = [_look(path, image, label) for path in _paths(source)]
+    shards = [_read_shard(path, image, label) for path in _paths(source)]
     first = shards[0]
     for other in shards[1:]:
-        _check_alike(first, other)
+        _check_same_layout(first, other)
     name = str(first.path) if len(shards) == 1 else f"{first.path.parent} ({len(shards)} files)"
-    rows = Rows(name, first.image, [(each.path, each.counts) for each in shards])
-    labels = [each.labels for each in shards if each.labels is not None]
+    rows = Rows(name, first.image, [(shard.path, shard.counts) for shard in shards])
+    labels = [shard.labels for shard in shards if shard.labels is not None]
     return ImageDataset(
         rows, torch.cat(labels) if labels else None, first.names, mode=mode, size=size, transform=transform
     )
 
 
 def _paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files, sorted."""
+    """Return the files of a source, sorted."""
     if not isinstance(source, str | os.PathLike):
         paths = sorted(map(Path, source))
         if not paths:
-            raise ValueError("the list of parquet files is empty")
+            raise ValueError("source is an empty list; expected at least one parquet file")
         return paths
     path = Path(source)
     if path.is_dir():
         paths = sorted(path.glob("[!.]*.parquet"))
-        splits = sorted({match[1] for each in paths if (match := _SHARD.match(each.stem))})
+        splits = sorted({match[1] for shard in paths if (match := _SHARD.match(shard.stem))})
         if len(splits) > 1:
             raise ValueError(
-                f"{path} holds splits ({', '.join(splits)}); read one of them: {path / splits[0]}-*.parquet"
+                f"{path} contains splits ({', '.join(splits)}); read one of them: {path / splits[0]}-*.parquet"
             )
         if not paths:
             raise FileNotFoundError(f"there is no .parquet file in {path}")
@@ -112,17 +114,26 @@ def _paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
 
 
 class _Shard(NamedTuple):
-    """What one file says of itself."""
+    """Columns, class names and labels of one file.
+
+    Attributes:
+        path: The file.
+        columns: Types of the columns by name.
+        image: Name of the column of images.
+        names: Names of the classes.
+        counts: Number of rows of each row group.
+        labels: Labels of all rows.
+    """
 
     path: Path
-    columns: dict[str, str]  # name to type
+    columns: dict[str, str]
     image: str
     names: tuple[str, ...] | None
-    counts: list[int]  # rows of each row group
+    counts: list[int]
     labels: Tensor | None
 
 
-def _look(path: Path, image: str | None, label: str | None) -> _Shard:
+def _read_shard(path: Path, image: str | None, label: str | None) -> _Shard:
     with open_parquet(path) as file:
         with reading(f"the schema of {path} cannot be read"):
             schema, metadata = file.schema_arrow, file.metadata
@@ -131,13 +142,13 @@ def _look(path: Path, image: str | None, label: str | None) -> _Shard:
         features = _features(schema.metadata or {})
         images = _choose("images", image, ("image", "img"), "Image", features, columns, path)
         if images is None:
-            able = [name for name, kind in types.items() if _holds_images(kind)]
-            if len(able) != 1:
-                raise ValueError(f"{path} has no column image; name one of its columns with image=: {_listed(columns)}")
-            images = able[0]
-        if not _holds_images(types[images]):
+            candidates = [name for name, kind in types.items() if _is_image_type(kind)]
+            if len(candidates) != 1:
+                raise ValueError(f"{path} has no column image; pass one of its columns with image=: {_listed(columns)}")
+            images = candidates[0]
+        if not _is_image_type(types[images]):
             raise ValueError(
-                f"the column {images!r} of {path} is {columns[images]}; images are struct<bytes: binary, path: string> "
+                f"the column {images!r} of {path} is {columns[images]}; expected struct<bytes: binary, path: string> "
                 f"or binary. Its columns are {_listed(columns)}"
             )
         target = _choose("labels", label, ("label", "labels"), "ClassLabel", features, columns, path)
@@ -146,43 +157,43 @@ def _look(path: Path, image: str | None, label: str | None) -> _Shard:
             import pyarrow as pa
 
             if not pa.types.is_integer(types[target]):
-                raise ValueError(f"the column {target!r} of {path} is {columns[target]}; labels are integers")
+                raise ValueError(f"the column {target!r} of {path} is {columns[target]}; expected integer labels")
             with reading(f"the column {target!r} of {path} cannot be read"):
                 column = file.read(columns=[target], use_threads=False).column(0).cast(pa.int64()).fill_null(-1)
             labels = torch.tensor(column.to_numpy())
         names = features.get(target, {}).get("names") if target is not None else None
         if not isinstance(names, list | None):
-            raise ValueError(f"the metadata of {path} call the classes {names!r}; expected a list of names")
+            raise ValueError(f"the class names in the metadata of {path} are {names!r}; expected a list of names")
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     return _Shard(path, columns, images, tuple(map(str, names)) if names else None, counts, labels)
 
 
 def _choose(
-    what: str,
+    content: str,
     wanted: str | None,
     usual: tuple[str, ...],
-    kind: str,
+    feature: str,
     features: dict[str, dict[str, Any]],
     columns: dict[str, str],
     path: Path,
 ) -> str | None:
-    """The column that is wanted, or else declared of a kind, or else of a usual name."""
+    """Return the column that was asked for, or the one with a type in the metadata, or one of a usual name."""
     if wanted is not None:
         if wanted not in columns:
-            raise ValueError(f"{path} has no column {wanted!r}; it has {_listed(columns)}")
+            raise ValueError(f"{path} has no column {wanted!r}; its columns are {_listed(columns)}")
         return wanted
-    declared = [name for name in columns if features.get(name, {}).get("_type") == kind]
+    declared = [name for name in columns if features.get(name, {}).get("_type") == feature]
     named = [name for name in usual if name in columns]
     for choice in (declared, named):
         if len(choice) == 1:
             return choice[0]
     if declared or named:
         several = ", ".join(declared or named)
-        raise ValueError(f"several columns of {path} may be the {what}: {several}; name one with {usual[0]}=")
+        raise ValueError(f"several columns of {path} may be the {content}: {several}; pass one with {usual[0]}=")
     return None
 
 
-def _holds_images(kind: Any) -> bool:
+def _is_image_type(kind: Any) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -191,82 +202,93 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """What Hugging Face's metadata say of each column; nothing if there are none."""
+    """Return Hugging Face's metadata of each column; an empty dict if there are none."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return {name: each for name, each in features.items() if isinstance(each, dict)}
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        return {}  # written by someone else
+        # Another program wrote this file.
+        return {}
 
 
 def _listed(columns: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
-def _check_alike(first: _Shard, other: _Shard) -> None:
-    """Refuse files of different data sets."""
-    facts = [
-        {f"column {k!r}": v for k, v in each.columns.items()} | {"class names": each.names} for each in (first, other)
+def _check_same_layout(first: _Shard, other: _Shard) -> None:
+    """Raise unless two files have the same columns and class names."""
+    layouts = [
+        {f"column {name!r}": kind for name, kind in shard.columns.items()} | {"class names": shard.names}
+        for shard in (first, other)
     ]
-    for what in facts[0] | facts[1]:
-        one, two = (each.get(what, "missing") for each in facts)
-        if one != two:
+    for name in layouts[0] | layouts[1]:
+        in_first, in_other = (layout.get(name, "missing") for layout in layouts)
+        if in_first != in_other:
             raise ValueError(
-                f"{first.path} and {other.path} do not belong together: {what} {reprlib.repr(one)} in the first, "
-                f"{reprlib.repr(two)} in the second"
+                f"{first.path} and {other.path} do not belong together: {name} is {reprlib.repr(in_first)} in the "
+                f"first and {reprlib.repr(in_other)} in the second"
             )
 
 
 # --- Encoded images in the row groups of parquet files ------------------------------------------------------
 
 
-_KEPT = 64 * 2**20  # bytes of encoded images that one process keeps
+# Bytes of encoded images that one process keeps.
+_KEPT = 64 * 2**20
 
 
 def open_parquet(path: Path) -> Any:
-    """A parquet file, to be used as a context.
+    """Open a parquet file; the result is a context manager.
 
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: pyarrow is not installed.
-        ValueError: It is no parquet file.
+        ValueError: It is not a parquet file.
     """
     parquet = extra("pyarrow.parquet", "parquet files are read by pyarrow")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    with reading(f"{path} is no parquet file"):
+    with reading(f"{path} is not a parquet file"):
         return parquet.ParquetFile(path)
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Say what it means where pyarrow stumbles; some of its errors are of no usual class, and none names a file."""
+def reading(message: str) -> Iterator[None]:
+    """Turn errors of pyarrow into a ValueError with a message."""
+    # Some errors of pyarrow are of classes of its own, and none of them names a file.
     arrow = extra("pyarrow", "parquet files are read by pyarrow")
     try:
         yield
     except (arrow.ArrowException, ValueError, OSError) as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{message}: {error}") from error
 
 
 class _Group(NamedTuple):
-    """A row group of a file."""
+    """Row group of a file.
+
+    Attributes:
+        path: The file.
+        number: Number of the group in the file.
+        row: First row of the group in the file.
+        start: Index of that row in the data set.
+    """
 
     path: Path
     number: int
-    row: int  # of the file, where the group begins
-    start: int  # index in the data set, where the group begins
+    row: int
+    start: int
 
 
 class Rows:
     """Encoded images by number.
 
-    A file is open only while a row group is read: nothing is shared between processes. The row groups used last are
-    kept up to a number of bytes, and the very last one in any case.
+    A file is open only while a row group is read, so that processes share nothing. The last row groups are kept up to a
+    number of bytes, and the very last one in any case.
 
     Args:
-        name: What the set is called in errors.
-        column: Where the images are: bytes, or structs of bytes and path.
-        files: Each file, with the rows of each of its row groups.
+        name: Name of the data set in messages.
+        column: Column of the images: bytes, or structs of bytes and path.
+        files: All files, with the number of rows of each of their row groups.
     """
 
     def __init__(self, name: str, column: str, files: Iterable[tuple[Path, list[int]]]) -> None:
@@ -280,7 +302,8 @@ class Rows:
                 row += count
                 self._length += count
         self._starts = [group.start for group in self._groups]
-        self._kept: dict[_Group, Any] = {}  # the one used last stands at the end
+        # In order of use; the last group is the latest.
+        self._kept: dict[_Group, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}
@@ -297,27 +320,28 @@ class Rows:
 
     def image(self, index: int) -> bytes:
         group = self._group(index)
-        images, place = self._read(group), index - group.start
-        if place >= len(images):
+        images, position = self._read(group), index - group.start
+        if position >= len(images):
             raise ValueError(
-                f"{self.where(index)} is not there, although the file said so: it is damaged, or was written anew "
-                "since; read it again"
+                f"{self.where(index)} is missing, although the metadata of the file count it: the file is damaged, or "
+                "was written again since it was opened. Read the data set again"
             )
         with reading(f"{self.where(index)} cannot be read"):
-            value = images[place].as_py()
+            value = images[position].as_py()
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
             return data
         if path is None:
-            raise ValueError(f"{self.where(index)} has no image: it is null")
+            raise ValueError(f"{self.where(index)} has no image; bytes and path are null")
         folder = os.path.abspath(group.path.parent)
         file = Path(os.path.abspath(os.path.join(folder, str(path))))
         if not file.is_relative_to(folder):
             raise ValueError(
-                f"{self.where(index)} has no bytes but the path {path!r}, which leads out of {folder}, where nothing "
-                "is read; write the images into the parquet file"
+                f"{self.where(index)} has no bytes but the path {path!r}, which leads out of {folder}; expected a path "
+                "below this folder. Write the images into the parquet file"
             )
-        if not os.path.isfile(file):  # also where the name is too long for the system to look
+        # Unlike Path.is_file, this returns False for a name that is too long for the system.
+        if not os.path.isfile(file):
             raise FileNotFoundError(f"{self.where(index)} has no bytes but the path {path!r}; there is no file {file}")
         return file.read_bytes()
 
@@ -325,7 +349,7 @@ class Rows:
         return self._groups[bisect.bisect_right(self._starts, index) - 1]
 
     def _read(self, group: _Group) -> Any:
-        """The images of a row group, as an array of pyarrow."""
+        """Return the images of a row group as an array of pyarrow."""
         images = self._kept.pop(group, None)
         if images is None:
             images = _fetch(group, self._column)
@@ -341,5 +365,5 @@ class Rows:
 def _fetch(group: _Group, column: str) -> Any:
     with open_parquet(group.path) as file:
         with reading(f"row group {group.number} of {group.path} cannot be read"):
-            # without threads: none of pyarrow's may be at work when a process is forked
+            # Threads of pyarrow must not run while a process is forked.
             return file.read_row_group(group.number, columns=[column], use_threads=False).column(0)

@@ -1,4 +1,4 @@
-"""Any data set, by looking at what it is."""
+"""Reader of any data set of images, and the digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__ = ["digits", "read"]
 
 
 def read(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **options: Any) -> ImageDataset:
-    """Read a data set of images, whichever kind it is.
+    """Read a data set of images with the reader for its kind.
 
     Args:
-        source: ``"digits"``; a ``.parquet`` file, a glob of them (``"data/train-*.parquet"``), a list of them or a
-            folder that holds them, for `parquet`; another folder, for `folder`; an ``.npz`` file, for `npz`.
+        source: ``"digits"``; a ``.parquet`` file, a glob or a list of such files (``"data/train-*.parquet"``), or a
+            folder with such files, for `parquet`; another folder, for `folder`; an ``.npz`` file, for `npz`.
         options: Options of that reader: ``mode``, ``size`` and ``transform`` for all of them.
 
     Returns:
-        The images, decoded when they are asked for.
+        The images, which are decoded at access.
 
     Raises:
-        ValueError: `source` is none of these, or what the reader raises.
-        FileNotFoundError: There is nothing of that name.
+        FileNotFoundError: There is no such file or folder.
+        ValueError: `source` is none of these. Readers raise further errors.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -51,23 +51,23 @@ def read(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **op
         return parquet(source, **options)
     if path.suffix == ".npz":
         return npz(path, **options)
-    known = '"digits", a .parquet file, glob or folder, a folder of images, or an .npz file'
+    expected = 'expected "digits", a .parquet file, glob or folder, a folder of images, or an .npz file'
     if not path.exists():
-        raise FileNotFoundError(f"there is no {os.fspath(source)!r}; a data set is {known}")
-    raise ValueError(f"{os.fspath(source)!r} is no data set that penult reads; that is {known}")
+        raise FileNotFoundError(f"there is no file or folder {os.fspath(source)!r}; {expected}")
+    raise ValueError(f"{os.fspath(source)!r} is not a data set that penult can read; {expected}")
 
 
-# --- scikit-learn's handwritten digits, which need no download ----------------------------------------------
+# --- Handwritten digits of scikit-learn, which need no download ---------------------------------------------
 
 
 def digits() -> Images:
-    """The 1797 handwritten digits of 8×8 pixels that scikit-learn ships (Alpaydin and Kaynak, 1998).
+    """Return the 1797 handwritten digits of 8×8 pixels in scikit-learn (Alpaydin and Kaynak, 1998).
 
     Returns:
         Images (1797, 1, 8, 8) in [0, 1].
 
     Raises:
-        ImportError: If scikit-learn is not installed.
+        ImportError: scikit-learn is not installed.
 
     Example:
         >>> train, test = digits().split(0.8, 0.2)

@@ -1,4 +1,4 @@
-"""Domain shifts: the same images under other conditions."""
+"""Domain shifts of images, and data sets under a domain shift."""
 
 from __future__ import annotations
 
@@ -13,56 +13,58 @@ from torch import Generator, Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from penult._checks import check_between, check_choice, check_floating, check_integer
 from penult.data._dataset import Transform
 
 __all__ = ["SHIFTS", "Draws", "ShiftedDataset", "check_shift", "crops", "procedural", "shift", "shifted"]
 
-# --- Random draws that belong to images rather than to batches ----------------------------------------------
+# --- Random numbers of images -------------------------------------------------------------------------------
 
 
 class Draws:
-    """Random tensors for images number ``first`` to ``first + count - 1``, functions of seed and number alone.
+    """Random tensors for the images ``first`` to ``first + count - 1``, which depend on seed and number only.
 
-    They are drawn on the CPU, one image after the other, each from a seed of its own.
+    They are sampled on the CPU, one image after the other, each with its own seed.
     """
 
     def __init__(self, seed: int, first: int, count: int) -> None:
         self._seed, self._numbers = seed, range(first, first + count)
 
-    def __call__(self, draw: Callable[[Generator], Tensor]) -> Tensor:
-        """One draw for each image, stacked."""
+    def __call__(self, sample: Callable[[Generator], Tensor]) -> Tensor:
+        """Sample one tensor for each image, and stack them."""
         generator, offset = Generator(), _mixed(self._seed)
-        return torch.stack([draw(generator.manual_seed(_mixed(number ^ offset))) for number in self._numbers])
+        return torch.stack([sample(generator.manual_seed(_mixed(number ^ offset))) for number in self._numbers])
 
 
 def _mixed(x: int) -> int:
-    """The bijection of 32 bits that ends MurmurHash3 (Appleby, 2011); torch seeds with no more than 32 bits."""
+    """Apply the 32-bit finalizer of MurmurHash3 (Appleby, 2011), a bijection; torch uses 32 bits of a seed."""
     x &= 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
     x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
     return x ^ x >> 16
 
 
-# --- Textures to blend images with --------------------------------------------------------------------------
+# --- Textures -----------------------------------------------------------------------------------------------
 
 
 def procedural(draws: Draws, shape: Sequence[int]) -> Tensor:
-    """Coloured noise, float32 (n, C, H, W) in [0, 1].
+    """Sample coloured noise, float32 (n, C, H, W) in [0, 1].
 
-    The amplitude is 1/f, which puts equal power in every octave. The standard deviation is 1/4 before values are cut
-    off at 0 and 1, the mean of a texture included. Two channels correlate to 0.64.
+    The amplitude is 1/f, which gives equal power in every octave. The standard deviation, which includes that of the
+    mean of a texture, is 1/4 before values are clamped to [0, 1]. Two channels have a correlation of 0.64.
     """
     channels, height, width = shape
     amplitude = _amplitude(height, width)
-    fields = channels + (channels > 1)  # one for each channel, and one that they share
-    pairs = (-(-fields // 2), height, width)  # real part and imaginary
+    # One field for each channel and one that they share. A complex field has two of them as real and imaginary part.
+    fields = channels + (channels > 1)
+    pairs = (-(-fields // 2), height, width)
 
-    def draw(generator: Generator) -> Tensor:
+    def sample(generator: Generator) -> Tensor:
         white = torch.randn(pairs, dtype=torch.complex64, generator=generator)
         field: Tensor = torch.fft.ifft2(white * amplitude)
         return field
 
-    noise = torch.view_as_real(draws(draw)).movedim(-1, 2).flatten(1, 2)[:, :fields]
+    noise = torch.view_as_real(draws(sample)).movedim(-1, 2).flatten(1, 2)[:, :fields]
     if channels > 1:
         noise = 0.8 * noise[:, :1] + 0.6 * noise[:, 1:]
     return (noise + 0.5).clamp(0, 1)
@@ -70,73 +72,77 @@ def procedural(draws: Draws, shape: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _amplitude(height: int, width: int) -> Tensor:
-    """Amplitudes (height, width) of the Fourier coefficients; the longest wave is as long as the image."""
+    """Return the amplitudes (height, width) of the Fourier coefficients, constant below one cycle per image."""
     cycles = [torch.fft.fftfreq(side, dtype=torch.float64) * max(height, width) for side in (height, width)]
     amplitude = 1 / torch.hypot(cycles[0][:, None], cycles[1]).clamp_min(1)
     return (amplitude * (2 * height * width / amplitude.square().mean()).sqrt() / 4).float()
 
 
 def crops(draws: Draws, shape: Sequence[int], textures: Tensor) -> Tensor:
-    """Random crops (n, C, H, W) of given textures (M, C, h, w).
+    """Sample random crops (n, C, H, W) of given textures (M, C, h, w).
 
     Raises:
-        ValueError: They are smaller than the images, or of another number of channels.
+        ValueError: The textures are smaller than the images, or have another number of channels.
     """
     channels, height, width = shape
     count, depth, tall, wide = textures.shape
     if tall < height or wide < width:
-        raise ValueError(f"textures are {tall}×{wide}, smaller than the images of {height}×{width}")
+        raise ValueError(f"textures are {tall}×{wide}; expected at least {height}×{width}, the size of the images")
     if depth not in (1, channels):
-        raise ValueError(f"textures have {depth} channels and images {channels}; expected the same number, or 1")
+        raise ValueError(f"textures have {depth} channels; expected {channels}, as the images, or 1")
     limits = (count, tall - height + 1, wide - width + 1)
 
-    def draw(generator: Generator) -> Tensor:
+    def sample(generator: Generator) -> Tensor:
         which, top, left = (int(torch.randint(limit, (), generator=generator)) for limit in limits)
         return textures[which, :, top : top + height, left : left + width].expand(*shape)
 
-    return draws(draw)
+    return draws(sample)
 
 
-_CHUNK = 64  # images that are changed at a time
+# --- Shifts -------------------------------------------------------------------------------------------------
+
+
+# Number of images that are shifted at a time.
+_CHUNK = 64
 
 
 def shift(
     images: Tensor, kind: str, severity: float, *, seed: int = 0, first: int = 0, textures: Tensor | None = None
 ) -> Tensor:
-    """The same images under other conditions.
+    """Apply a domain shift to images.
 
-    Severity 0 is the identity and 1 the strongest. With s for the severity, x for an image of height H and width W:
+    Severity 0 is the identity and 1 the strongest shift. With severity s and an image x of height H and width W:
 
-    - ``"texture"``: (1 − s) x + s t with a texture t of the image's own: coloured noise of equal power in every
-      octave (amplitude 1/f, as in natural images: Field, Relations between the statistics of natural images and the
-      response properties of cortical cells, 1987), grey for images of one channel; or a crop of `textures`.
-    - ``"noise"``: Gaussian noise of standard deviation s on each value, cut off at 0 and 1.
+    - ``"texture"``: (1 − s) x + s t with a texture t for each image: coloured noise of equal power in every octave
+      (amplitude 1/f, as in natural images: Field, Relations between the statistics of natural images and the response
+      properties of cortical cells, 1987), grey for images of one channel; or a crop of `textures`.
+    - ``"noise"``: Gaussian noise of standard deviation s on each value, clamped to [0, 1].
     - ``"blur"``: Gaussian of standard deviation s min(H, W) / 8 pixels, renormalised at the edges.
-    - ``"rotation"``: by 90 s degrees counterclockwise about the middle, bilinear, black where nothing was.
-    - ``"inversion"``: (1 − s) x + s (1 − x); all is grey at s = 1/2.
+    - ``"rotation"``: by 90 s degrees counterclockwise around the centre, bilinear, black outside of the image.
+    - ``"inversion"``: (1 − s) x + s (1 − x), which is grey everywhere at s = 1/2.
     - ``"pixelation"``: means over square blocks of side min(H, W)^s pixels, rounded up, from the upper left corner.
     - ``"contrast"``: (1 − s) x + s times the mean of each channel.
 
-    Randomness is a function of `seed` and of an image's number alone, so that each image is changed in the same way
-    in whatever batch it comes: ``shift(x)[5:10]`` equals ``shift(x[5:10], first=5)``. It is drawn on the CPU, and
-    torch's own random state is left alone.
+    Random numbers depend on `seed` and the number of an image only, so that an image is changed in the same way in
+    every batch: ``shift(x)[5:10]`` equals ``shift(x[5:10], first=5)``. They are sampled on the CPU, and the global
+    random state of torch is not changed.
 
     Args:
         images: (N, C, H, W), floating, in [0, 1].
         kind: One of `SHIFTS`.
-        severity: Between 0 and 1.
-        seed: Seed of what is random; its last 32 bits count.
+        severity: Number from 0 to 1.
+        seed: Seed of the random numbers, of which the last 32 bits are used.
         first: Number of the first image.
-        textures: (M, C, h, w) in [0, 1], at least as large as the images, with their number of channels or one;
-            for ``"texture"`` only.
+        textures: (M, C, h, w) in [0, 1], at least as large as the images, with their number of channels or one. For
+            ``"texture"`` only.
 
     Returns:
         (N, C, H, W) in [0, 1], of the dtype and on the device of `images`.
 
     Raises:
-        TypeError: `images` or `textures` are not floating.
-        ValueError: Another shape, values outside [0, 1], an unknown `kind`, `severity` out of range, `first`
-            negative, or `textures` that are too small or of no use.
+        TypeError: `images` or `textures` are not floating, or `severity` or `first` is of a wrong type.
+        ValueError: A shape is wrong; values are outside [0, 1]; `kind` is unknown; `severity` is out of range; `first`
+            is negative; or `textures` are too small, or are given for another kind.
 
     Example:
         >>> x = torch.rand(8, 1, 28, 28)
@@ -149,11 +155,10 @@ def shift(
 
 
 def shifted(images: Tensor, kind: str, severity: float, seed: int, first: int, textures: Tensor | None) -> Tensor:
-    """`shift` after `check_shift`."""
+    """Apply `shift` to arguments that `check_shift` has checked."""
     _check_images("images", images)
+    check_integer("first", first, 0)
     first = operator.index(first)
-    if first < 0:
-        raise ValueError(f"first is {first}; images are counted from 0")
     if severity == 0:
         return images.clone()
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -166,32 +171,33 @@ def shifted(images: Tensor, kind: str, severity: float, seed: int, first: int, t
 
 
 def check_shift(kind: str, severity: float, textures: Tensor | None) -> None:
-    """Refuse what `shift` does not know."""
-    if kind not in _KINDS:
-        raise ValueError(f"there is no shift {kind!r}; the kinds are {', '.join(SHIFTS)}")
-    if not 0 <= severity <= 1:
-        raise ValueError(f"severity is {severity}; it must lie between 0 (no shift) and 1")
+    """Raise unless kind, severity and textures are arguments for `shift`."""
+    check_choice("kind", kind, SHIFTS)
+    check_between("severity", severity, inclusive=True)
     if textures is not None:
         if kind != "texture":
-            raise ValueError(f'textures are of no use to {kind!r}; they are for "texture"')
+            raise ValueError(f"kind is {kind!r}, which takes no textures; expected 'texture'")
         _check_images("textures", textures)
         if not len(textures):
-            raise ValueError("textures holds no texture at all")
+            raise ValueError(f"textures has shape {tuple(textures.shape)}; expected at least one texture")
 
 
 def _check_images(name: str, images: Tensor) -> None:
-    if not images.is_floating_point():
-        raise TypeError(f"{name} are {images.dtype}; they must be floating, in [0, 1]")
+    check_floating(name, images, "(N, C, H, W)")
     if images.ndim != 4 or not all(images.shape[1:]):
-        raise ValueError(f"{name} have shape {tuple(images.shape)}; expected (N, C, H, W)")
+        raise ValueError(f"{name} has shape {tuple(images.shape)}; expected (N, C, H, W)")
     if len(images):
         low, high = map(float, images.detach().aminmax())
-        if not (low >= 0 and high <= 1):  # NaN as well
-            raise ValueError(f"{name} run from {low:.3g} to {high:.3g}; expected [0, 1]: shift before normalising")
+        # Written so that NaN is refused, too.
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"{name} has values from {low:.3g} to {high:.3g}; expected 0 to 1. Shift before normalising"
+            )
 
 
-# One function a kind: (images (n, C, H, W), severity, draws, textures) -> images. What rounds in a way that depends on
-# the size of a batch (sums, products of matrices) is done image by image; single operations on each value are not.
+# There is one function for each kind, (images (n, C, H, W), severity, draws, textures) -> images. The rounding of sums
+# and matrix products depends on the size of a batch, so these are computed image by image; elementwise operations are
+# not.
 
 
 def _texture(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tensor:
@@ -205,15 +211,15 @@ def _noise(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tensor
 
 def _blur(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tensor:
     rows, columns = (_smoother(side, s * min(x.shape[2:]) / 8).to(x) for side in x.shape[2:])
-    # copies, since a product may round otherwise where an image begins elsewhere in memory
+    # The image is copied, since the rounding of a product can depend on the address of its first value.
     return torch.stack([rows @ image.clone() @ columns.T for image in x])
 
 
 @lru_cache(maxsize=8)
 def _smoother(side: int, deviation: float) -> Tensor:
-    """Gaussian weights (side, side) with rows that sum to 1."""
-    places = torch.arange(side, dtype=torch.float64)
-    return torch.softmax(-(((places[:, None] - places) / deviation) ** 2) / 2, dim=1)
+    """Return Gaussian weights (side, side) with rows that sum to 1."""
+    pixels = torch.arange(side, dtype=torch.float64)
+    return torch.softmax(-(((pixels[:, None] - pixels) / deviation) ** 2) / 2, dim=1)
 
 
 def _rotation(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tensor:
@@ -223,7 +229,7 @@ def _rotation(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Ten
 
 @lru_cache(maxsize=8)
 def _rotated(height: int, width: int, angle: float) -> Tensor:
-    """Where each pixel comes from (1, height, width, 2), in coordinates from -1 to 1 across and down."""
+    """Return the source of each pixel (1, height, width, 2), in coordinates from -1 to 1 (horizontal, vertical)."""
     c, d = math.cos(angle), math.sin(angle)
     affine = torch.tensor([[[c, -d * height / width, 0], [d * width / height, c, 0]]], dtype=torch.float64)
     return functional.affine_grid(affine, [1, 1, height, width], align_corners=False)
@@ -255,7 +261,7 @@ _KINDS: dict[str, Callable[[Tensor, float, Draws, Tensor | None], Tensor]] = {
 }
 
 SHIFTS = tuple(_KINDS)
-"""Names of the domain shifts that `shift` knows."""
+"""Names of the domain shifts of `shift`."""
 
 
 # --- A data set under a domain shift ------------------------------------------------------------------------
@@ -263,15 +269,16 @@ SHIFTS = tuple(_KINDS)
 
 @final
 class ShiftedDataset(Dataset[Any]):
-    """A data set under a domain shift: item i is item i of `dataset`, its image changed by `shift` as number i.
+    """Data set under a domain shift: item i is item i of `dataset`, with its image shifted as number i.
 
     Args:
-        dataset: A map-style data set whose items are images (C, H, W) in [0, 1], or tuples that begin with one.
+        dataset: Map-style data set whose items are images (C, H, W) in [0, 1], or tuples that begin with one.
         kind: As in `shift`.
         severity: As in `shift`.
         seed: As in `shift`.
         textures: As in `shift`.
-        transform: Called on each shifted image; normalise here, since shifts are defined for values in [0, 1].
+        transform: Function that is applied to each shifted image. Normalise here, since shifts are defined for values
+            in [0, 1].
 
     Attributes:
         labels: Those of `dataset`; None if it has none.
@@ -316,11 +323,11 @@ class ShiftedDataset(Dataset[Any]):
             raise IndexError(f"there is no image {position} among {len(self)}")
         position %= len(self)
         item = self._dataset[position]
-        image, *rest = (item,) if isinstance(item, Tensor) else item
+        image, *targets = (item,) if isinstance(item, Tensor) else item
         image = shifted(image[None], self._kind, self._severity, self._seed, position, self._textures)[0]
         if self._transform is not None:
             image = self._transform(image)
-        return image if isinstance(item, Tensor) else (image, *rest)
+        return image if isinstance(item, Tensor) else (image, *targets)
 
     def __repr__(self) -> str:
         return f"ShiftedDataset({self._dataset!r}, {self._kind!r}, {self._severity:g}, seed={self._seed})"
