@@ -51,7 +51,7 @@ def test_demo_prints_and_returns_json(tmp_path, monkeypatch):
     assert "path=fc" in done.stderr
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert "max |posterior - softmax|" in done.stdout
-    assert "cos to w_y" in done.stdout
+    assert "cosine" in done.stdout
 
 
 def test_bad_usage_ends_with_code_2():

@@ -142,7 +142,7 @@ def the_page_is_whole_and_loads_nothing(finished):
         "Which base",
         "A student under a domain shift",
         "Images of every class, without labels",
-        "How familiar",
+        "Outlier scores",
         "One file, no model",
     ):
         assert title in page

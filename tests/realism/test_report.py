@@ -52,6 +52,9 @@ def test_a_ranking_is_drawn_with_its_names(truth, real, quick):
     assert axes.get_xscale() == "log"
     best = found[found.best]
     assert (best.floats, 0.5 + best.distance) in [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines[1:]]
+    columns, rows = realism.ranking_table(found)
+    assert [row[0] for row in rows] == [*(row.name for row in found.rows if row.error is None), "real against real"]
+    assert all(len(row) == len(columns) for row in rows)
     page = Page("Realism")
     page.section("Bases").figure(figure, caption="Cost and realism.", alt="Points.")
     assert "gaussian" in page.html()

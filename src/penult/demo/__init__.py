@@ -1,7 +1,7 @@
-"""The main job, end to end, on scikit-learn's digits.
+"""A demonstration of the whole library on scikit-learn's digits.
 
-Each part is a function of the :class:`Job`: it adds to what the job holds, tells the reporter what it finds,
-and writes one section of the page. A further part is one more entry of :data:`PARTS`.
+Each part is a function of the :class:`Job`. It stores its results in the job, prints them through the reporter, and
+adds one section to the page. :data:`PARTS` lists the parts in their order.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ __all__ = ["PARTS", "Job", "Quiet", "Reporter", "run"]
 
 PARTS: tuple[Callable[[Job], None], ...] = (
     classifier.train,
-    classifier.find,
+    classifier.find_its_head,
     samples.without_data,
     fit.label_free,
     fit.compare,
-    distill.teach,
-    generate.draw_images,
-    scores.tell_strangers,
+    distill.train_students,
+    generate.generate_images,
+    scores.score_outliers,
     samples.save_and_reload,
 )
 
 
 def run(out: Path, seed: int = 0, reporter: Reporter | None = None) -> Job:
-    """Run every part and write ``out/index.html``.
+    """Run all parts and write ``out/index.html``.
 
     Args:
-        out: Folder of the page, the pair and the figures; made if it is missing.
-        seed: Seed of everything that is drawn.
-        reporter: Where progress goes; nowhere when left out.
+        out: Folder for the page, the pair, the generators and a figure; created if it does not exist.
+        seed: Seed of all random numbers.
+        reporter: Reporter of the progress. Default: no output.
 
     Returns:
-        The finished job, with all figures in ``results``.
+        The finished job, with all numbers in ``results``.
 
     Raises:
-        ImportError: If an extra that the demo needs is missing (``penult[data,report,train]``).
+        ImportError: An extra that the demo needs is missing (``penult[data,report,train]``).
     """
     job = Job.start(Path(out), seed, reporter or Quiet())
     begin = time.perf_counter()

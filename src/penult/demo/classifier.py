@@ -1,9 +1,10 @@
-"""Part one: a small classifier, trained in seconds."""
+"""Parts one and two of the demo: a small classifier and its head."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from penult.activations import Tap, extract
 from penult.demo.job import Job
@@ -11,26 +12,62 @@ from penult.demo.networks import DigitsNet
 from penult.head import find_head
 from penult.pair import GenerativePair
 
-__all__ = ["find", "train"]
+__all__ = ["find_its_head", "train"]
 
 _EPOCHS = 30
 _BATCH = 64
 
 
 def train(job: Job) -> None:
-    """Train the classifier, and show how well it does."""
+    """Train the classifier and show its accuracy."""
     from penult.report import plots
 
     job.reporter.heading("A classifier of handwritten digits")
+    model, accuracies = _trained(job)
+    accuracy = f"{accuracies['test'][-1]:.1%}"
+    job.model = model.requires_grad_(False)
+    job.results["classifier"] = {"test_accuracy": accuracies["test"][-1], "epochs": _EPOCHS}
+    job.reporter.line(f"test accuracy {accuracy} on {len(job.test.labels)} digits")
+
+    section = job.page.section(
+        "A classifier",
+        f"The classifier is a convolutional network whose last layer reads {model.fc.in_features} pooled ReLU "
+        f"features. It is trained with cross-entropy on {len(job.train.labels)} of scikit-learn's images of digits, "
+        "which have 8×8 pixels. The network and its training are standard.",
+    )
+    section.facts(
+        {
+            "test accuracy": accuracy,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "features d": model.fc.in_features,
+            "classes K": model.fc.out_features,
+        }
+    )
+    first = [int((job.test.labels == y).nonzero()[0]) for y in range(len(job.test.class_names))]
+    section.figure(
+        plots.image_grid(job.test.images[first, 0], columns=len(first), captions=list(job.test.class_names), cell=56),
+        caption="One test image of each class.",
+        alt="Ten handwritten digits from 0 to 9, with 8×8 pixels each.",
+    )
+    section.figure(
+        plots.curves(list(range(1, _EPOCHS + 1)), accuracies, "epoch", "accuracy", size=(640, 300)),
+        caption="Accuracy during training.",
+        alt=f"Accuracy on training and test images over {_EPOCHS} epochs; the last test accuracy is {accuracy}.",
+    )
+
+
+def _trained(job: Job) -> tuple[DigitsNet, dict[str, list[float]]]:
+    """Train the classifier, and return it with its accuracies after each epoch."""
     images, labels = job.train.images, job.train.labels
     generator = job.generator(1)
-    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global state
+    # Layers initialize their weights from the global random state.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = DigitsNet()
     steps = _EPOCHS * (len(labels) // _BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    curve: dict[str, list[float]] = {"train": [], "test": []}
+    accuracies: dict[str, list[float]] = {"train": [], "test": []}
     for _ in job.reporter.track(range(_EPOCHS), "training"):
         model.train()
         right = 0
@@ -43,54 +80,24 @@ def train(job: Job) -> None:
             schedule.step()
             right += int((logits.argmax(-1) == labels[batch]).sum())
         model.eval()
-        with torch.no_grad():
-            accuracy = float((model(job.test.images).argmax(-1) == job.test.labels).double().mean())
-        curve["train"].append(right / (len(order) // _BATCH * _BATCH))
-        curve["test"].append(accuracy)
-    job.model = model.requires_grad_(False)
-    job.results["classifier"] = {"test_accuracy": curve["test"][-1], "epochs": _EPOCHS}
-    job.reporter.line(f"test accuracy {curve['test'][-1]:.1%} on {len(job.test.labels)} digits")
-
-    section = job.page.section(
-        "A classifier",
-        f"A convolutional network with a linear layer on {model.fc.in_features} pooled ReLU features, trained with "
-        f"cross-entropy on {len(labels)} of scikit-learn's 8×8 digits. Nothing about it is special: penult takes "
-        "models as they are.",
-    )
-    section.facts(
-        {
-            "test accuracy": f"{curve['test'][-1]:.1%}",
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "features d": model.fc.in_features,
-            "classes K": model.fc.out_features,
-        }
-    )
-    first = [int((job.test.labels == y).nonzero()[0]) for y in range(len(job.test.class_names))]
-    section.figure(
-        plots.image_grid(job.test.images[first, 0], columns=len(first), captions=list(job.test.class_names), cell=56),
-        caption="One test digit of each class.",
-        alt="Ten handwritten digits from 0 to 9, eight by eight pixels each.",
-    )
-    epochs = list(range(1, _EPOCHS + 1))
-    section.figure(
-        plots.curves(epochs, curve, "epoch", "accuracy", size=(640, 300)),
-        caption="Accuracy while training.",
-        alt=f"Accuracy on training and test digits over {_EPOCHS} epochs, ending at {curve['test'][-1]:.1%} on test.",
-    )
+        accuracies["train"].append(right / (len(order) // _BATCH * _BATCH))
+        accuracies["test"].append(_accuracy(model, job.test.images, job.test.labels))
+    return model, accuracies
 
 
-# --- Part two: the head, found by evidence, and the identity it stands for ----------------------------------
+@torch.no_grad()
+def _accuracy(model: DigitsNet, images: Tensor, labels: Tensor) -> float:
+    return float((model(images).argmax(-1) == labels).double().mean())
 
 
-def find(job: Job) -> None:
-    """Find the head, print its certificate, and show that posterior and softmax are one."""
-    from penult.report import plots
+def find_its_head(job: Job) -> None:
+    """Find the head of the classifier, and compare the posterior of its pair with the softmax."""
+    from penult.report.pair import class_cosines
 
     job.reporter.heading("Its head")
     job.head = find_head(job.model, job.train.images[:64])
     job.reporter.line(str(job.head.certificate))
     tap = Tap(job.model, job.head)
-    names = job.train.class_names
     job.pool_activations = extract(tap, job.pool.images.split(128))
     labelled = zip(job.test.images.split(128), job.test.labels.split(128), strict=True)
     job.test_activations = extract(tap, list(labelled))
@@ -106,18 +113,21 @@ def find(job: Job) -> None:
 
     section = job.page.section(
         "Its head",
-        "`penult.find_head` runs the model once and accepts the layer whose W h + b reproduces the logits. The "
-        "certificate says how well, and what the activations in front of it look like.",
+        "`penult.find_head` runs the model once and finds the layer whose output W h + b equals the logits. The "
+        "certificate states how exactly it does, and what the activations before this layer look like.",
     )
-    section.code(str(job.head.certificate), label="Certificate")
+    section.code(str(job.head.certificate), label="Certificate of the head")
     section.text(
-        "Read generatively, the head says `p(h|y) ∝ m(h) exp(w_y·h)` for any base measure m, and Bayes' rule gives "
-        "the softmax back. That identity is exact whatever m is, so it checks the wiring, not the choice of m."
+        "As a generative model, the head is `p(h|y) ∝ m(h) exp(w_y·h)`, where m is a base measure. Bayes' rule then "
+        "gives the softmax of the head as the posterior, for every choice of m. The numbers below therefore test the "
+        "implementation; they say nothing about the choice of m."
     )
-    section.facts({"posterior − softmax, float32": f"{single:.0e}", "posterior − softmax, float64": f"{double:.0e}"})
-    rows = torch.nn.functional.normalize(job.head.centered_weight(), dim=-1)
+    section.facts(
+        {"max |posterior − softmax|, float32": f"{single:.0e}", "max |posterior − softmax|, float64": f"{double:.0e}"}
+    )
     section.figure(
-        plots.heatmap(rows @ rows.T, names, names, diverging=True, xlabel="class", ylabel="class"),
-        caption="Cosines between the rows w_y of the centered head: which classes it holds for alike.",
-        alt="Ten by ten heatmap of cosines between the centered rows of the head.",
+        class_cosines(job.head, job.train.class_names),
+        caption="Cosines between the rows w_y of the centered head. Classes with a large cosine are similar to the "
+        "head.",
+        alt="Heat map of the cosines between the ten centered rows of the head.",
     )

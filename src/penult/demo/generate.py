@@ -1,4 +1,4 @@
-"""Part seven: images of every class from the classifier and unlabelled images."""
+"""Part seven of the demo: images of every class from the classifier and unlabelled images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,160 +22,208 @@ from penult.demo.networks import DigitsNet
 from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE, Judge, Quality
 from penult.pair import GenerativePair
 
-__all__ = ["draw_images"]
+if TYPE_CHECKING:
+    from penult.report import Section
+
+__all__ = ["generate_images"]
 
 _EPOCHS = {"VAE": 60, "GAN": 25}
+_KINDS = {"VAE": "variational autoencoder", "GAN": "adversarial generator"}
 _BATCH = 64
-_EACH = 40  # images of a class that are judged
-_SHOWN = 12  # images of a class on the page
-_CODES = 10  # images of one activation
+# Images of each class that are evaluated, and that are shown.
+_IMAGES, _SHOWN = 40, 12
+# Images of each activation, with different codes.
+_CODES = 10
 _CONFIDENT = 0.9
-_COLUMNS = {
-    "accuracy": "accuracy", "frechet": "Fréchet", "class_frechet": "class Fréchet", "precision": "precision",
-    "recall": "recall", "density": "density", "coverage": "coverage", "cas": "CAS", "nearness": "nearness",
-}  # fmt: skip
-_TOLD = "accuracy", "frechet", "coverage", "cas"  # as many as a terminal has room for
+# Metrics in the terminal, which has no room for all of them.
+_IN_TERMINAL = "accuracy", "frechet", "coverage", "cas"
+_REAL = "real images"
 
 
-def draw_images(job: Job) -> None:
-    """Train two generators on images of the pool, draw images of each class by several laws, and judge them."""
-    from penult.report import generate as figures
-
+def generate_images(job: Job) -> None:
+    """Train two generators on images of the pool, generate images of each class, and evaluate them."""
     job.reporter.heading("Images of every class, without labels")
-    tap, images, names = Tap(job.model, job.head), job.pool.images, list(job.test.class_names)
     bank = GenerativePair(job.head, Marginal.fit(job.head, job.pool_activations, kind="bank"))
-    shape = tuple(images.shape[1:])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)
-        vae = ActivationVAE(bank, tap, image_shape=shape)
-        _train("VAE", vae, job)
-        gan = ActivationGAN(bank, tap, image_shape=shape)
-        _train("GAN", gan, job)
-    judge = Judge(_evaluator(job), (job.test.images, job.test.labels), train=(images, job.pool.labels), seed=job.seed)
-    y = torch.arange(len(names)).repeat_interleave(_EACH)
-    chosen, confident = job.chosen, f"{job.chosen}, confident"
-    laws = {"bank": bank, chosen: job.pairs[chosen], confident: job.pairs[chosen]}
-    laws["sphere without data"] = job.pairs["without data"]
-    found: dict[str, Quality] = {}
-    rows: list[list[str]] = []
-    shown: dict[str, Tensor] = {}
-    generators: dict[str, ActivationGenerator] = {"VAE": vae, "GAN": gan}
-    for name, generator in generators.items():
-        for law, pair in laws.items():
-            if name == "GAN" and law == "sphere without data":
-                continue
-            sure = _CONFIDENT if law == confident else None
-            drawn = generator.with_pair(pair).generate(y, confident=sure, generator=job.generator(8))
-            found[f"{name}, {law}"], shown[f"{name}, {law}"] = judge(drawn, y), drawn
-            rows.append([name, law])
-    found["real images"] = judge.reference
-    rows.append(["", "real images"])
-    figured = [[f"{getattr(each, key):.3g}" for key in _COLUMNS] for each in found.values()]
-    job.results["generate"] = {name: replace(each, reference=None).to_dict() for name, each in found.items()}
-    job.reporter.table(
-        ["generator", "law of activations", *(_COLUMNS[key] for key in _TOLD)],
-        [
-            [*row, *(f"{getattr(each, key):.3g}" for key in _TOLD)]
-            for row, each in zip(rows, found.values(), strict=True)
-        ],
+    generators = _generators(job, bank)
+    fitted = job.pairs[job.chosen]
+    confident = f"{job.chosen}, confident"
+    pairs = {"bank": bank, job.chosen: fitted, confident: fitted, "sphere without data": job.pairs["without data"]}
+    judge = Judge(
+        _evaluator(job), (job.test.images, job.test.labels), train=(job.pool.images, job.pool.labels), seed=job.seed
     )
-    paths = [
-        generator.with_pair(laws[chosen]).save(job.out / f"digits-{name.lower()}.safetensors")
-        for name, generator in generators.items()
-    ]
-    job.reporter.line(f"{' and '.join(map(str, paths))}: generators that need no classifier and no data")
-
+    y = torch.arange(job.head.num_classes).repeat_interleave(_IMAGES)
+    images: dict[tuple[str, str], Tensor] = {}
+    qualities: dict[tuple[str, str], Quality] = {}
+    for kind, generator in generators.items():
+        for source, pair in pairs.items():
+            if kind == "GAN" and source == "sphere without data":
+                continue
+            threshold = _CONFIDENT if source == confident else None
+            key = kind, source
+            images[key] = generator.with_pair(pair).generate(y, confident=threshold, generator=job.generator(8))
+            qualities[key] = judge(images[key], y)
+    qualities["", _REAL] = judge.reference
+    job.results["generate"] = {
+        ", ".join(filter(None, key)): replace(quality, reference=None).to_dict() for key, quality in qualities.items()
+    }
+    paths = {
+        kind: generator.with_pair(fitted).save(job.out / f"digits-{kind.lower()}.safetensors")
+        for kind, generator in generators.items()
+    }
+    columns, rows = _quality_table(qualities, _IN_TERMINAL)
+    job.reporter.table(columns, rows)
+    job.reporter.line(f"{' and '.join(map(str, paths.values()))}: generators that need neither the classifier nor data")
     section = job.page.section(
         "Images of every class, without labels",
-        f"`penult.generate` has generators that learn to make images of activations, here from {len(images)} images of "
-        f"the pool whose labels nobody looks at: an autoencoder (`ActivationVAE`, {_EPOCHS['VAE']} epochs) and an "
-        f"adversarial one (`ActivationGAN`, {_EPOCHS['GAN']}). Images of a class then come of draws from `p(h|y)`, by "
-        "whichever law of activations.",
+        f"The generators of `penult.generate` learn to make images from activations, here from {len(job.pool.images)} "
+        f"images of the pool without their labels: a variational autoencoder (`ActivationVAE`, {_EPOCHS['VAE']} "
+        f"epochs) and an adversarial generator (`ActivationGAN`, {_EPOCHS['GAN']} epochs). To generate images of class "
+        "y, activations are sampled from `p(h|y)` of a pair; the base of this pair may be changed after training.",
     )
-    for name, kind in (("VAE", "autoencoder"), ("GAN", "adversarial generator")):
+    _samples_and_quality(job, section, images, qualities)
+    _interpolation_and_editing(job, section, generators["VAE"])
+    _variety_text(job, section, generators, paths)
+
+
+# --- page ---------------------------------------------------------------------------------------------------
+
+
+def _quality_table(
+    qualities: dict[tuple[str, str], Quality], metrics: tuple[str, ...]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table of some metrics."""
+    from penult.report.generate import metric_titles
+
+    titles = metric_titles()
+    columns = ["generator", "activations from", *(titles[metric] for metric in metrics)]
+    rows = [[*key, *(f"{getattr(quality, metric):.3g}" for metric in metrics)] for key, quality in qualities.items()]
+    return columns, rows
+
+
+def _samples_and_quality(
+    job: Job,
+    section: Section,
+    images: dict[tuple[str, str], Tensor],
+    qualities: dict[tuple[str, str], Quality],
+) -> None:
+    """Add generated images of each class and their metrics."""
+    from penult.report.generate import image_rows, metric_meanings, metric_titles
+
+    names = list(job.test.class_names)
+    for kind, description in _KINDS.items():
+        rows = images[kind, job.chosen].unflatten(0, (len(names), _IMAGES))
         section.figure(
-            figures.image_rows(
-                shown[f"{name}, {chosen}"].unflatten(0, (len(names), _EACH))[:, :_SHOWN], names, cell=40
-            ),
-            caption=f"Images of each class by the {kind}, their activations drawn from the {chosen} base.",
-            alt=f"Ten rows of {_SHOWN} handwritten digits, made by the {kind}.",
+            image_rows(rows[:, :_SHOWN], names, cell=40),
+            caption=f"Images of each class by the {description}, from activations sampled with the {job.chosen} base.",
+            alt=f"Ten rows of {_SHOWN} handwritten digits, generated by the {description}.",
         )
+    metrics = tuple(metric_titles())
     section.table(
-        ["generator", "law of activations", *_COLUMNS.values()],
-        [[*row, *each] for row, each in zip(rows, figured, strict=True)],
-        caption=f"{_EACH} images a class beside {len(job.test.labels)} test images, in the features of a second "
-        "network that had no part in making them. CAS: accuracy on test images of a network that was "
-        "trained on the generated ones alone. Nearness: 0.5 is ideal, 1 is copying. Confident: activations with "
-        f"p(y|h) > {_CONFIDENT}.",
+        *_quality_table(qualities, metrics),
+        caption=f"{_IMAGES} images of each class compared with {len(job.test.labels)} test images, in the features of "
+        "a second network that was not used for generating them. “Confident” means that only activations with "
+        f"p(y|h) > {_CONFIDENT} are used. The row of real images shows what other real images get.",
+        align="ll" + "r" * len(metrics),
     )
-    y0, y1 = torch.tensor([3, 4, 1, 0]), torch.tensor([8, 9, 7, 6])
-    ways = vae.interpolate(y0, y1, steps=_SHOWN, confident=_CONFIDENT, generator=job.generator(9))
+    section.table(("column", "meaning"), metric_meanings(metrics))
+
+
+def _interpolation_and_editing(job: Job, section: Section, vae: ActivationGenerator) -> None:
+    """Add images between classes, and images that are moved to another class."""
+    from penult.report.generate import image_rows
+
+    names = list(job.test.class_names)
+    first, last = torch.tensor([3, 4, 1, 0]), torch.tensor([8, 9, 7, 6])
+    ways = vae.interpolate(first, last, steps=_SHOWN, confident=_CONFIDENT, generator=job.generator(9))
     section.figure(
-        figures.image_rows(ways, [f"{names[a]} to {names[b]}" for a, b in zip(y0, y1, strict=True)], cell=40),
-        caption="On the straight way between activations of two classes, with one code for all, by the autoencoder.",
-        alt="Rows of digits that turn into others.",
+        image_rows(ways, [f"{names[a]} → {names[b]}" for a, b in zip(first, last, strict=True)], cell=40),
+        caption="Images of the variational autoencoder from activations in a straight line between two classes, with "
+        "one code for each row.",
+        alt="Rows of digits that change into another digit.",
     )
-    few, goals = _firsts(job.test.labels)[:6], torch.tensor([6, 7, 3, 8, 9, 2])
-    originals = job.test.images[few]
-    strengths = torch.linspace(0, 1, 6)
-    edited = vae.edit(originals, goals, strengths, confident=_CONFIDENT, generator=job.generator(10))
+    rows, goals = _first_of_each_class(job.test.labels)[:6], torch.tensor([6, 7, 3, 8, 9, 2])
+    originals = job.test.images[rows]
+    edited = vae.edit(originals, goals, torch.linspace(0, 1, 6), confident=_CONFIDENT, generator=job.generator(10))
+    labels = [f"{names[job.test.labels[row]]} → {names[goal]}" for row, goal in zip(rows, goals, strict=True)]
     section.figure(
-        figures.image_rows(
-            torch.cat([originals[:, None], edited], 1), [f"{names[job.test.labels[i]]} to {names[g]}"
-            for i, g in zip(few, goals, strict=True)], cell=40,
-        ),
-        caption="Test images, each followed by its reconstruction and by what comes of it when its activation moves to "
-        "the nearest draw of another class, by the autoencoder.",
+        image_rows(torch.cat([originals[:, None], edited], 1), labels, cell=40),
+        caption="Test images, each followed by its reconstruction and by images of the variational autoencoder as the "
+        "activation moves to the nearest sample of another class.",
         alt="Rows that begin with a test image and end with a digit of another class.",
-    )  # fmt: skip
-    varied = {name: _variety(generator, job) for name, generator in generators.items()}
-    job.results["generate_variety"] = varied
-    section.text(
-        "An image is of class y as surely as its activation is: with a plain law that is the classifier's own "
-        "accuracy. Beside the activation stands a code z. Where the activation is kept and the code drawn anew, pixels "
-        f"vary {varied['VAE']:.0%} as much as over all images with the VAE, and {varied['GAN']:.0%} with the GAN; all "
-        "else comes from the law. The sphere without data is an exact pair as well, and its draws are nothing that "
-        f'these generators have ever seen. `penult.generate.load("{paths[0].name}")` gives a generator back without '
-        "classifier or data."
     )
 
 
-def _train(name: str, generator: ActivationGenerator, job: Job) -> None:
-    from lightning.pytorch import Trainer
-
-    data = TensorDataset(job.pool.images, job.pool_activations.activations)
-    loader: DataLoader[Any] = DataLoader(data, _BATCH, shuffle=True, generator=job.generator(7))
-    with _quiet():
-        Trainer(
-            max_epochs=_EPOCHS[name], accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        ).fit(generator, loader)  # fmt: skip
-    generator.eval()
-    first, last = generator.history[0], generator.history[-1]
-    if name == "VAE":
-        told = (
-            f"{first['loss']:.1f} to {last['loss']:.1f} nats an image, of which the code z tells "
-            f"{last['divergence']:.2f}"
-        )
-    else:
-        told = (
-            f"the classifier's activations of images that were made have a cosine of {first['cosine']:.2f} to "
-            f"{last['cosine']:.2f} to those that they were made of"
-        )
-    job.reporter.line(f"{name}, {_EPOCHS[name]} epochs: {told}")
+def _variety_text(
+    job: Job, section: Section, generators: dict[str, ActivationGenerator], paths: dict[str, Path]
+) -> None:
+    """Add a text on the reliability and the variety of the images."""
+    variety = {kind: _variety(generator, job) for kind, generator in generators.items()}
+    job.results["generate_variety"] = variety
+    section.text(
+        "An image shows its class as reliably as its activation belongs to this class; without a confidence threshold, "
+        "that is the accuracy of the classifier. Generators also read a code z. With the activation fixed and random "
+        f"codes, the standard deviation of pixels is {variety['VAE']:.0%} of that over all images with the VAE, and "
+        f"{variety['GAN']:.0%} with the GAN; all other variety comes from the activations. The sphere without data is "
+        "an exact pair, too, but its samples are unlike all activations that the generators were trained on.\n\n"
+        f'`penult.generate.load("{paths["VAE"].name}")` loads a generator without classifier or data.'
+    )
 
 
 @torch.no_grad()
 def _variety(generator: ActivationGenerator, job: Job) -> float:
-    """How much images of one activation vary, as a share of what all images do."""
+    """Return the standard deviation of pixels over codes, as a fraction of that over all images."""
     h = job.test_activations.activations.repeat_interleave(_CODES, 0)
     images = generator.decode(generator.random_codes(len(h), job.generator(12)), h)
     return float((images.unflatten(0, (-1, _CODES)).var(1).mean() / images.var(0).mean()).sqrt())
 
 
+def _first_of_each_class(labels: Tensor) -> Tensor:
+    return torch.stack([(labels == y).nonzero()[0, 0] for y in labels.unique()])
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def _generators(job: Job, pair: GenerativePair) -> dict[str, ActivationGenerator]:
+    """Return both generators, trained on the images of the pool."""
+    tap, shape = Tap(job.model, job.head), tuple(job.pool.images.shape[1:])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        vae = ActivationVAE(pair, tap, image_shape=shape)
+        _train("VAE", vae, job)
+        gan = ActivationGAN(pair, tap, image_shape=shape)
+        _train("GAN", gan, job)
+    return {"VAE": vae, "GAN": gan}
+
+
+def _train(kind: str, generator: ActivationGenerator, job: Job) -> None:
+    from lightning.pytorch import Trainer
+
+    data = TensorDataset(job.pool.images, job.pool_activations.activations)
+    loader: DataLoader[Any] = DataLoader(data, _BATCH, shuffle=True, generator=job.generator(7))
+    with _without_lightning_messages():
+        Trainer(
+            max_epochs=_EPOCHS[kind], accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        ).fit(generator, loader)  # fmt: skip
+    generator.eval()
+    first, last = generator.history[0], generator.history[-1]
+    if kind == "VAE":
+        progress = (
+            f"loss {first['loss']:.1f} to {last['loss']:.1f} nats per image, {last['divergence']:.2f} of them for the "
+            "code z"
+        )
+    else:
+        progress = (
+            f"cosine between activations and those of the images generated from them {first['cosine']:.2f} to "
+            f"{last['cosine']:.2f}"
+        )
+    job.reporter.line(f"{kind}, {_EPOCHS[kind]} epochs: {progress}")
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's remarks, which are about its own options."""
+def _without_lightning_messages() -> Iterator[None]:
+    """Silence Lightning's messages, which are about options that users of the demo do not see."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     with warnings.catch_warnings():
@@ -187,7 +236,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _evaluator(job: Job) -> nn.Module:
-    """A second classifier, from other first weights, that judges images."""
+    """Return a second classifier with another initialization, which evaluates images."""
     generator = job.generator(11)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed + 1)
@@ -199,7 +248,3 @@ def _evaluator(job: Job) -> nn.Module:
             F.cross_entropy(model(job.train.images[rows]), job.train.labels[rows]).backward()
             optimizer.step()
     return model.eval().requires_grad_(False)
-
-
-def _firsts(labels: Tensor) -> Tensor:
-    return torch.stack([(labels == y).nonzero()[0, 0] for y in labels.unique()])

@@ -1,4 +1,4 @@
-"""What the parts of the demo share."""
+"""State of the demo that its parts share, and the reporter of its progress."""
 
 from __future__ import annotations
 
@@ -24,57 +24,57 @@ _T = TypeVar("_T")
 
 
 class Reporter(Protocol):
-    """Where a long job tells what it does."""
+    """Output of the progress of a long job."""
 
     def heading(self, text: str) -> None:
-        """A new part begins."""
+        """Start a new part."""
 
     def line(self, text: str) -> None:
-        """One line, or a block that keeps its line breaks."""
+        """Print a line, or several lines with their line breaks."""
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A small table."""
+        """Print a small table."""
 
     def track(self, items: Sequence[_T], description: str) -> Iterable[_T]:
-        """The items, with a progress bar while they are consumed."""
+        """Return the items, with a progress bar while they are iterated over."""
 
 
 class Quiet:
-    """A reporter that says nothing."""
+    """A reporter without output."""
 
     def heading(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def line(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def track(self, items: Sequence[_T], description: str) -> Iterable[_T]:
-        """The items as they are."""
+        """Return the items unchanged."""
         return items
 
 
 @dataclass
 class Job:
-    """The demo while it runs.
+    """The state of a running demo.
 
     Attributes:
-        out: Folder that everything is written to.
-        seed: Seed of everything that is drawn.
-        reporter: Where progress goes.
-        page: The page, a section longer after each part.
-        train: Digits that the classifier learns from.
-        pool: Digits whose labels nobody looks at, to fit bases to.
-        test: Digits that everything is judged on.
-        results: Figures by part, as JSON.
-        model: The classifier, once trained.
-        head: Its head, once found.
+        out: Folder for all files.
+        seed: Seed of all random numbers.
+        reporter: Reporter of the progress.
+        page: The page; each part adds sections.
+        train: Digits that the classifier is trained on.
+        pool: Digits that bases are fitted to; their labels are not used for this.
+        test: Digits for evaluation.
+        results: Numbers of each part, for JSON.
+        model: The classifier, once it is trained.
+        head: Its head, once it is found.
         pool_activations: Activations of ``pool``.
         test_activations: Activations of ``test``.
-        pairs: Pairs by name, once built.
-        chosen: Name of the pair to go on with, once bases are compared.
+        pairs: Pairs by name.
+        chosen: Name of the pair for the later parts.
     """
 
     out: Path
@@ -94,20 +94,22 @@ class Job:
 
     @classmethod
     def start(cls, out: Path, seed: int, reporter: Reporter) -> Job:
-        """Load the digits and open the page."""
+        """Load the digits and start the page."""
         from penult.report import Page
 
-        out.mkdir(parents=True, exist_ok=True)  # now rather than after the work
+        # A folder that cannot be created is an error now, not after the work.
+        out.mkdir(parents=True, exist_ok=True)
         train, pool, test = digits().split(0.4, 0.4, 0.2, seed=seed)
         page = Page(
-            "What a classifier knows about its own activations",
+            "The activations of a classifier as a generative model",
             subtitle="penult demo on handwritten digits",
-            lead="A classifier ends in a linear layer, and that layer alone defines a density of the activations it "
-            "reads. Here it is for a small network: found, sampled, fitted, compared with real ones, and saved.",
-            footer=f"Made by `penult demo --seed {seed}`. Every figure on this page was computed by that run.",
+            lead="The last layer of a classifier is linear. Together with a base measure, this layer alone defines a "
+            "probability distribution of the activations that it reads. This page shows it for a small network: it "
+            "finds the layer, samples activations, fits bases to real ones, compares both, and uses the result.",
+            footer=f"Made by `penult demo --seed {seed}`. All numbers on this page were computed by that run.",
         )
         return cls(out, seed, reporter, page, train, pool, test)
 
     def generator(self, offset: int = 0) -> torch.Generator:
-        """A fresh generator for one purpose of the job."""
+        """Return a new random generator; different offsets give independent ones."""
         return torch.Generator().manual_seed(1000 * self.seed + offset)

@@ -1,4 +1,4 @@
-"""Small networks for 8×8 images."""
+"""Small networks for images of 8×8 pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class DigitsNet(nn.Module):
 
     Args:
         classes: Number of classes K.
-        width: Channels, and the dimension d of its activations.
+        width: Number of channels, and dimension d of the activations.
 
     Example:
         >>> DigitsNet()(torch.zeros(2, 1, 8, 8)).shape
@@ -37,19 +37,19 @@ class DigitsNet(nn.Module):
         self.fc = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 1, 8, 8) to logits (B, K)."""
+        """Return logits (B, K) of images (B, 1, 8, 8)."""
         logits: Tensor = self.fc(self.features(x))
         return logits
 
 
 class DigitsStudent(nn.Module):
-    """A network of a few thousand parameters, for students of a `DigitsNet`.
+    """A network of a few thousand parameters, the student of a `DigitsNet`.
 
     Args:
         classes: Number of classes K.
 
     Attributes:
-        features_out: Width of its features.
+        features_out: Number of features before the head.
 
     Example:
         >>> DigitsStudent()(torch.zeros(2, 1, 8, 8)).shape
@@ -72,6 +72,6 @@ class DigitsStudent(nn.Module):
         self.fc = nn.Linear(self.features_out, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 1, 8, 8) to logits (B, K)."""
+        """Return logits (B, K) of images (B, 1, 8, 8)."""
         logits: Tensor = self.fc(self.features(x))
         return logits

@@ -1,96 +1,112 @@
-"""Part eight: which digits are strange to the classifier, and how many familiar ones it takes for strange."""
+"""Part eight of the demo: outlier scores of unusual digits, and the false-alarm rate on usual ones."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from penult import scores
 from penult.activations import Tap
 from penult.data import shift
 from penult.demo.job import Job
 
-__all__ = ["tell_strangers"]
+if TYPE_CHECKING:
+    from penult.report import Section
 
-_ALARM = 0.05
+__all__ = ["score_outliers"]
+
+_FALSE_ALARM = 0.05
 _SCORES = {"directional": scores.directional, "energy": scores.energy, "msp": scores.msp}
+# Sets of inputs whose scores are drawn as histograms.
+_HISTOGRAMS = ("digits", "scrambled", "noise")
+_PICTURES = 8
 
 
-def tell_strangers(job: Job) -> None:
-    """Set a threshold on half of the test digits, and judge the other half beside shifted and foreign ones."""
+def score_outliers(job: Job) -> None:
+    """Set a threshold on half of the test digits, and score the other half, changed digits, and noise."""
     from penult.report import scores as figures
-    from penult.report import thumbnails
 
-    job.reporter.heading("How familiar")
+    job.reporter.heading("Outlier scores")
     pair = job.pairs["R^d, elliptic"]
     half = len(job.test.images) // 2
-    familiar = job.test_activations.activations
-    threshold = scores.Threshold.fit(scores.directional, familiar[:half], pair=pair, false_alarm=_ALARM)
-    images = _sets(job.test.images[half:], job.generator(8))
+    calibration = job.test_activations.activations[:half]
+    threshold = scores.Threshold.fit(scores.directional, calibration, pair=pair, false_alarm=_FALSE_ALARM)
+    images = _input_sets(job.test.images[half:], job.generator(8))
     tap = Tap(job.model, job.head)
     with torch.no_grad():
-        acts = {name: tap(each)[0] for name, each in images.items()}
-    found = {name: {score: f(pair, h) for score, f in _SCORES.items()} for name, h in acts.items()}
-    strange = {name: float(threshold(h).double().mean()) for name, h in acts.items()}
-    own = found["digits"]
-    parted = {
-        name: {score: figures.separation(own[score], values) for score, values in each.items()}
-        for name, each in found.items()
+        activations = {name: tap(inputs)[0] for name, inputs in images.items()}
+    values = {name: {score: f(pair, h) for score, f in _SCORES.items()} for name, h in activations.items()}
+    rates = {name: float(threshold(h).double().mean()) for name, h in activations.items()}
+    auroc = {
+        name: {score: figures.separation(values["digits"][score], by_score[score]).auroc for score in _SCORES}
+        for name, by_score in values.items()
         if name != "digits"
     }
     job.results["scores"] = {
         "threshold": threshold.value,
-        "false_alarm": _ALARM,
+        "false_alarm": _FALSE_ALARM,
         "false_alarm_bound": threshold.rate_bound(),
-        "strange": strange,
-        "auroc": {name: {score: one.auroc for score, one in each.items()} for name, each in parted.items()},
+        "strange": rates,
+        "auroc": auroc,
     }
-    columns = ["", "called strange", *(f"AUROC {score}" for score in _SCORES)]
-    rows = [["digits", f"{strange['digits']:.1%}", *("" for _ in _SCORES)]]
-    rows += [
-        [name, f"{strange[name]:.1%}", *(f"{one.auroc:.3f}" for one in each.values())] for name, each in parted.items()
-    ]
+    columns = ["inputs", "above the threshold", *(f"AUROC {score}" for score in _SCORES)]
+    rows = [["digits", f"{rates['digits']:.1%}", *("" for _ in _SCORES)]]
+    rows += [[name, f"{rates[name]:.1%}", *(f"{v:.3f}" for v in by_score.values())] for name, by_score in auroc.items()]
     job.reporter.table(columns, rows)
 
     section = job.page.section(
-        "How familiar",
-        "An elliptic sphere, fitted to the pool without labels, says how unlikely the *direction* of an activation is "
-        f"at its norm. Half of the test digits set a threshold: at most {_ALARM:.0%} of new digits like them will be "
-        "called strange, on average over such halves, whatever network and score. The other half is judged by it, and "
-        "so is the same half rotated, behind a texture, scrambled, and noise of the same size.",
+        "Outlier scores",
+        "The directional score measures how improbable the *direction* of an activation is, given its norm, under an "
+        "elliptic sphere that was fitted to the pool without labels. Half of the test digits set a threshold: on "
+        f"average over such choices, at most {_FALSE_ALARM:.0%} of new digits like them are above it, for every "
+        "network and score. The table shows the other half of the digits, the same digits rotated, blended with a "
+        "texture or scrambled, and random noise.",
     )
     section.table(
         columns,
         rows,
-        caption="AUROC: how often a stranger has the higher score than a digit, 0.5 by chance. Digits above the "
-        f"threshold are false alarms; with 95 % confidence their rate stays below {threshold.rate_bound():.1%}.",
+        caption="Unchanged digits above the threshold are false alarms. With 95 % confidence, the false-alarm rate for "
+        f"new digits is below {threshold.rate_bound():.1%}. AUROC: probability that an outlier has a higher score than "
+        "a digit; 0.5 is chance. Energy and msp (maximum softmax probability) are common scores from the logits.",
         align="l" + "r" * (len(columns) - 1),
     )
-    shown = {name: found[name]["directional"] for name in ("digits", "scrambled", "noise")}
     section.figure(
-        figures.spread(shown, threshold.value, "directional score, higher is stranger"),
-        caption="The directional score of digits that it was not fitted to, beside scrambled ones and noise.",
-        alt="Histograms of the score of digits, scrambled digits and noise, with the threshold; digits lie left.",
+        figures.spread(
+            {name: values[name]["directional"] for name in _HISTOGRAMS}, threshold.value, "directional score"
+        ),
+        caption="Directional score of unchanged digits, scrambled digits and noise; higher means a stranger input.",
+        alt="Histograms of the score of digits, scrambled digits and noise, with the threshold. Digits have the lowest "
+        "scores.",
     )
-    section.text("The strangest of the test digits, with the share of familiar digits that are at least as strange:")
-    strangest = own["directional"].argsort(descending=True)[:8]
-    p = threshold.p_value(acts["digits"][strangest]).tolist()
-    labels = job.test.labels[half:]
-    thumbnails.gallery(
+    strangest = values["digits"]["directional"].argsort(descending=True)[:_PICTURES]
+    p_values = threshold.p_value(activations["digits"][strangest])
+    _pictures(section, images["digits"][strangest], job.test.labels[half:][strangest], p_values)
+
+
+def _pictures(section: Section, images: Tensor, labels: Tensor, p_values: Tensor) -> None:
+    """Add pictures of the digits with the highest scores to a section."""
+    from penult.report.thumbnails import Thumbnail, gallery
+
+    section.text(
+        "These unchanged test digits have the highest scores. The p-value is the fraction of familiar digits that are "
+        "at least as strange."
+    )
+    items: list[tuple[Any, int, float]] = list(zip(images, labels.tolist(), p_values.tolist(), strict=True))
+    gallery(
         section,
         [
-            thumbnails.Thumbnail(
-                images["digits"][row], [f"a {labels[row]}", f"p {value:.3f}"], f"A {labels[row]}, p-value {value:.3f}"
-            )
-            for row, value in zip(strangest.tolist(), p, strict=True)
+            Thumbnail(image, [f"label {label}", f"p {p:.3f}"], f"A digit with label {label}, p-value {p:.3f}")
+            for image, label, p in items
         ],
     )
 
 
-def _sets(digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Digits, and what the classifier was not made for, more and more of it; all (N, 1, 8, 8)."""
-    quarters = functional.unfold(digits, 4, stride=4)
+def _input_sets(digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return digits, changed digits and noise, all (N, 1, 8, 8), from familiar to unfamiliar inputs."""
+    quarters = F.unfold(digits, 4, stride=4)
     order = torch.rand(len(digits), 1, 4, generator=generator).argsort(-1).expand_as(quarters)
     return {
         "digits": digits,
@@ -98,6 +114,6 @@ def _sets(digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         "rotated by 45°": shift(digits, "rotation", 0.5),
         "light texture": shift(digits, "texture", 0.25),
         "heavy texture": shift(digits, "texture", 0.6),
-        "scrambled": functional.fold(quarters.gather(2, order), digits.shape[-2:], 4, stride=4),
+        "scrambled": F.fold(quarters.gather(2, order), digits.shape[-2:], 4, stride=4),
         "noise": torch.rand(digits.shape, generator=generator),
     }

@@ -197,7 +197,8 @@ def _rates(section: Section, scored: Scores) -> None:
         ["set", "inputs", "above the threshold", "rate", "standard error"],
         rows,
         caption="Inputs above the threshold. The rate of the familiar set is the measured false-alarm rate; "
-        f"{percent(scored.threshold.false_alarm)} was requested. The rates of other sets are detection rates.",
+        f"{percent(scored.threshold.false_alarm)} was requested."
+        + (" The rates of other sets are detection rates." if scored.others else ""),
         align="lrrrr",
     )
 
@@ -247,13 +248,13 @@ def pictured(
     )
     for set_name, set_images in images.items():
         rows = scored.rows[set_name][scored.of(set_name).argsort(stable=True)]
-        subject = "familiar inputs" if set_name == FAMILIAR else f"inputs of “{shorten(set_name, _LETTERS)}”"
+        set_label = "the familiar set" if set_name == FAMILIAR else f"“{shorten(set_name, _LETTERS)}”"
         set_labels = labels if set_name == FAMILIAR else None
         ends = {"most": rows[:_PICTURES], "least": rows[_PICTURES:].flip(0)[:_PICTURES]}
         for end, shown in ends.items():
             if not len(shown):
                 continue
-            section.text(f"The {subject} that are {end} familiar:")
+            section.text(f"The {end} familiar inputs of {set_label}:")
             thumbnails = [
                 _thumbnail(scored, set_name, row, set_images[row], names, set_labels) for row in shown.tolist()
             ]

@@ -93,7 +93,7 @@ def head(page: Page, pair: GenerativePair) -> None:
             ["densities with respect to", info.reference if info.has_density else "it has no density"],
             ["M, its moment generating function", exact],
             ["numbers stored", f"{_num_parameters(pair.base):,}"],
-            ["fitted to or made from", info.source],
+            ["literature", info.source],
         ],
         align="ll",
     )
@@ -354,7 +354,7 @@ def _aucs(section: Section, result: Realism) -> None:
     section.text(_verdict(result))
     section.facts(
         {f"AUC, {test}": f"{auc:.3f}" for test, auc in sampled.auc.items()}
-        | {"energy coefficient": f"{sampled.energy:.4f}"}
+        | {"energy coefficient": number(sampled.energy, ".4f")}
     )
     section.figure(
         figures.aucs(result),

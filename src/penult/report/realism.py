@@ -18,7 +18,7 @@ from torch import Tensor
 from penult.realism import Ranking, Realism, Spread
 from penult.report import plots
 from penult.report.figures import legend, new_figure, style
-from penult.report.markup import seen, shorten
+from penult.report.markup import number, seen, shorten
 from penult.report.palette import LIGHT, SERIES
 
 __all__ = ["aucs", "cosines", "norms", "principal_components", "ranking", "ranking_table"]
@@ -167,21 +167,21 @@ def ranking(found: Ranking, size: tuple[float, float] | None = None) -> Figure:
     return figure
 
 
-def ranking_table(found: Ranking) -> tuple[list[str], list[list[str]]]:
+def ranking_table(result: Ranking) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of a table of candidates; the last row is real against other real activations.
 
     Candidates that failed are left out.
 
     Args:
-        found: Result of `penult.realism.choose`.
+        result: Result of `penult.realism.choose`.
     """
-    tests = list(found.real.auc)
+    tests = list(result.real.auc)
     rows = [
-        [row.name, *(f"{row.auc[test]:.3f}" for test in tests), f"{row.energy:.4f}", f"{row.floats:,}"]
-        for row in found.rows
-        if row.error is None
+        [row.name, *(f"{row.auc[test]:.3f}" for test in tests), number(row.energy, ".4f"), f"{row.floats:,}"]
+        for row in result.rows
+        if row.error is None and row.energy is not None
     ]
-    rows.append([_REAL, *(f"{found.real.auc[test]:.3f}" for test in tests), f"{found.real.energy:.4f}", ""])
+    rows.append([_REAL, *(f"{result.real.auc[test]:.3f}" for test in tests), number(result.real.energy, ".4f"), ""])
     return ["base", *(f"AUC {test}" for test in tests), "energy coefficient", "numbers stored"], rows
 
 
@@ -209,7 +209,8 @@ def _histogram(spread: Spread, xlabel: str, size: tuple[float, float] | None) ->
             heights = np.asarray(counts) / (np.sum(counts) * np.diff(edges))
             axes.stairs(heights, edges, fill=True, color=colour, alpha=0.3)
             axes.stairs(heights, edges, color=colour, alpha=0.55, linewidth=1)
-            handles[name] = Patch(facecolor=colour, edgecolor=colour, alpha=0.4)
+            label = "sampled" if name == "drawn" else name
+            handles[label] = Patch(facecolor=colour, edgecolor=colour, alpha=0.4)
         axes.set(xlabel=xlabel, ylabel="density", xlim=(edges[0], edges[-1]))
         axes.set_ylim(bottom=0)
         if spread.law_mean is not None:
