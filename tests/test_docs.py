@@ -62,6 +62,7 @@ SHORT = {
 PARSED = {
     "penult distill": "trains for long: tests/cli/test_distill.py",
     "penult generate": "trains for long: tests/cli/test_generate.py",
+    "penult draw": "needs a trained generator: tests/cli/test_generate.py",
     "penult report": "draws many figures: tests/cli/test_report.py",
     "penult demo": "trains for long: tests/demo/test_demo.py",
     "penult --devices": "several processes: tests/processes",

@@ -3,6 +3,7 @@
 import inspect
 import json
 import signal
+import subprocess
 import sys
 import warnings
 
@@ -163,26 +164,32 @@ def test_from_a_pair_to_pictures(penult_json, refused, place):
     assert len(anew["history"]) == 1
     assert [path.name for path in (place / "run/samples").iterdir()] == ["epoch-0001.png"]
 
-    facts = penult_json("generate", "run", "--class", "7", "-n", "5", "-o", "seven.png")
+    facts = penult_json("draw", "run", "--class", "7", "-n", "5", "-o", "seven.png")
     assert (facts["images"], facts["classes"], facts["shape"]) == (5, [7], [1, 8, 8])
     with Image.open("seven.png") as drawn:
         assert (drawn.mode, drawn.size) == ("L", (3 * 58 + 2, 2 * 58 + 2))
         assert drawn.getpixel((0, 0)) == drawn.getpixel((58, 30)) == 255
-    penult_json("generate", "run/generator.safetensors", "-o", "all.png")
+    penult_json("draw", "run/generator.safetensors", "-o", "all.png")
     with Image.open("all.png") as drawn:
         assert drawn.size == (8 * 58 + 2, 10 * 58 + 2)
-    penult_json("generate", "run", "--class", "3", "--class", "1", "-n", "2", "-o", "some.npz", "--confident", "0.5")
+    penult_json("draw", "run", "--class", "3", "--class", "1", "-n", "2", "-o", "some.npz", "--confident", "0.5")
     dataset = read("some.npz")
     assert dataset.labels.tolist() == [3, 3, 1, 1]
     images = dataset.load().images
     made = penult.generate.load("run/generator.safetensors")
     wanted = made.generate(torch.tensor([3, 3, 1, 1]), 0.5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(images, wanted)
-    penult_json("generate", "run", "--class", "3", "-n", "2", "-o", "other.npz", "--seed", "1")
+    penult_json("draw", "run", "--class", "3", "-n", "2", "-o", "other.npz", "--seed", "1")
     assert not torch.equal(read("other.npz").load().images, images[:2])
 
+    # `penult generate RUN` is the older form of the same command.
+    old = penult_json("generate", "run", "--class", "7", "-n", "5", "-o", "old.png")
+    new = penult_json("draw", "run", "--class", "7", "-n", "5", "-o", "new.png")
+    assert old | {"out": "new.png"} == new
+    assert (place / "old.png").read_bytes() == (place / "new.png").read_bytes()
+
     (place / "run/generator.safetensors").unlink()
-    assert "run holds a training that was stopped" in refused("generate", "run", "-o", "x.png")
+    assert "run holds a training that was stopped" in refused("draw", "run", "-o", "x.png")
 
 
 FRAGILE = ("generate", "net.penult.safetensors", "--model", "gennets:fragile", "--weights", "net.safetensors", *FEW)
@@ -211,7 +218,7 @@ def test_a_run_that_was_killed(penult_json, refused, place, monkeypatch, kind, c
     assert expected in line
     monkeypatch.delenv("DIES_AT")
     assert not (place / "run/generator.safetensors").exists()
-    assert "a training that was stopped" in refused("generate", "run", "-o", "x.png")
+    assert "a training that was stopped" in refused("draw", "run", "-o", "x.png")
     rate = {"vae": 0.001, "gan": 0.002}[kind]
     assert f"rate is {rate} there and 0.01 now" in refused(*command, "--out", "run", "--rate", "0.01")
     resumed = penult_json(*command, "--out", "run")
@@ -247,7 +254,7 @@ def test_adversaries(penult_json, place):
         assert words in page
     assert "its reconstruction" not in page
     assert "has little effect" not in page
-    drawn = penult_json("generate", "run", "-n", "2", "-o", "all.npz")
+    drawn = penult_json("draw", "run", "-n", "2", "-o", "all.npz")
     assert (drawn["images"], drawn["stored_activations"]) == (20, 0)
 
 
@@ -277,7 +284,7 @@ def test_a_bank_is_stored_if_that_is_asked_for(penult_json, place):
     assert stored["metrics"]["real"] == facts["metrics"]["real"]
     assert stored["metrics"]["generated"] != facts["metrics"]["generated"]
     assert BANK in sizes("run")
-    assert penult_json("generate", "run", "-n", "1", "-o", "x.npz")["stored_activations"] == BANK
+    assert penult_json("draw", "run", "-n", "1", "-o", "x.npz")["stored_activations"] == BANK
 
 
 def test_defaults_are_those_of_the_classes():
@@ -392,7 +399,7 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ((*PAIR, "--images", "data.npz", "--val", "small.npz"), "of --val small.npz are of shape (1, 4, 4)"),
         ((*PAIR, "--images", "unlabelled.npz", "--condition", "label"), "--condition label needs labels"),
         (("generate", "other.penult.safetensors", *MODEL, "--images", "data.npz"), "is not that of gennets:net"),
-        (("generate", "gone.safetensors", *MODEL, "--images", "data.npz"), "SOURCE gone.safetensors does not exist"),
+        (("generate", "gone.safetensors", *MODEL, "--images", "data.npz"), "gone.safetensors does not exist"),
         (("generate", "pickled.pth", *MODEL, "--images", "data.npz"), "never unpickles"),
         (("generate", "empty", *MODEL, "--images", "data.npz"), "empty holds no generator"),
     ],
@@ -420,19 +427,35 @@ def test_bad_input_to_draw_from(refused, place):
     pair = penult.load("net.penult.safetensors")
     vae = penult.generate.ActivationVAE(pair, None, (2, 8, 8), condition="label")
     vae.save("two.safetensors")
+    line = refused("generate", "two.safetensors", "-o", "x.png", "--model", "gennets:net", "--epochs", "3")
+    assert "--model, --epochs go with training, but two.safetensors" in line
+    assert "net.penult.safetensors holds no generator" in refused("draw", "net.penult.safetensors", "-o", "x.png")
+    assert "gone does not exist" in refused("draw", "gone", "-o", "x.png")
     for arguments, words in (
-        (("--model", "gennets:net", "--epochs", "3"), "--model, --epochs go with training, but two.safetensors"),
         (("--class", "10"), "label 10 is out of range: the head has 10 classes"),
         (("--confident", "1"), "confident must be a probability"),
-        (("--class", "1"), "images of 2 channels make no picture"),
-        (("--class", "1", "-n", "100000"), "make no picture"),
+        (("--class", "1"), "images have 2 channels; expected 1 or 3"),
+        (("--class", "1", "-n", "100000"), "images have 2 channels"),
     ):
-        assert words in refused("generate", "two.safetensors", "-o", "x.png", *arguments)
-    assert "a grid, name.png, or to arrays, name.npz" in refused("generate", "two.safetensors", "-o", "x.jpg")
+        assert words in refused("draw", "two.safetensors", "-o", "x.png", *arguments)
+    assert "a grid, name.png, or to arrays, name.npz" in refused("draw", "two.safetensors", "-o", "x.jpg")
     assert not list(place.glob("x*"))
+
+
+def test_drawing_needs_no_report(place):
+    penult.generate.ActivationVAE(penult.load("net.penult.safetensors"), None, (1, 8, 8)).save("one.safetensors")
+    code = (
+        "import sys; sys.modules['penult.report'] = sys.modules['jinja2'] = None\n"
+        "sys.argv = ['penult', 'draw', 'one.safetensors', '-n', '1', '-o', 'x.png']\n"
+        "from penult.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (place / "x.png").exists()
 
 
 def test_help_shows_how():
     page = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "120"}).output
-    assert "penult generate run/ --class 7 -n 64 -o grid.png" in page
+    assert "penult draw run/ --class 7 -n 64 -o grid.png" in page
+    assert "`penult generate RUN -o grid.png` does the same" in " ".join(page.split())
     assert "--kind gan --out run/" in page

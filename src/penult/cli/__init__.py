@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from penult._version import __version__
-from penult.cli import demo, distill, extract, fit, generate, head, report, sample, score
+from penult.cli import demo, distill, draw, extract, fit, generate, head, report, sample, score
 from penult.cli._console import fail, tell
 from penult.cli._launch import lost, own_rank
 
@@ -31,6 +31,7 @@ for command in (
     report.report,
     distill.distill,
     generate.generate,
+    draw.draw,
     demo.demo,
 ):
     app.command(command.__name__)(command)

@@ -52,7 +52,6 @@ from penult.pair import GenerativePair
 from penult.processes import Processes
 from penult.report.generate import (
     BIASED_JUDGE,
-    COLUMNS,
     as_text,
     class_rows,
     contents,
@@ -235,7 +234,7 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
     page(out / PAGE_FILE, facts, settings, pair, pictures, names, GENERATOR_FILE)
     io.write_bytes(out / LOG_FILE, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
     reporter.line(contents(facts, GENERATOR_FILE))
-    reporter.line(f"{out / GENERATOR_FILE}: penult generate {out} -o grid.png draws from it")
+    reporter.line(f"{out / GENERATOR_FILE}: penult draw {out} -o grid.png draws from it")
     reporter.line(f"{out / PAGE_FILE}")
     if as_json:
         typer.echo(json.dumps(facts | {"resumed_after_epochs": resumed, "was_complete": False}, indent=2))
@@ -308,7 +307,7 @@ def _sampling(order: Order, law: GenerativePair) -> Any:
         if trainer.is_global_zero and (str(epoch).rstrip("0") in ("1", "2", "5") or epoch == order.epochs):
             drawn = module.with_pair(law.to(module.device))
             rows = class_rows(drawn, evenly(law.head.num_classes, _ROWS), order.seed)
-            io.write_bytes(order.out / SAMPLES / f"epoch-{epoch:04}.png", grid(rows.flatten(0, 1), COLUMNS))
+            io.write_bytes(order.out / SAMPLES / f"epoch-{epoch:04}.png", grid(rows.flatten(0, 1), rows.shape[1]))
 
     return LambdaCallback(on_train_epoch_end=sample)
 

@@ -12,6 +12,9 @@ __all__ = [
     "AsJson",
     "BatchSize",
     "BiasKey",
+    "Classes",
+    "Confident",
+    "Count",
     "Device",
     "Devices",
     "Fold",
@@ -68,6 +71,20 @@ Mean = Annotated[str | None, typer.Option(help="Per-channel mean of images in 0.
 Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation, for example 0.229,0.224,0.225.")]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.", min=1)]
 Workers = Annotated[int, typer.Option(help="Number of processes that decode images.", min=0)]
+
+# --- images to draw -----------------------------------------------------------------------------------------
+
+Classes = Annotated[
+    list[int] | None, typer.Option("--class", help="Class to draw images of; repeatable. Default: all classes.")
+]
+Count = Annotated[
+    int | None,
+    typer.Option("--count", "-n", help="Images per class. Default: 8, or 64 for a single class.", min=1),
+]
+Confident = Annotated[
+    float | None,
+    typer.Option(help="Keep only activations with p(y|h) above this: clearer images with less variety."),
+]
 
 # --- where and how to compute, and what to print ------------------------------------------------------------
 

@@ -1,91 +1,95 @@
-"""What ``penult generate`` shows: images that are drawn, grids of them, a summary on the terminal, and a page."""
+"""``penult draw``, and grids of images."""
 
 from __future__ import annotations
 
 import io as memory
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import Tensor
+import typer
 
-from penult import io
-from penult._extras import extra
 from penult.cli._console import RichReporter
 from penult.cli._models import device_of
-from penult.cli._training import SETTINGS_FILE
-from penult.generate import load
-from penult.report.generate import COLUMNS
+from penult.cli._options import AsJson, Classes, Confident, Count, Device, Seed
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
 
-__all__ = ["GENERATOR_FILE", "PILLOW", "draw", "generator_in", "grid"]
+__all__ = ["GENERATOR_FILE", "PILLOW", "draw", "draw_images", "generator_in", "grid"]
 
 GENERATOR_FILE = "generator.safetensors"
-PILLOW = "grids are written by Pillow"
-_CELL = 56  # pixels of a grid
-_GAP = 2
+PILLOW = "Pillow writes grids of images"
+_COLUMNS = 8  # Images in a row, where there are rows for several classes.
+_CELL = 56  # Smallest size of an image, in pixels.
+_GAP = 2  # White pixels between images.
 _MOST_PIXELS = 10**8
 
 
-def grid(images: Tensor, columns: int) -> bytes:
-    """A PNG of images (N, C, H, W) in [0, 1] in rows, enlarged where they are small, with white between them.
+def draw(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Folder that `penult generate` wrote, or its generator.safetensors."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Grid of images, .png; or arrays, .npz.")],
+    classes: Classes = None,
+    count: Count = None,
+    confident: Confident = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Draw images of classes from a trained generator.
 
-    Raises:
-        ImportError: Pillow is missing.
-        ValueError: Images are neither grey nor in colour, or too many for a picture.
+    The classifier is not needed. An .npz gets `images` (N, C, H, W) in 0..1 and `labels` (N,).
+
+    Example: penult draw run/ --class 7 -n 64 -o grid.png
+
+    Example: penult draw run/generator.safetensors --class 3 --class 5 --confident 0.9 -o images.npz
     """
-    count, channels, height, width = images.shape
-    scale = max(1, -(-_CELL // max(height, width)))
-    tall, wide, rows = height * scale, width * scale, -(-count // columns)
-    size = (rows * (tall + _GAP) + _GAP, columns * (wide + _GAP) + _GAP)
-    if channels not in (1, 3):
-        raise ValueError(f"images of {channels} channels make no picture: write them to an .npz")
-    if size[0] * size[1] > _MOST_PIXELS:
-        raise ValueError(f"a grid of {count} images has {size[1]}×{size[0]} pixels: ask for fewer, or write an .npz")
-    sheet = torch.full((*size, channels), 255, dtype=torch.uint8)
-    pixels = (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    for position, image in enumerate(pixels):
-        row, column = divmod(position, columns)
-        top, left = _GAP + row * (tall + _GAP), _GAP + column * (wide + _GAP)
-        sheet[top : top + tall, left : left + wide] = image
-    mode, data = "L" if channels == 1 else "RGB", sheet.numpy().tobytes()
-    buffer = memory.BytesIO()
-    extra("PIL.Image", PILLOW).frombytes(mode, size[::-1], data).save(buffer, "PNG")
-    return buffer.getvalue()
+    file = generator_in(source)
+    if file is None:
+        raise ValueError(
+            f"{source} holds no generator; give the folder that penult generate wrote, or its {GENERATOR_FILE}"
+        )
+    results = draw_images(file, out, classes, count, confident, seed, device, RichReporter(stderr=as_json))
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
 
 
 def generator_in(source: str) -> Path | None:
-    """The file of a generator that a folder or file holds; None for a file of something else.
+    """Return the generator's file of a folder, or the file itself; None for a file of another kind.
 
     Raises:
         ValueError: There is no such file or folder, or the folder holds no generator.
     """
+    from penult import io
+    from penult.cli._training import SETTINGS_FILE
+
     path = Path(source)
     if path.is_dir():
         if not (path / GENERATOR_FILE).exists():
-            what = "a training that was stopped" if (path / SETTINGS_FILE).exists() else "no generator"
+            state = "a training that was stopped" if (path / SETTINGS_FILE).exists() else "no generator"
             raise ValueError(
-                f"{source} holds {what}: there is no {GENERATOR_FILE} to draw from. To train, or to go on, give the "
-                "pair (penult fit writes it), --model, --images and --out"
+                f"{source} holds {state}: there is no {GENERATOR_FILE} to draw from. To train or resume, call penult "
+                "generate with the pair (penult fit writes it), --model, --images and --out"
             )
         return path / GENERATOR_FILE
     if not path.exists():
         raise ValueError(
-            f"SOURCE {source} does not exist; it is a pair that penult fit wrote, which is trained on, or what a "
-            "training wrote, to draw from. The classifier goes to --model"
+            f"{source} does not exist; give a pair that penult fit wrote to train on, or a folder that penult generate "
+            "wrote to draw from. The classifier goes to --model"
         )
     try:
         return path if io.read(path).kind == "generator" else None
     except io.FileFormatError:
-        return None  # the training says what it is
+        # The training says what is wrong with a file that is no generator.
+        return None
 
 
-def draw(
+def draw_images(
     file: Path,
     out: Path,
     classes: Sequence[int] | None,
@@ -95,35 +99,75 @@ def draw(
     device: str,
     reporter: RichReporter,
 ) -> dict[str, Any]:
-    """Draw images of classes from a generator's file, to a grid or to arrays."""
+    """Draw images from a generator's file, write them to a grid or to arrays, and return the results for --json."""
+    import torch
+
+    from penult import io
+    from penult._extras import extra
+    from penult.generate import load
+
     if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out {out}: images are drawn to a grid, name.png, or to arrays, name.npz")
-    extra("PIL.Image", PILLOW) if out.suffix == ".png" else extra("numpy", "it writes arrays")
-    where = device_of(device)
-    generator = load(file, device=where)
-    asked = list(classes or range(generator.pair.head.num_classes))
-    each = count or (COLUMNS if len(asked) > 1 else COLUMNS**2)
-    y = torch.tensor(asked, device=where).repeat_interleave(each)
-    columns = each if len(asked) > 1 else math.ceil(each**0.5)
-    images = generator.generate(y, confident, generator=torch.Generator(where).manual_seed(seed)).float().cpu()
+        raise ValueError(f"--out {out}: images are written to a grid, name.png, or to arrays, name.npz")
+    extra("PIL.Image", PILLOW) if out.suffix == ".png" else extra("numpy", "NumPy writes arrays")
+    torch_device = device_of(device)
+    generator = load(file, device=torch_device)
+    labels = list(classes or range(generator.pair.head.num_classes))
+    count_per_class = count or (_COLUMNS if len(labels) > 1 else _COLUMNS**2)
+    columns = count_per_class if len(labels) > 1 else math.ceil(count_per_class**0.5)
+    y = torch.tensor(labels, device=torch_device).repeat_interleave(count_per_class)
+    random = torch.Generator(torch_device).manual_seed(seed)
+    images = generator.generate(y, confident, generator=random).float().cpu()
     if out.suffix == ".png":
         data = grid(images, columns)
     else:
         buffer = memory.BytesIO()
-        numpy = extra("numpy", "it writes arrays")
-        numpy.savez_compressed(buffer, images=images.numpy(), labels=y.cpu().numpy())
+        extra("numpy", "NumPy writes arrays").savez_compressed(buffer, images=images.numpy(), labels=y.cpu().numpy())
         data = buffer.getvalue()
     io.write_bytes(out, data)
-    of = f"{each} of each of {len(asked)} classes" if len(asked) > 1 else f"all of class {asked[0]}"
-    reporter.line(f"{out}: {len(images)} images, {of}")
+    shares = f"{count_per_class} for each of {len(labels)} classes" if len(labels) > 1 else f"all of class {labels[0]}"
+    reporter.line(f"{out}: {len(images)} images, {shares}")
     return {
         "out": str(out),
         "source": str(file),
         "images": len(images),
-        "classes": asked,
-        "of_each": each,
+        "classes": labels,
+        "of_each": count_per_class,
         "shape": list(images.shape[1:]),
         "confident": confident,
         "stored_activations": generator.stored_activations,
         "seed": seed,
     }
+
+
+def grid(images: Tensor, columns: int) -> bytes:
+    """Return a PNG of images (N, C, H, W) in [0, 1] in rows; small images are enlarged, with white between them.
+
+    Raises:
+        ImportError: Pillow is missing.
+        ValueError: Images are neither grey nor in colour, or the grid would be too large.
+    """
+    import torch
+
+    from penult._extras import extra
+
+    count, channels, height, width = images.shape
+    scale = max(1, -(-_CELL // max(height, width)))
+    cell_height, cell_width, rows = height * scale, width * scale, -(-count // columns)
+    size = (rows * (cell_height + _GAP) + _GAP, columns * (cell_width + _GAP) + _GAP)
+    if channels not in (1, 3):
+        raise ValueError(f"images have {channels} channels; expected 1 or 3 for a grid. Write them to an .npz")
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise ValueError(
+            f"a grid of {count} images has {size[1]}×{size[0]} pixels, too many: draw fewer, or write an .npz"
+        )
+    sheet = torch.full((*size, channels), 255, dtype=torch.uint8)
+    pixels = (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    for position, image in enumerate(pixels):
+        row, column = divmod(position, columns)
+        top, left = _GAP + row * (cell_height + _GAP), _GAP + column * (cell_width + _GAP)
+        sheet[top : top + cell_height, left : left + cell_width] = image
+    mode, data = "L" if channels == 1 else "RGB", sheet.numpy().tobytes()
+    buffer = memory.BytesIO()
+    extra("PIL.Image", PILLOW).frombytes(mode, size[::-1], data).save(buffer, "PNG")
+    return buffer.getvalue()

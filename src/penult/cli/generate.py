@@ -29,6 +29,7 @@ from penult.cli._options import (
     Workers,
     plain,
 )
+from penult.cli.draw import draw_images, generator_in
 
 __all__ = ["KINDS", "generate"]
 
@@ -79,23 +80,20 @@ def generate(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="To train: a *.penult.safetensors of penult fit, or another file that holds a head. To draw: the "
-            "folder that a training wrote, or its generator.safetensors.",
+            help="Pair written by `penult fit`, *.penult.safetensors; or a .safetensors file with a head. To draw: see "
+            "`penult draw`.",
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="To train: a folder. To draw: a grid, .png, or arrays, .npz.")
+        Path,
+        typer.Option("--out", "-o", help="Folder to write to; a killed run resumes there. To draw: .png or .npz."),
     ],
     confident: Annotated[
-        float | None, typer.Option(help="Keep activations with p(y|h) above it: clearer images, of less variety.")
+        float | None,
+        typer.Option(help="Also judge and show images of activations with p(y|h) above this."),
     ] = None,
-    classes: Annotated[
-        list[int] | None, typer.Option("--class", help="Draw images of this class (repeatable); else of all.")
-    ] = None,
-    count: Annotated[
-        int | None,
-        typer.Option("--count", "-n", help="Images to draw of each class; else 8, or 64 of one alone.", min=1),
-    ] = None,
+    classes: Annotated[list[int] | None, typer.Option("--class", help="Only to draw: see `penult draw`.")] = None,
+    count: Annotated[int | None, typer.Option("--count", "-n", help="Only to draw: see `penult draw`.", min=1)] = None,
     model: Annotated[str | None, typer.Option(help="The classifier's network, package.module:factory.")] = None,
     weights: Annotated[
         Path | None, typer.Option(help="A .safetensors state dict for the classifier that the factory makes.")
@@ -185,7 +183,7 @@ def generate(
     precision: Precision = "32-true",
     as_json: AsJson = False,
 ) -> None:
-    """Train a generator of images on a classifier's activations, or draw images of classes from one.
+    """Train a generator of images on a classifier's activations.
 
     With a pair, a generator is trained on images, without their labels; what it makes of draws of p(h|y) are images of
     class y. The law that the pair holds decides how good they are: fit one to activations of such images.
@@ -194,7 +192,7 @@ def generate(
     What is judged and shown is what the file holds: no activation of a real image, unless --store-activations is given.
     Training goes by Lightning (extra train): the same command continues after a kill, and gives the same generator.
 
-    With a folder that a training wrote, images are drawn; no classifier is needed.
+    `penult draw` draws images from the trained generator. `penult generate RUN -o grid.png` does the same.
 
     Example: penult extract mynets:net photos/ --out acts/, then penult fit acts/ --out net.penult.safetensors
 
@@ -202,11 +200,9 @@ def generate(
 
     Example: penult generate net.penult.safetensors --model mynets:net --images photos/ --kind gan --out run/
 
-    Example: penult generate run/ --class 7 -n 64 -o grid.png
+    Example: penult draw run/ --class 7 -n 64 -o grid.png
     """
     values: dict[str, Any] = dict(locals())
-    from penult.cli import _generate_train, draw  # which load torch and Lightning
-
     launch = Launch(device, devices, num_nodes, strategy)
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     given = {
@@ -214,14 +210,16 @@ def generate(
         for parameter in context.command.params
         if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
     }
-    file = draw.generator_in(source)
+    file = generator_in(source)
     if file is not None:
         training = [flag for name, flag in given.items() if name not in (*_DRAWING, *_BOTH)]
         _refuse(training, "training", f"{source} is drawn from")
-        facts = draw.draw(file, out, classes, count, confident, seed, device, reporter)
+        facts = draw_images(file, out, classes, count, confident, seed, device, reporter)
         if as_json:
             typer.echo(json.dumps(facts, indent=2))
         return
+    from penult.cli import _generate_train  # which loads Lightning and the report
+
     _refuse([flag for name, flag in given.items() if name in _DRAWING], "drawing", f"{source} is trained on")
     own = KINDS[kind.value]
     for other, options in KINDS.items():
