@@ -141,7 +141,7 @@ def test_the_prior_of_other_activations(penult_json, refused, here):
     penult_json(*command, "--base", "gaussian", "--prior-from", "shifted")
     assert penult.load("out.safetensors").prior.probs.tolist() == pytest.approx([0.8, 0.15, 0.05], abs=0.04)
     penult.Activations(torch.eye(3), torch.zeros(3, 3)).save("alien")
-    assert "does not make the stored logits of alien" in refused(*command, "--prior-from", "alien")
+    assert "does not give the logits stored in alien" in refused(*command, "--prior-from", "alien")
 
 
 def test_extracting_again_returns_what_is_there_and_half_precision(penult_json, here, activations):
@@ -217,7 +217,7 @@ def test_activations_after_a_relu_are_warned_of_in_one_line(penult_json, here, f
         warned = [line for line in done.stderr.splitlines() if "ReLU" in line]
         assert len(warned) == lines, (base, folder)
         for line in warned:
-            assert line.startswith("penult: warning: a ReLU stands right before this head, and h-few holds what")
+            assert line.startswith("penult: warning: a ReLU stands right before this head, and h-few holds its output")
             assert "penult extract --pre-activation" in line
         assert "UserWarning" not in done.stderr
 
@@ -276,24 +276,33 @@ def test_a_folder_that_another_process_writes_to(refused, here):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["extract", "digits.safetensors", "digits", "--out", "x"], "the network has to run: give"),
+        (["extract", "digits.safetensors", "digits", "--out", "x"], "the network has to run; give"),
         (["extract", "usernets:trained", "gone", "--out", "x"], "gone"),
         (["fit", "nowhere", "--out", "x.safetensors"], "nowhere"),
-        (["fit", "acts", "--head", "digits.safetensors", "--out", "x.safetensors"], "does not make the stored logits"),
-        (["fit", "acts", "--head", "two.safetensors", "--weight-key", "a.weight", "--out", "x.safetensors"], "(3, 4)"),
+        (
+            ["fit", "acts", "--head", "digits.safetensors", "--out", "x.safetensors"],
+            "does not give the logits stored in acts",
+        ),
+        (
+            ["fit", "acts", "--head", "two.safetensors", "--weight-key", "a.weight", "--out", "x.safetensors"],
+            "as the head in two.safetensors",
+        ),
         (["fit", "acts", "--head", "gone.safetensors", "--out", "x.safetensors"], "gone.safetensors does not exist"),
         (["fit", "acts", "--out", "no/such/folder.safetensors"], "no/such"),
         (["fit", "acts", "--prior-from", "nowhere", "--out", "x.safetensors"], "nowhere"),
         (["fit", "acts", "--base", "bank", "--dims", "3", "--out", "x.safetensors"], "the bank base has no --dims"),
         (["fit", "acts", "--base", "class", "--components", "3", "--out", "x.safetensors"], "goes with --base mixture"),
         (["fit", "acts", "--no-ambient", "--out", "x.safetensors"], "goes with --base sphere or centered or elliptic"),
-        (["fit", "acts", "--base", "auto", "--ambient", "--out", "x.safetensors"], "--base auto compares bases as"),
+        (
+            ["fit", "acts", "--base", "auto", "--ambient", "--out", "x.safetensors"],
+            "--base auto compares bases with",
+        ),
         (["sample", "gone.safetensors", "--out", "x"], "does not exist"),
         (["sample", "digits.safetensors", "--class", "10", "--out", "x"], "label 10 is out of range"),
         (["sample", "digits.safetensors", "--out", "acts"], "acts"),
-        (["sample", "digits.safetensors", "--out", "d.npz"], "becomes a folder of shards"),
+        (["sample", "digits.safetensors", "--out", "d.npz"], "expected a folder, a name without .npz"),
         (["sample", "acts", "--out", "x"], "is a folder; a pair is a file"),
-        (["fit", "acts", "--out", "x.pth"], "is a safetensors file, so name it"),
+        (["fit", "acts", "--out", "x.pth"], "expected a .safetensors file"),
         (
             ["extract", "usernets:trained", "digits", "--mode", "RGB", "--out", "x"],
             "given images of shape (16, 3, 8, 8)",

@@ -382,7 +382,7 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ((*DATA, "--class", "3", "-n", "2"), "--class, --count go with drawing"),
         ((*DATA, "--judge-weights", "net.safetensors"), "--judge-weights goes with --judge"),
         ((*DATA, "--judge", "gennets:gone"), "--judge 'gennets:gone'"),
-        ((*DATA, "--judge", "gennets:seven"), "--judge gennets:seven has 7 classes, but the head has 10"),
+        ((*DATA, "--judge", "gennets:seven"), "--judge gennets:seven has 7 classes; expected 10"),
         ((*DATA, "--judge", "gennets:net", "--judge-weights", "gone"), "--judge-weights gone does not exist"),
         ((*DATA, "--confident", "2"), "confident must be a probability"),
         ((*DATA, "--confident", "0.9999999"), "the highest was"),
@@ -420,7 +420,7 @@ def test_a_folder_of_something_else_is_left_alone(refused, place):
     (place / "other/settings.json").write_text('{"kind": "soft"}')  # of a distillation
     assert "other holds other files, and no generator" in refused(*DATA, "--out", "other", "--overwrite")
     assert "becomes the folder of a training" in refused(*DATA, "--out", "x.png")
-    assert "becomes a folder" in refused(*DATA, "--out", "x.npz")
+    assert "expected a folder" in refused(*DATA, "--out", "x.npz")
 
 
 def test_bad_input_to_draw_from(refused, place):

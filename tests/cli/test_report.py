@@ -90,31 +90,31 @@ def test_a_page_from_images_shows_them(place, penult_json):
 def test_labels_of_other_classes_are_left_out(place):
     done = CliRunner().invoke(app, [*PAIR, "--data", "many.npz", "--model", "usernets:trained", "--out", "page.html"])
     assert done.exit_code == 0, done.output
-    assert "many.npz has 90 classes, but the head has 10: its labels mean other things" in done.output
+    assert "many.npz has 90 classes, but the head has 10: its labels are ignored" in done.output
     assert "of 45 familiar inputs" in done.output
 
 
 def test_names_of_other_sets(place):
-    from penult.cli.report import _named
+    from penult.cli.report import _named_sources
 
     (place / "a=b.npz").write_bytes(b"")
     given = ["noise.npz", "digits", "far away=some/x.parquet", "a=b.npz", "glob/*.parquet"]
-    assert _named(given, "familiar") == {
+    assert _named_sources(given, "familiar") == {
         "noise": "noise.npz", "digits": "digits", "far away": "some/x.parquet", "a=b": "a=b.npz",
         "*": "glob/*.parquet",
     }  # fmt: skip
 
 
 def test_bad_input_is_refused_in_one_line(place, refused):
-    assert "name it such as page.html" in refused(*PAIR, "--data", "acts", "--out", "page.txt")
+    assert "expected a page, for example page.html" in refused(*PAIR, "--data", "acts", "--out", "page.txt")
     assert "the name 'rotated' is taken" in refused(*FAMILIAR, "--ood", "rotated", "--ood", "./rotated")
     assert "the name 'familiar' is taken" in refused(*FAMILIAR, "--ood", "familiar=rotated")
-    assert "neither a source nor NAME=SOURCE" in refused(*FAMILIAR, "--ood", "=rotated")
+    assert "expected a source, or NAME=SOURCE" in refused(*FAMILIAR, "--ood", "=rotated")
     assert "there is no 'nowhere'" in refused(*FAMILIAR, "--ood", "nowhere")
     assert "give --model" in refused(*FAMILIAR, "--ood", "noise.npz")
     assert "expected at least 1997" in refused(*FAMILIAR, "--false-alarm", "0.001")
     penult.GenerativePair(penult.Head(torch.randn(3, 5))).save(place / "other.penult.safetensors")
-    assert "reads 5 and has 3" in refused(
+    assert "expected dimension 5 and 3 classes" in refused(
         "report", "other.penult.safetensors", "--data", "acts", "--out", "page.html", "--score", "energy"
     )
     assert not (place / "page.html").exists()

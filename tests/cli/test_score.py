@@ -120,7 +120,7 @@ def test_images_are_read_by_the_network(place, penult_json):
         ("elliptic", (), "score: directional, since the base is an elliptic sphere; higher is stranger"),
         ("round", (), "score: directional, since the base is a sphere; penult fit --base elliptic"),
         ("mixture", (), "score: energy, since the base is a "),
-        ("elliptic", ("--score", "max-logit"), "score: max-logit, as asked"),
+        ("elliptic", ("--score", "max-logit"), "score: max-logit, as given by --score"),
         ("elliptic", ("--calibrate", "familiar"), "at most 5% are called strange on average over such sets of 200"),
         ("elliptic", ("--calibrate", "familiar"), "p-value"),
     ],
@@ -158,7 +158,7 @@ def test_bad_input_is_refused_in_one_line(place, refused):
     small = ("--model", "usernets:Nets.small")
     assert "dimension 16 and 10 classes" in refused(*run, "new.npz", *small)
     other = ("--model", "usernets:trained", "--weights", "digits.safetensors")
-    assert "give the pair of this very network" in refused(*run, "new.npz", *other)
+    assert "Give the head or pair of this very network" in refused(*run, "new.npz", *other)
     assert not (place / "scores.txt").exists()
 
 
@@ -178,14 +178,14 @@ def test_a_pair_without_density_is_refused(place, refused, monkeypatch):
 
 def test_classes_are_called_as_those_of_the_network_and_not_as_strange_inputs():
     """CIFAR-10 has as many classes as MNIST."""
-    from penult.cli.score import _names
+    from penult.cli.score import _class_names
 
     h = torch.eye(10).repeat(20, 1)
     digits = tuple("0123456789")
     own = penult.Activations(h, 5 * h, torch.arange(10).repeat(20), digits)
     strange = penult.Activations(h, 5 * h, torch.arange(10).repeat_interleave(20), tuple("abcdefghij"))
-    assert _names(own, strange) == _names(None, own) == digits
-    assert _names(None, strange) is None
+    assert _class_names(own, strange) == _class_names(None, own) == digits
+    assert _class_names(None, strange) is None
 
 
 def test_what_takes_its_time_is_said_where_nobody_sees_it_turn(capsys):

@@ -390,7 +390,7 @@ def test_a_head_that_makes_no_pair(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"fc.weight": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}, path)
     assert load_head(path).num_classes == 3
-    with pytest.raises(ValueError, match=r"the head in .*model.safetensors makes no pair without data"):
+    with pytest.raises(ValueError, match=r"the head in .*model.safetensors gives no pair without data"):
         load_pair(path)
 
 

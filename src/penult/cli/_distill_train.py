@@ -7,31 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch.utils.data import DataLoader
+
 from penult.cli._console import RichReporter
-from penult.cli._inputs import held_out, loader_of
+from penult.cli._inputs import ImageSubset, guessing
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from penult.activations import Tap
-    from penult.data import ImageDataset
     from penult.distill import Distiller, GateSummary, TargetDataset
     from penult.pair import GenerativePair
 
     Kind = Literal["soft", "activation", "hinted"]
 
-__all__ = ["STUDENT_FILE", "Lesson", "Share", "accuracy_of", "confusion_of", "lesson_of", "save", "share_of", "summary"]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What is trained on, and what is judged by."""
-
-    train: Any
-    labels: Tensor | None
-    val: Any
-    held_out: int
+__all__ = ["STUDENT_FILE", "Lesson", "accuracy_of", "confusion_of", "lesson_of", "save", "summary"]
 
 
 @dataclass(frozen=True)
@@ -43,24 +34,11 @@ class Lesson:
     teacher_accuracy: float | None
 
 
-def share_of(dataset: ImageDataset, judge: ImageDataset | None, seed: int) -> Share:
-    """What is trained on and what is judged by: all and `judge`, or nine tenths and the rest."""
-    from torch.utils.data import Subset
-
-    if judge is not None:
-        if judge.labels is None:
-            raise ValueError("the images of --val have no labels to judge by")
-        return Share(dataset, dataset.labels, judge, 0)
-    if dataset.labels is None:
-        return Share(dataset, None, None, 0)
-    train, val = held_out(len(dataset), seed)
-    return Share(Subset(dataset, train.tolist()), dataset.labels[train], Subset(dataset, val.tolist()), len(val))
-
-
 def lesson_of(
     pair: GenerativePair,
     tap: Tap | None,
-    share: Share,
+    training: ImageSubset,
+    validation: ImageSubset | None,
     kind: Kind,
     temperature: float,
     names: list[str],
@@ -75,18 +53,16 @@ def lesson_of(
     if tap is None:
         if kind == "hinted":
             raise ValueError("hints are what a teacher's network makes of the images: give package.module:factory")
-        made = targets(pair, share.labels, kind, temperature=temperature)
-        return Lesson(TargetDataset(share.train, made), None, None)
-    reporter.line(f"running the teacher over {len(share.train)} images, once")
-    acts = extract(tap, loader_of(share.train, **loading), progress=True)
+        made = targets(pair, training.labels, kind, temperature=temperature)
+        return Lesson(TargetDataset(training.images, made), None, None)
+    reporter.line(f"running the teacher over {len(training)} images, once")
+    acts = extract(tap, DataLoader(training.images, **loading), progress=True)
     gate = Gate.fit(pair, acts, sharpness=_SHARPNESS[kind], class_names=names)
-    labels, believed = share.labels, gate.summary
+    labels, believed = training.labels, gate.summary
     assert believed is not None
     if believed.accuracy is not None and is_chance_level(believed.accuracy, len(acts), pair.head.num_classes):
         warnings.warn(
-            f"the teacher gives {believed.accuracy:.1%} of the labels, as by guessing: are they numbers of its own "
-            f"{pair.head.num_classes} classes, is it trained (--weights), and are the images as in its training "
-            "(--mean, --std, --size)?",
+            guessing("the teacher", believed.accuracy, pair.head.num_classes),
             UserWarning,
             stacklevel=2,
         )
@@ -100,12 +76,12 @@ def lesson_of(
         labels = pseudo_labels(pair, acts)
     made = targets(pair, labels, kind, temperature=temperature, activations=acts, gate=gate)
     accuracy = None
-    if share.val is not None:
-        seen = extract(tap, loader_of(share.val, **loading))
+    if validation is not None:
+        seen = extract(tap, DataLoader(validation.images, **loading))
         assert seen.labels is not None
         accuracy = float((seen.logits.argmax(-1) == seen.labels).double().mean())
     tap.cpu()
-    return Lesson(TargetDataset(share.train, made, labels), gate.summary, accuracy)
+    return Lesson(TargetDataset(training.images, made, labels), gate.summary, accuracy)
 
 
 def confusion_of(distiller: Distiller, loader: Any, device: torch.device) -> Tensor:

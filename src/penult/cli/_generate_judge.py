@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penult.activations import Tap, extract
-from penult.cli._inputs import Share
-from penult.cli._models import load_model, users_code
+from penult.cli._inputs import Classifier, ImageSubset, NetworkOptions
 from penult.generate import ActivationGenerator, Judge
-from penult.head import find_head
 from penult.report.generate import Pictures, pictures_of, seeded
 
 __all__ = ["JUDGED", "evaluator_of", "judged"]
@@ -24,51 +21,41 @@ _EVENLY = 200  # images of all classes together, where no real ones say how many
 
 
 def evaluator_of(
-    network: nn.Module,
-    normalize: nn.Module | None,
+    classifier: Classifier,
+    options: NetworkOptions,
+    judge: NetworkOptions | None,
+    normalization: nn.Module | None,
     images: Tensor,
-    classes: int,
-    name: str | None,
-    weights: Path | None,
-    path: str | None,
-    fold: bool,
 ) -> Tap:
-    """The classifier, or an independent one, as a judge of images in [0, 1].
+    """Return the evaluator of images in [0, 1]: an independent classifier, or else the classifier itself.
 
     Args:
-        network: The classifier.
-        normalize: What brings images to what both take.
-        images: Some, on their device.
-        classes: That both have to know.
-        name: Of an independent one.
-        weights: Of an independent one, if it was made without.
-        path: Name of the classifier's head, if known.
-        fold: Whether a norm layer before a head is folded into it.
+        classifier: The classifier.
+        options: Its options.
+        judge: Options of an independent classifier, or None.
+        normalization: Preprocessing that both need, or None.
+        images: Some images in [0, 1] on the device of the classifier.
+
+    Raises:
+        ValueError: The independent classifier has another number of classes.
     """
-    own = name is None
-    judge = network
-    if name is not None:
-        try:
-            judge = load_model(name, weights).to(images.device)
-        except ValueError as error:
-            raise ValueError(str(error).replace("--weights", "--judge-weights").replace("MODEL", "--judge")) from error
-    path = path if own else None
-    if normalize is not None:
-        judge, path = nn.Sequential(normalize, judge), None if path is None else f"1.{path}"
-    with nullcontext() if own else users_code(f"--judge {name}, given images {tuple(images.shape)},"):
-        head = find_head(judge, images, path=path, fold=fold)
-    if head.num_classes != classes:
+    network, options = (classifier.network, options) if judge is None else (judge.load(images.device), judge)
+    if normalization is not None:
+        network = nn.Sequential(normalization, network)
+        options = replace(options, path=None if options.path is None else f"1.{options.path}")
+    head, num_classes = options.find_head(network, images), classifier.head.num_classes
+    if head.num_classes != num_classes:
         raise ValueError(
-            f"--judge {name} has {head.num_classes} classes, but the head has {classes}: it must know the same"
+            f"--judge {options.name} has {head.num_classes} classes; expected {num_classes}, as the classifier has"
         )
-    return Tap(judge, head)
+    return Tap(network, head)
 
 
 def judged(
     generator: ActivationGenerator,
     evaluator: Tap,
-    trained: Share,
-    held: Share,
+    trained: ImageSubset,
+    validation: ImageSubset,
     confident: float | None,
     seed: int,
     loading: dict[str, Any],
@@ -79,14 +66,14 @@ def judged(
         generator: What is judged.
         evaluator: The judge.
         trained: Images that it was trained on.
-        held: Images to compare with.
+        validation: Images to compare with.
         confident: What p(y|h) has to exceed of draws that are judged as well.
         seed: Of what is drawn and chosen.
         loading: Options of a loader.
     """
     k = generator.pair.head.num_classes
-    real, labels = held.some(JUDGED, seed, loading)
-    known, known_labels = trained.some(_COMPARED, seed, loading)
+    real, labels = validation.load(JUDGED, seed, loading)
+    known, known_labels = trained.load(_COMPARED, seed, loading)
     facts: dict[str, Any] = {"labels": "given" if labels is not None else "judge", "skipped": []}
     labels = _read(evaluator, real) if labels is None else labels
     known_labels = _read(evaluator, known) if known_labels is None else known_labels

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import typer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from penult import io
 from penult._extras import extra
@@ -19,20 +20,9 @@ from penult.activations import Tap, _checksum, extract
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli._console import RichReporter, warnings_as_lines
 from penult.cli._generate_judge import JUDGED, evaluator_of, judged
-from penult.cli._inputs import (
-    FEW,
-    Normalized,
-    Share,
-    class_names,
-    first_images_of_one_size,
-    held_out,
-    load_images,
-    loader_of,
-    normalization,
-    watched,
-)
+from penult.cli._inputs import ImageOptions, ImageSubset, NetworkOptions, class_names, first_images, split
 from penult.cli._launch import Launch
-from penult.cli._models import folder_path, load_model, load_pair
+from penult.cli._models import folder_path, load_pair
 from penult.cli._options import plain
 from penult.cli._training import (
     CHECKPOINT,
@@ -132,31 +122,24 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
     out, where = _folder(order.out), launch.device
     with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         pair = load_pair(order.source, order.weight_key, order.bias_key)
-        by = normalization(order.mean, order.std)
-        normalize = None if by is None else Normalized(by)
-        reading = {"size": order.size, "mode": order.mode, "mean": None, "std": None}
-        dataset = load_images(order.images, **reading)
-        other = None if order.val is None else load_images(order.val, **reading)
-        datasets = {order.images: dataset} | ({} if order.val is None else {order.val: other})
-        first = first_images_of_one_size(dataset, FEW)
+        image_options = ImageOptions(order.size, order.mode, order.mean, order.std)
+        normalize = image_options.normalization
+        dataset = image_options.read(order.images, normalized=False)
+        other = None if order.val is None else image_options.read(order.val, normalized=False)
+        datasets = {order.images: dataset} | ({} if order.val is None or other is None else {order.val: other})
+        first = first_images(dataset, order.images)
         _check_shape(order, first, other)
         names = class_names(pair.head.num_classes, datasets)
         labels = [each.labels for each in (dataset, other) if each is not None]
         if order.condition == "label" and any(each is None for each in labels):
             raise ValueError("--condition label needs labels of all images; --condition activation needs none")
-        network = load_model(order.model, order.weights).to(where)
-        seen = (first if normalize is None else normalize(first)).to(where)
-        pair, tap = watched(order.model, network, seen, pair, order.source, order.path, order.fold, reporter)
-        evaluator = evaluator_of(
-            network,
-            normalize,
-            first.to(where),
-            pair.head.num_classes,
-            order.judge,
-            order.judge_weights,
-            order.path,
-            order.fold,
-        )
+        options = NetworkOptions(order.model, order.weights, order.path, order.fold, "--model")
+        classifier = options.open(first if normalize is None else normalize(first), where, reporter)
+        pair, tap = classifier.pair(pair, order.source), classifier.tap
+        judge = None
+        if order.judge is not None:
+            judge = NetworkOptions(order.judge, order.judge_weights, None, order.fold, "--judge", "--judge-weights")
+        evaluator = evaluator_of(classifier, options, judge, normalize, first.to(where))
         settings = order.settings | {"head": _checksum(pair.head), "count": len(dataset)}
         settings["content"] = digest(
             first,
@@ -173,11 +156,9 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
                 say_complete(out, as_json, reporter)
             return
 
-        if other is None:
-            trained, held = (Share(dataset, places) for places in held_out(len(dataset), order.seed))
-            reporter.line(f"{len(held.places)} of {len(dataset)} images are held out to judge by; --val gives others")
-        else:
-            trained, held = (Share(each, torch.arange(len(each))) for each in (dataset, other))
+        trained, held = split(dataset, other, order.seed)
+        if held.held_out:
+            reporter.line(f"{len(held)} of {len(dataset)} images are held out to judge by; --val gives others")
         generator = _made(order, pair, tap, normalize, tuple(first.shape[1:]), trained)
         law = _law(order, generator, reporter)
         trainer = trainer_of(
@@ -199,7 +180,7 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
             trainer,
             generator,
             trained.images,
-            loader_of(held.images, **order.loading),
+            DataLoader(held.images, **order.loading),
             out=out,
             seed=order.seed,
             loading=order.loading,
@@ -218,8 +199,8 @@ def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
     facts = {
         "out": str(out),
         "kind": order.kind,
-        "images": len(trained.places),
-        "judged_by": len(held.places),
+        "images": len(trained),
+        "judged_by": len(held),
         "held_out": order.val is None,
         "shape": list(first.shape[1:]),
         "judge": order.judge,
@@ -248,7 +229,7 @@ def _folder(out: Path) -> Path:
 
 def _check_shape(order: Order, first: Tensor, other: ImageDataset | None) -> None:
     """Refuse images to judge by that are of another shape."""
-    if other is not None and (shape := first_images_of_one_size(other, FEW).shape[1:]) != first.shape[1:]:
+    if other is not None and (shape := first_images(other, f"--val {order.val}").shape[1:]) != first.shape[1:]:
         raise ValueError(
             f"the images of --val {order.val} are of shape {tuple(shape)}, those of --images {tuple(first.shape[1:])}: "
             "bring both to one with --size and --mode"
@@ -256,7 +237,12 @@ def _check_shape(order: Order, first: Tensor, other: ImageDataset | None) -> Non
 
 
 def _made(
-    order: Order, pair: GenerativePair, tap: Tap, normalize: nn.Module | None, shape: tuple[int, ...], trained: Share
+    order: Order,
+    pair: GenerativePair,
+    tap: Tap,
+    normalize: nn.Module | None,
+    shape: tuple[int, ...],
+    trained: ImageSubset,
 ) -> ActivationGenerator:
     """The generator before its training, after a look at whether it can give what is asked for."""
     activations = None
@@ -271,7 +257,7 @@ def _made(
             UserWarning,
             stacklevel=2,
         )
-        images, _ = trained.some(JUDGED, order.seed, order.loading)
+        images, _ = trained.load(JUDGED, order.seed, order.loading)
         # Draws would not tell what real activations are like.
         activations = extract(tap, [x if normalize is None else normalize(x) for x in images.split(500)])
     torch.manual_seed(order.seed)  # of the first weights

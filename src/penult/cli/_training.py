@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from torch.utils.data import DataLoader
 
 from penult.cli._console import RichReporter, quiet
-from penult.cli._inputs import loader_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +203,7 @@ def fit(
     order: Any = DistributedSampler(data, trainer.world_size, trainer.global_rank, seed=seed)
     order.set_epoch(before)  # Lightning does, but workers that are asked ahead begin before
     # A last batch of one image would have no variance to normalise by.
-    loader = loader_of(
+    loader = DataLoader(
         data,
         sampler=order,
         drop_last=len(order) % loading["batch_size"] == 1 and len(order) > 1,

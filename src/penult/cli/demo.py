@@ -9,18 +9,17 @@ from typing import Annotated
 import typer
 
 from penult.cli._console import RichReporter
+from penult.cli._options import AsJson, Seed
 
 __all__ = ["demo"]
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("penult-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.", min=0)] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the figures as JSON; progress goes to stderr.")
-    ] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the main job on scikit-learn's digits and write a page.
+    """Show every part of penult on scikit-learn's digits, and write a page.
 
     Example: penult demo --out penult-demo
     """
@@ -29,9 +28,10 @@ def demo(
     try:
         from penult.demo import run
     except ImportError as error:
-        raise ImportError(f'the demo shows every part of penult: pip install "penult[all]" ({error})') from error
+        raise ImportError(f'the demo needs every extra of penult: pip install "penult[all]" ({error})') from error
 
-    torch.set_num_threads(1)  # on networks this small a second thread gains little, and costs dearly on busy cores
+    # On networks this small a second thread gains little, and costs much on busy cores.
+    torch.set_num_threads(1)
     job = run(out, seed, RichReporter(stderr=as_json))
     if as_json:
         typer.echo(json.dumps(job.results, indent=2))

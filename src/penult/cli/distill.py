@@ -120,10 +120,12 @@ def distill(
     import torch
 
     settings = {name: plain(value) for name, value in locals().items() if name in _RECORDED}
+    from torch.utils.data import DataLoader
+
     from penult import io
     from penult.activations import _checksum
-    from penult.cli._distill_train import STUDENT_FILE, accuracy_of, confusion_of, lesson_of, save, share_of, summary
-    from penult.cli._inputs import FEW, class_names, first_images, load_images, loader_of, watched
+    from penult.cli._distill_train import STUDENT_FILE, accuracy_of, confusion_of, lesson_of, save, summary
+    from penult.cli._inputs import ImageOptions, ImageSubset, NetworkOptions, class_names, first_images, split
     from penult.cli._training import (
         CHECKPOINT,
         LOG_FILE,
@@ -144,20 +146,22 @@ def distill(
     reporter, where = RichReporter(stderr=as_json, silent=launch.rank > 0), launch.device
     settings |= {"devices": launch.devices, "num_nodes": launch.num_nodes}
     folder_path(out)
-    loading = {"batch_size": batch_size, "num_workers": workers}
+    loading: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers}
     with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        reading = {"size": size, "mode": mode, "mean": mean, "std": std}
-        dataset = load_images(data, **reading)
-        judge = None if val is None else load_images(val, **reading)
-        images = first_images(dataset, FEW)
+        image_options = ImageOptions(size, mode, mean, std)
+        dataset = image_options.read(data)
+        judge = None if val is None else image_options.read(val)
+        images = first_images(dataset, data)
         if is_file(teacher):
             _refuse_for_files(teacher, {"--pair": pair, "--weights": weights, "--path": path})
             known, tap = load_pair(teacher, weight_key, bias_key), None
         else:
-            network = load_model(teacher, weights).to(where)
             given = None if pair is None else load(pair)
-            known, tap = watched(teacher, network, images.to(where), given, f"--pair {pair}", path, fold, reporter)
-        names = class_names(known.head.num_classes, {data: dataset} | ({} if val is None else {val: judge}))
+            classifier = NetworkOptions(teacher, weights, path, fold, "TEACHER").open(images, where, reporter)
+            known, tap = classifier.pair(given, f"--pair {pair}"), classifier.tap
+        names = class_names(
+            known.head.num_classes, {data: dataset} | ({} if val is None or judge is None else {val: judge})
+        )
         if dataset.labels is None and tap is None:
             raise ValueError(
                 f"{data} has no labels, and the head in {teacher} cannot see images: give labelled images, or the "
@@ -178,16 +182,20 @@ def distill(
             return
 
         torch.manual_seed(seed)  # of the student's first weights
-        pupil = load_model(student)
-        with running(tuple(images.shape)):
+        pupil = load_model(student, argument="--student")
+        with running(tuple(images.shape), f"--student {student}"):
             loss = _loss(kind, known, pupil, images, temperature, weight, strength, hint, reporter)
             distiller = Distiller(pupil, loss, rate=rate)
             _try(distiller, student, images, known.head.num_classes)
-        share = share_of(dataset, judge, seed)
-        if share.held_out:
-            reporter.line(f"{share.held_out} of {len(dataset)} images are held out to judge by; --val gives others")
-        lesson = lesson_of(known, tap, share, kind.value, temperature, names, loading, reporter)
-        examined = None if share.val is None else loader_of(share.val, **loading)
+        if judge is not None and judge.labels is None:
+            raise ValueError("the images of --val have no labels to judge by")
+        training, validation = (
+            (ImageSubset(dataset), None) if judge is None and dataset.labels is None else split(dataset, judge, seed)
+        )
+        if validation is not None and validation.held_out:
+            reporter.line(f"{len(validation)} of {len(dataset)} images are held out to judge by; --val gives others")
+        lesson = lesson_of(known, tap, training, validation, kind.value, temperature, names, loading, reporter)
+        examined = None if validation is None else DataLoader(validation.images, **loading)
         start = None if examined is None else confusion_of(distiller, examined, where)
         trainer = trainer_of(
             out,
@@ -217,15 +225,15 @@ def distill(
         )
         if processes.rank:
             return
-        end = confusion_of(distiller, loader_of(lesson.data, **loading) if examined is None else examined, where)
+        end = confusion_of(distiller, DataLoader(lesson.data, **loading) if examined is None else examined, where)
 
     curve = [each["val_accuracy"] for each in distiller.history if "val_accuracy" in each]
     facts: dict[str, Any] = {
         "out": str(out),
         "images": len(lesson.data),
-        "judged_by": 0 if share.val is None else len(share.val),
-        "held_out": bool(share.held_out),
-        "labels": "pseudo" if share.labels is None else "given",
+        "judged_by": 0 if validation is None else len(validation),
+        "held_out": validation is not None and validation.held_out,
+        "labels": "pseudo" if training.labels is None else "given",
         "gate": None if lesson.gate is None else lesson.gate.to_dict(),
         "teacher_accuracy": lesson.teacher_accuracy,
         "start_accuracy": None if start is None else accuracy_of(start),

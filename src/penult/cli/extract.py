@@ -11,7 +11,7 @@ import typer
 
 from penult.cli._console import RichReporter, tell
 from penult.cli._launch import Launch
-from penult.cli._models import folder_path, is_file, load_model, running
+from penult.cli._models import folder_path, is_file
 from penult.cli._options import (
     AsJson,
     BatchSize,
@@ -38,8 +38,8 @@ __all__ = ["HEAD_FILE", "extract"]
 HEAD_FILE = "head.penult.safetensors"
 
 
-class Precision(str, Enum):
-    """How numbers are stored."""
+class StorageDtype(str, Enum):
+    """Data types that activations can be stored in."""
 
     float32 = "float32"
     float16 = "float16"
@@ -47,9 +47,10 @@ class Precision(str, Enum):
 
 
 def extract(
+    context: typer.Context,
     model: Model,
     data: Annotated[str, typer.Argument(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
-    out: Annotated[Path, typer.Option(help="Folder for the activations; a run that was killed continues there.")],
+    out: Annotated[Path, typer.Option(help="Folder for the activations; a killed run resumes there.")],
     batch_size: BatchSize = 128,
     workers: Workers = 0,
     size: Size = None,
@@ -59,71 +60,70 @@ def extract(
     weights: Weights = None,
     path: HeadPath = None,
     fold: Fold = True,
-    dtype: Annotated[Precision, typer.Option(help="How to store activations and logits.")] = Precision.float32,
+    dtype: Annotated[
+        StorageDtype, typer.Option(help="Data type of stored activations and logits.")
+    ] = StorageDtype.float32,
     pre_activation: Annotated[
-        bool, typer.Option("--pre-activation", help="Store what the ReLU right before the head reads.")
+        bool, typer.Option("--pre-activation", help="Store the input of the ReLU right before the head.")
     ] = False,
-    shard_size: Annotated[float, typer.Option(help="MiB of a shard; what a kill can cost.", min=0.001)] = 16.0,
-    overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds other activations.")] = False,
+    shard_size: Annotated[
+        float, typer.Option(help="Size of a shard in MiB: a killed run loses at most one.", min=0.001)
+    ] = 16.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace other activations in the folder.")] = False,
     device: Device = "cpu",
     devices: Devices = None,
     num_nodes: NumNodes = None,
     strategy: Strategy = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Run a data set through a model and store its activations, logits and labels in shards.
+    """Run a network on images and store its activations, logits and labels in shards.
 
-    The folder also gets the head that the activations belong to, so that `penult fit` needs nothing else.
+    The head is stored with the activations, so that `penult fit` needs nothing else.
 
-    With --devices, processes share the images (extra train); a run that was stopped goes on with as many.
+    With --devices, processes share the images (extra train); resume a stopped run with the same number of processes.
 
     Example: penult extract mypackage.models:resnet "train-*.parquet" --out activations/ --dtype float16
     """
     import torch
+    from torch.utils.data import DataLoader
 
     from penult import io
     from penult.activations import Tap
     from penult.activations import extract as run
-    from penult.cli._inputs import batches_of, first_images, labels_fit, load_images, of_one_size
-    from penult.head import find_head
+    from penult.cli._inputs import ImageOptions, NetworkOptions, first_images, keep_matching_labels, of_one_size
     from penult.pair import GenerativePair
 
     launch = Launch(device, devices, num_nodes, strategy)
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     folder_path(out)
     if is_file(model):
-        raise ValueError(
-            f"{model} is a file; to extract activations the network has to run: give package.module:factory"
-        )
-    network = load_model(model, weights).to(launch.device)
-    dataset = load_images(data, size=size, mode=mode, mean=mean, std=std)
-    with of_one_size(data):
-        batch = first_images(dataset, 16)
-    with running(tuple(batch.shape)):
-        head = find_head(network, batch.to(launch.device), path=path, fold=fold)
-    reporter.line(str(head.certificate))
-    known = labels_fit(dataset, data, head.num_classes, reporter)
-    if not known:
-        dataset.labels = None
-    before = [] if overwrite else sorted(path.name for path in out.glob("activations-*.safetensors"))
+        raise ValueError(f"{model} is a file, but the network has to run; give package.module:factory")
+    dataset = ImageOptions.of(context.params).read(data)
+    options = NetworkOptions.of(context.params, model, "MODEL")
+    classifier = options.open(first_images(dataset, data), launch.device, reporter)
+    head = classifier.head
+    names = keep_matching_labels(dataset, data, head.num_classes, reporter)
+    shards = [] if overwrite else sorted(path.name for path in out.glob("activations-*.safetensors"))
     complete = (out / io.INDEX_NAME).exists() and not overwrite
     if complete:
         reporter.line(
-            f"{out} is complete: nothing is computed but its first batch, to compare; --overwrite starts anew"
+            f"{out} is complete; only the first batch is computed, to compare. --overwrite computes all of it again"
         )
-    elif before:
-        reporter.line(f"{out} holds {len(before)} whole shards of a run that was stopped: resuming after them")
+    elif shards:
+        reporter.line(f"{out} holds {len(shards)} whole shards of a run that was stopped; resuming after them")
     group = launch.start()
     if group is not None:
-        reporter.line(f"{launch.devices * launch.num_nodes} processes share the batches; the bar shows those of one")
+        reporter.line(
+            f"{launch.devices * launch.num_nodes} processes share the batches; the bar shows the first process"
+        )
     with of_one_size(data):
         acts = run(
-            Tap(network, head),
-            batches_of(dataset, batch_size, workers),
+            Tap(classifier.network, head),
+            DataLoader(dataset, batch_size=batch_size, num_workers=workers),
             out,
-            dtype=None if dtype is Precision.float32 else getattr(torch, dtype.value),
+            dtype=None if dtype is StorageDtype.float32 else getattr(torch, dtype.value),
             pre_activation=pre_activation,
-            class_names=dataset.class_names if known else None,
+            class_names=names,
             shard_size=round(shard_size * 2**20),
             overwrite=overwrite,
             progress=launch.rank == 0,
@@ -134,26 +134,22 @@ def extract(
     GenerativePair(head).save(out / HEAD_FILE)
     reporter.line(f"{out}: {acts}")
     if acts.labels is not None:
-        _tell_accuracy(acts, out, reporter)
+        _report_accuracy(acts, reporter)
     rectified = head.certificate is not None and head.certificate.rectified
     if rectified and not pre_activation:
-        reporter.line("a ReLU stands right before the head: for penult fit, --pre-activation stores what it reads")
+        reporter.line("a ReLU stands right before the head; for penult fit, store its input with --pre-activation")
     if as_json:
-        facts = {"out": str(out), "samples": len(acts), "features": acts.in_features, "classes": acts.num_classes}
-        facts |= {"labels": acts.labels is not None, "dtype": dtype.value, "pre_activation": pre_activation}
-        typer.echo(json.dumps(facts | {"resumed_after_shards": len(before), "was_complete": complete}, indent=2))
+        results = {"out": str(out), "samples": len(acts), "features": acts.in_features, "classes": acts.num_classes}
+        results |= {"labels": acts.labels is not None, "dtype": dtype.value, "pre_activation": pre_activation}
+        typer.echo(json.dumps(results | {"resumed_after_shards": len(shards), "was_complete": complete}, indent=2))
 
 
-def _tell_accuracy(acts: Activations, out: Path, reporter: RichReporter) -> None:
-    """Say how often a network gives the labels, and warn where that is no more often than by guessing."""
-    from penult.cli._inputs import right_answers
+def _report_accuracy(acts: Activations, reporter: RichReporter) -> None:
+    """Print the accuracy of the network on labels, with a warning where it is at chance level."""
+    from penult.cli._inputs import guessing, label_accuracy
 
-    right, guessed = right_answers(acts)
-    if guessed:
-        tell(
-            f"warning: the network gives {right:.1%} of the labels in {out}, as by guessing: are they numbers of its "
-            f"own {acts.num_classes} classes, is it trained (--weights), and are the images as in its training "
-            "(--mean, --std, --size)? Without labels all of this works too"
-        )
+    accuracy, at_chance = label_accuracy(acts)
+    if at_chance:
+        tell(f"warning: {guessing('the network', accuracy, acts.num_classes)}. penult needs no labels")
     else:
-        reporter.line(f"the network gives {right:.1%} of the labels")
+        reporter.line(f"the network predicts {accuracy:.1%} of the labels")

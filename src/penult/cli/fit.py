@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-_APART = 0.05  # confidences of draws and of stored activations
-_CHECKED = 1000  # activations that have to agree with the head, and draws that are judged
+_CONFIDENCE_GAP = 0.05  # Confidences of samples and of stored activations that differ by more are pointed out.
+_SAMPLES = 1000
 
 
 class BaseName(str, Enum):
-    """Bases that can be fitted without labels."""
+    """Base measures that can be fitted without labels."""
 
     auto = "auto"
     sphere = "sphere"
@@ -54,7 +54,8 @@ _MARGINALS: dict[BaseName, Literal["mixture", "class", "flow", "bank"]] = {
     BaseName.flow: "flow",
     BaseName.bank: "bank",
 }
-_OPTIONS = {  # those that only some bases have
+# Options that only some bases have.
+_OPTIONS = {
     "components": (BaseName.mixture,),
     "dims": (BaseName.mixture, BaseName.by_class),
     "ambient": tuple(_SHAPES),
@@ -64,29 +65,33 @@ _OPTIONS = {  # those that only some bases have
 
 def fit(
     activations: Annotated[Path, typer.Argument(help="Folder that `penult extract` wrote.")],
-    out: Annotated[Path, typer.Option(help="The pair, e.g. resnet.penult.safetensors.")],
-    base: Annotated[BaseName, typer.Option(help="What all classes share.")] = BaseName.mixture,
-    components: Annotated[int | None, typer.Option(help="Gaussians of a mixture.", min=1)] = None,
+    out: Annotated[Path, typer.Option(help="File for the pair, for example resnet.penult.safetensors.")],
+    base: Annotated[BaseName, typer.Option(help="Base measure, shared by all classes.")] = BaseName.mixture,
+    components: Annotated[int | None, typer.Option(help="Number of Gaussians of a mixture.", min=1)] = None,
     dims: Annotated[
-        int | None, typer.Option(help="Principal components of mixture and class; the rest is noise.", min=1)
+        int | None,
+        typer.Option(
+            help="Number of principal components of mixture and class; other directions get isotropic noise.", min=1
+        ),
     ] = None,
     ambient: Annotated[
         bool | None,
         typer.Option(
-            "--ambient/--no-ambient", help="Spheres in all of R^d (default), or in span(W).", show_default=False
+            "--ambient/--no-ambient", help="Sphere in all of R^d (default), or in span(W).", show_default=False
         ),
     ] = None,
     trim: Annotated[
         float | None,
         typer.Option(
-            help="Share of the strangest activations that an elliptic sphere leaves out; 0.2 for a dirty pool."
+            help="Fraction of outliers that the fit of an elliptic sphere leaves out, for example 0.2 if the "
+            "activations contain many."
         ),
     ] = None,
     prior_from: Annotated[
         Path | None,
-        typer.Option(help="Folder of activations with another balance of classes; the pair takes the prior of these."),
+        typer.Option(help="Folder of activations to estimate the prior of the classes from."),
     ] = None,
-    head: Annotated[Path | None, typer.Option(help="File with the head, if not the one in the folder.")] = None,
+    head: Annotated[Path | None, typer.Option(help="File with the head. Default: the one in the folder.")] = None,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
     seed: Seed = 0,
@@ -98,21 +103,23 @@ def fit(
 ) -> None:
     """Fit a base measure to stored activations, without labels, and write the pair.
 
-    Every base makes an exact pair with the head. They differ in size, and in how close draws come to real activations.
+    With every base, the pair has exactly the softmax of the head as its posterior. Bases differ in size, and in how
+    close their samples come to real activations.
 
     mixture: Gaussians, fitted by expectation maximisation to all classes at once. A good first choice.
 
-    class: one Gaussian for each class, in closed form.
+    class: one Gaussian per class, in closed form.
 
     flow: a normalizing flow, trained for seconds to minutes (extra flow).
 
-    bank: the activations themselves, drawn with replacement. The file then holds real activations.
+    bank: the activations themselves, sampled with replacement. The file then holds real activations.
 
     sphere, centered, elliptic, gaussian: one shape for all classes. sphere is that of Seo, Lee and Kwak (2021).
 
-    auto: fits them to two thirds, compares with the rest, and fits the recommended one to all (extra data).
+    auto: fits all to two thirds of the activations, compares them on the others, and fits the best to all (extra data).
 
-    Where a ReLU stands right before the head, extract with --pre-activation: draws of the first three get exact zeros.
+    Where a ReLU stands right before the head, extract with --pre-activation: samples of mixture, class and flow then
+    have exact zeros.
 
     Example: penult fit activations/ --base auto --out resnet.penult.safetensors
 
@@ -120,6 +127,7 @@ def fit(
     """
     import torch
 
+    from penult.cli._inputs import spread_rows
     from penult.pair import GenerativePair
     from penult.processes import Processes
 
@@ -130,139 +138,118 @@ def fit(
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(base, options)
     file = activations / HEAD_FILE if head is None else head
-    acts, found = _read(activations, file, weight_key, bias_key)
-    others = None if prior_from is None else _read(prior_from, file, weight_key, bias_key)[0]
-    found = found.to(launch.device)
+    acts, fitted_head = _read(activations, file, weight_key, bias_key)
+    prior_acts = None if prior_from is None else _read(prior_from, file, weight_key, bias_key)[0]
+    fitted_head = fitted_head.to(launch.device)
     group = launch.start()
-    facts: dict[str, Any] = {"out": str(out), "base": base.value, "samples": len(acts)}
+    results: dict[str, Any] = {"out": str(out), "base": base.value, "samples": len(acts)}
     if len(acts) < 2 * acts.in_features and base is not BaseName.bank:
         reporter.line(
-            f"only {len(acts)} activations for d = {acts.in_features}: what is fitted is mostly assumed; "
-            f"{10 * acts.in_features} and more tell it"
+            f"there are only {len(acts)} activations of dimension {acts.in_features}, so most of the fit follows from "
+            f"its assumptions; give {10 * acts.in_features} or more"
         )
     with warnings_as_lines(launch.rank > 0):
-        _warn_of_rectified(base, found, acts, activations)
+        _warn_of_rectified(base, fitted_head, acts, activations)
         if base is BaseName.auto:
             from penult.realism import choose
 
             if launch.rank == 0:
-                ranking = choose(found, acts, seed=seed, progress=True)
+                ranking = choose(fitted_head, acts, seed=seed, progress=True)
                 reporter.line(str(ranking))
                 base = BaseName(ranking.best)
-                facts |= {"base": base.value, "ranking": ranking.to_dict()}
+                results |= {"base": base.value, "ranking": ranking.to_dict()}
             base = Processes(group).first(base)
         with reporter.waiting(f"fitting the {base.value} base to {len(acts)} activations"):
-            fitted = _fitted(base, found, acts, seed, options, group)
+            fitted_base = _fit(base, fitted_head, acts, seed, options, group)
         if launch.rank:
             return
-        pair = GenerativePair(found, fitted)
-        if others is not None:
-            pair = pair.with_prior(pair.estimate_prior(others))
-            facts["prior_from"] = str(prior_from)
-    judged = _sample(acts if others is None else others)
-    generator = torch.Generator(found.weight.device).manual_seed(seed)
-    drawn, labels = pair.sample((_CHECKED,), generator=generator)
-    confidence, predicted = pair.head(drawn).softmax(-1).max(-1)
-    real = pair.head(_as_read(judged).to(found.weight)).double().softmax(-1).amax(-1)
+        pair = GenerativePair(fitted_head, fitted_base)
+        if prior_acts is not None:
+            pair = pair.with_prior(pair.estimate_prior(prior_acts))
+            results["prior_from"] = str(prior_from)
+    part = spread_rows(acts if prior_acts is None else prior_acts)
+    h = part.activations.clamp_min(0) if part.pre_activation else part.activations
+    stored_confidence = pair.head(h.to(fitted_head.weight)).double().softmax(-1).amax(-1)
+    generator = torch.Generator(fitted_head.weight.device).manual_seed(seed)
+    samples, labels = pair.sample((_SAMPLES,), generator=generator)
+    confidence, predicted = pair.head(samples).softmax(-1).max(-1)
     prior = pair.prior.probs
-    facts |= {
+    results |= {
         "prior": prior.tolist(),
         "effective_classes": float(pair.prior.entropy().exp()),
         "draws_accuracy": float((predicted == labels).double().mean()),
         "draws_confidence": float(confidence.double().mean()),
-        "stored_confidence": float(real.mean()),
+        "stored_confidence": float(stored_confidence.mean()),
     }
     pair.save(out)
-    reporter.line(f"{out}: {fitted}")
+    reporter.line(f"{out}: {fitted_base}")
     if base is BaseName.bank:
-        reporter.line("it holds real activations: whoever reads the file has them")
-    source = "implied prior" if others is None else f"prior of the {len(others)} activations of {prior_from}"
-    reporter.line(
-        f"{source} from {float(prior.min()):.3g} to {float(prior.max()):.3g}, as spread as "
-        f"{facts['effective_classes']:.1f} of {len(prior)} classes; pair.with_prior(p) sets another"
-    )
-    apart = abs(facts["draws_confidence"] - facts["stored_confidence"])
-    reporter.line(
-        f"the head is right on {facts['draws_accuracy']:.1%} of {_CHECKED} draws, with mean confidence "
-        f"{facts['draws_confidence']:.3f}; on stored activations its confidence is {facts['stored_confidence']:.3f}"
-        + (f". They are far apart, and draws a poor stand-in{_remedy(base)}" if apart > _APART else "")
-    )
+        reporter.line("the file holds real activations: whoever can read it can read them")
+    _report_prior(results, None if prior_acts is None else f"{len(prior_acts)} activations of {prior_from}", reporter)
+    _report_confidence(results, base, reporter)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(results, indent=2))
 
 
-def _remedy(base: BaseName) -> str:
-    return "; for penult score it is the one to keep" if base is BaseName.elliptic else ": try --base auto"
+def _report_prior(results: dict[str, Any], source: str | None, reporter: RichReporter) -> None:
+    prior = results["prior"]
+    reporter.line(
+        f"{'implied prior' if source is None else f'prior of the {source}'} from {min(prior):.3g} to {max(prior):.3g}, "
+        f"with the entropy of {results['effective_classes']:.1f} of {len(prior)} classes; pair.with_prior(p) sets "
+        "another"
+    )
+
+
+def _report_confidence(results: dict[str, Any], base: BaseName, reporter: RichReporter) -> None:
+    """Print how confident the head is on samples and on stored activations, with a remedy where these differ."""
+    gap = abs(results["draws_confidence"] - results["stored_confidence"])
+    remedy = "for penult score this base is still best" if base is BaseName.elliptic else "try --base auto"
+    reporter.line(
+        f"the head is right on {results['draws_accuracy']:.1%} of {_SAMPLES} samples, with mean confidence "
+        f"{results['draws_confidence']:.3f}; on stored activations its confidence is "
+        f"{results['stored_confidence']:.3f}"
+        + (f". The two differ much, so samples are unlike real activations: {remedy}" if gap > _CONFIDENCE_GAP else "")
+    )
 
 
 def _check_options(base: BaseName, options: dict[str, Any]) -> None:
-    """Refuse options that the base does not have."""
+    """Raise for options that the base does not have."""
     for name in options:
         if base not in _OPTIONS[name]:
             flag = "--ambient/--no-ambient" if name == "ambient" else f"--{name}"
             kinds = " or ".join(kind.value for kind in _OPTIONS[name])
             if base is BaseName.auto:
-                raise ValueError(f"--base auto compares bases as they are; {flag} goes with --base {kinds}")
+                raise ValueError(f"--base auto compares bases with default options; {flag} goes with --base {kinds}")
             raise ValueError(f"the {base.value} base has no {flag}; it goes with --base {kinds}")
 
 
 def _read(folder: Path, file: Path, weight_key: str | None, bias_key: str | None) -> tuple[Activations, Head]:
-    """The activations of a folder and the head in a file, which has to make the logits stored with them."""
-    from penult.activations import Activations
+    """Open a folder of activations, and load the head of a file, which has to give the stored logits."""
+    from penult.cli._inputs import check_logits, check_shape, open_activations
 
-    if folder.is_file():
-        raise ValueError(
-            f"{folder} is a file; activations come of penult extract package.module:factory {folder} --out acts/, and "
-            "that folder is what to fit to"
-        )
-    acts = Activations.open(folder)
+    acts = open_activations(folder)
     if not file.exists():
         raise ValueError(f"{file} does not exist; give the head that the activations belong to: --head FILE")
-    found = load_head(file, weight_key, bias_key)
-    if (acts.num_classes, acts.in_features) != (found.num_classes, found.in_features):
-        raise ValueError(
-            f"{file} holds a head of shape {(found.num_classes, found.in_features)}, but the activations of "
-            f"{folder} have {acts.in_features} features and {acts.num_classes} logits"
-        )
-    part = _sample(acts)
-    if not len(part):
-        raise ValueError(f"{folder} holds no activations")
-    logits = found(_as_read(part).to(found.weight)).softmax(-1)
-    error = float((logits - part.logits.to(logits).softmax(-1)).abs().max())
-    if error > (1e-3 if acts.dtype.itemsize >= 4 else 0.05):
-        raise ValueError(
-            f"the head in {file} does not make the stored logits of {folder}: their softmaxes differ by up to "
-            f"{error:.2g}. A norm layer that was folded belongs to the head: use the head that extract wrote"
-        )
-    return acts, found
-
-
-def _sample(acts: Activations) -> Activations:
-    """Rows from all over a set, which may be sorted by class."""
-    import torch
-
-    return acts[torch.linspace(0, len(acts) - 1, min(len(acts), _CHECKED), dtype=torch.float64).long()]
-
-
-def _as_read(acts: Activations) -> Any:
-    """What the head reads (N, d): of pre-activations their positive part."""
-    return acts.activations.clamp_min(0) if acts.pre_activation else acts.activations
+    head = load_head(file, weight_key, bias_key)
+    check_shape(acts.num_classes, acts.in_features, str(folder), head, str(file))
+    check_logits(acts, str(folder), head, str(file), exact=True)
+    return acts, head
 
 
 def _warn_of_rectified(base: BaseName, head: Head, acts: Activations, folder: Path) -> None:
-    """Say, in words of the command line, what `Marginal.fit` would say in Python's."""
+    """Warn in terms of the command line, in place of the warning of `Marginal.fit`."""
     rectified = head.certificate is not None and head.certificate.rectified and not acts.pre_activation
     if rectified and base not in (BaseName.bank, BaseName.gaussian, *_SHAPES):
         warnings.warn(
-            f"a ReLU stands right before this head, and {folder} holds what comes after it: a law fitted to that has "
-            "no exact zeros, and is easily told from it. penult extract --pre-activation stores what to fit to",
+            f"a ReLU stands right before this head, and {folder} holds its output. A distribution fitted to that has "
+            "no exact zeros, unlike real activations. Store the input of the ReLU: penult extract --pre-activation",
             UserWarning,
             stacklevel=2,
         )
         warnings.filterwarnings("ignore", "a ReLU stands right before this head, and these activations")
 
 
-def _fitted(
+def _fit(
     base: BaseName, head: Head, acts: Activations, seed: int, options: dict[str, Any], group: ProcessGroup | None
 ) -> Base:
     from penult.bases import Gaussian, Marginal, Sphere

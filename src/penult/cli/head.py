@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from penult.cli._console import RichReporter
-from penult.cli._models import device_of, is_file, load_head, load_model, load_pair, pair_path, running
+from penult.cli._models import device_of, is_file, load_head, load_pair, pair_path
 from penult.cli._options import (
     AsJson,
     BiasKey,
@@ -27,17 +28,22 @@ from penult.cli._options import (
     Weights,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["head"]
 
 
 def head(
+    context: typer.Context,
     model: Model,
-    data: Annotated[str | None, typer.Option(help="Images to run it on: parquet, folder, .npz or digits.")] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="Random inputs in place of data, one is 3,224,224."),
+    data: Annotated[
+        str | None, typer.Option(help="Images to run the network on: parquet, folder, .npz or digits.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="How many inputs to run the model on.", min=1)] = 16,
+    shape: Annotated[
+        str | None, typer.Option(help="Shape of a random input to run it on instead, for example 3,224,224.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of inputs to run the network on.", min=1)] = 16,
     size: Size = None,
     mode: Mode = None,
     mean: Mean = None,
@@ -47,62 +53,66 @@ def head(
     fold: Fold = True,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
-    out: Annotated[Path | None, typer.Option(help="Write the pair that the head implies without data.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the pair of the head without data.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Find the head of a model, or read one from a file, and say what is known of it.
+    """Find the head of a network, or read one from a file, and print its properties.
 
     Example: penult head mypackage.models:resnet --data test.parquet --out resnet.penult.safetensors
     """
-    import torch
-
-    from penult.cli._inputs import first_images, load_images
-    from penult.head import find_head
     from penult.pair import GenerativePair
 
     reporter = RichReporter(stderr=as_json)
     if data is not None and shape is not None:
-        raise ValueError("--data and --shape exclude each other: images, or random inputs in place of them")
+        raise ValueError("--data and --shape exclude each other; give images, or the shape of random inputs")
     if out is not None:
         pair_path(out)
     if is_file(model):
-        found = load_head(model, weight_key, bias_key)
+        found_head = load_head(model, weight_key, bias_key)
     else:
-        network = load_model(model, weights).to(device_of(device))
-        if data is not None:
-            dataset = load_images(data, size=size, mode=mode, mean=mean, std=std)
-            batch = first_images(dataset, batch_size)
-        elif shape is not None:
-            try:
-                extents = [int(part) for part in shape.split(",")]
-            except ValueError:
-                raise ValueError(f"--shape {shape!r} is no list of numbers such as 3,224,224") from None
-            batch = torch.randn(batch_size, *extents, generator=torch.Generator().manual_seed(seed))
-        else:
-            raise ValueError(f"to find the head of {model} it has to run: give --data, or --shape for random inputs")
-        with running(tuple(batch.shape)):
-            found = find_head(network, batch.to(device_of(device)), path=path, fold=fold)
-    facts: dict[str, Any] = {
-        "classes": found.num_classes,
-        "features": found.in_features,
-        "rank": found.rank,
-        "bias": found.bias is not None,
-        "gauge": float(found.mean_row.norm()),
-        "certificate": None if found.certificate is None else asdict(found.certificate),
+        from penult.cli._inputs import NetworkOptions
+
+        options = NetworkOptions.of(context.params, model, "MODEL")
+        network = options.load(device_of(device))
+        found_head = options.find_head(network, _inputs(context.params).to(device_of(device)))
+    results: dict[str, Any] = {
+        "classes": found_head.num_classes,
+        "features": found_head.in_features,
+        "rank": found_head.rank,
+        "bias": found_head.bias is not None,
+        "gauge": float(found_head.mean_row.norm()),
+        "certificate": None if found_head.certificate is None else asdict(found_head.certificate),
     }
-    reporter.line(str(found.certificate or found))
-    reporter.line(f"  rank    {found.rank} dimensions of span(W), which is all that the softmax sees")
+    reporter.line(str(found_head.certificate or found_head))
+    reporter.line(f"  rank    {found_head.rank} dimensions of span(W), which the softmax depends on")
     if out is not None:
-        in_file = is_file(model)
-        pair = load_pair(model, weight_key, bias_key) if in_file else GenerativePair(found)
-        facts["out"] = str(pair.save(out))
+        pair = load_pair(model, weight_key, bias_key) if is_file(model) else GenerativePair(found_head)
+        results["out"] = str(pair.save(out))
         reporter.line(f"{out}: {pair.base}")
-        if found.norm is not None:
+        if found_head.norm is not None:
             reporter.line(
-                f"the norm before the head holds |h| near {found.radius:.4g}; the radius above is the one whose draws "
-                "are as confident as asked. penult fit takes the observed one"
+                f"the norm before the head keeps |h| near {found_head.radius:.4g}; the radius above is instead chosen "
+                "for the default confidence of samples. penult fit takes the observed radius"
             )
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(results, indent=2))
+
+
+def _inputs(options: Mapping[str, Any]) -> Tensor:
+    """Return the inputs to run the network on: images of --data, or random ones of --shape."""
+    import torch
+
+    from penult.cli._inputs import ImageOptions, first_images
+
+    if options["data"] is not None:
+        return first_images(ImageOptions.of(options).read(options["data"]), options["data"], options["batch_size"])
+    shape = options["shape"]
+    if shape is None:
+        raise ValueError(f"{options['model']} has to run so that its head is found: give --data, or --shape")
+    try:
+        extents = [int(part) for part in shape.split(",")]
+    except ValueError:
+        raise ValueError(f"--shape is {shape!r}; expected numbers such as 3,224,224") from None
+    return torch.randn(options["batch_size"], *extents, generator=torch.Generator().manual_seed(options["seed"]))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from penult.cli._console import RichReporter, warnings_as_lines
-from penult.cli._models import device_of, load_pair
+from penult.cli._models import device_of, load_pair, same_source
 from penult.cli._options import (
     AsJson,
     BatchSize,
@@ -28,7 +28,7 @@ from penult.cli._options import (
     WeightKey,
     Workers,
 )
-from penult.cli.score import ScoreName, same_source, score_of
+from penult.cli.score import Score, score_of
 
 __all__ = ["report"]
 
@@ -40,24 +40,22 @@ def report(
         str,
         typer.Option(
             metavar="FAMILIAR",
-            help="Inputs such as the network is meant for, that it was not trained on: a folder that penult extract "
-            "wrote; or images, with --model: a parquet file, glob or folder, an image folder, .npz or digits.",
+            help="Inputs of the kind that the network is meant for, and that it was not trained on: a folder that "
+            "`penult extract` wrote; or, with --model, images: a parquet file, glob or folder, an image folder, .npz "
+            "or digits.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page, name.html.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the page, .html.")],
     ood: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]OTHER", help="Other inputs to hold against them, in the same forms; repeatable."),
+        typer.Option(metavar="[NAME=]OTHER", help="Other inputs to compare with, in the same forms; repeatable."),
     ] = None,
-    name: Annotated[
-        ScoreName | None,
-        typer.Option("--score", help="Which score. Default: directional on a sphere, else energy."),
-    ] = None,
-    false_alarm: Annotated[float, typer.Option(help="Share of familiar inputs that may be called strange.")] = 0.05,
+    name: Score = None,
+    false_alarm: Annotated[float, typer.Option(help="Fraction of familiar inputs that may be called strange.")] = 0.05,
     fitted: Annotated[
-        bool, typer.Option("--fitted", help="The pair was fitted to these very inputs; the page then says so.")
+        bool, typer.Option("--fitted", help="State on the page that the pair was fitted to these very inputs.")
     ] = False,
-    title: Annotated[str | None, typer.Option(help="Name of the page; else the pair's file.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page. Default: made of the pair's file name.")] = None,
     model: Network = None,
     weights: NetworkWeights = None,
     batch_size: BatchSize = 128,
@@ -74,41 +72,42 @@ def report(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Write one page on a pair: its head and laws, how real its draws are, and which inputs are strange to it.
+    """Write a page about a pair: its head and distributions, how real its samples are, and which inputs are strange.
 
-    Half of FAMILIAR, chosen at random, sets the threshold above which an input is called strange; the other half and
-    all of OTHER are judged. With images, the most and the least familiar are shown. The page is one file that loads
-    nothing. Needs the extras report and data.
+    A random half of FAMILIAR sets the threshold above which an input is called strange; the other half and all of OTHER
+    are judged. With images, the most and the least familiar are shown. The page is one file that loads nothing. Needs
+    the extras report and data.
 
     Example: penult report net.penult.safetensors --data acts-test/ --ood noise=acts-noise/ --out page.html
 
     Example: penult report net.penult.safetensors --data test.parquet --ood other/ --model mynets:net --out page.html
     """
+    # A missing extra is reported before the work.
     from penult._extras import extra
     from penult.cli._inputs import InputsReader
-    from penult.report.pair import FAMILIAR, build  # a missing extra is better said before the work
+    from penult.report.pair import FAMILIAR, build
 
-    extra("sklearn.metrics", "a page on a pair is measured with scikit-learn")
+    extra("sklearn.metrics", "scikit-learn measures what a page about a pair shows")
     reporter = RichReporter(stderr=as_json)
     if out.suffix not in (".html", ".htm"):
-        raise ValueError(f"--out {out} is a page, so name it such as {out.with_suffix('.html')}")
-    named = _named(ood or [], FAMILIAR)
-    for each, source in named.items():
+        raise ValueError(f"--out is {out}; expected a page, for example {out.with_suffix('.html')}")
+    sources = _named_sources(ood or [], FAMILIAR)
+    for key, source in sources.items():
         if same_source(source, data):
-            raise ValueError(f"--ood {each} and --data are the same inputs; give others, or leave --ood out")
+            raise ValueError(f"--ood {key} and --data are the same inputs; give others, or leave --ood out")
     with warnings_as_lines():
-        law = load_pair(pair, weight_key, bias_key).to(device_of(device))
-        function, why = score_of(law, name)
-        reporter.line(f"score: {why}; higher is stranger")
-        reader = InputsReader(law, pair, reporter, model, context.params, seed)
+        loaded = load_pair(pair, weight_key, bias_key).to(device_of(device))
+        function, reason = score_of(loaded, name)
+        reporter.line(f"score: {reason}; higher is stranger")
+        reader = InputsReader(loaded, pair, context.params, reporter)
         familiar = reader.read(data, labels=True)
-        others = {each: reader.read(source) for each, source in named.items()}
-        page, facts = build(
-            law,
+        others = {key: reader.read(source) for key, source in sources.items()}
+        page, results = build(
+            loaded,
             familiar.activations,
-            {each: found.activations for each, found in others.items()},
+            {key: inputs.activations for key, inputs in others.items()},
             images=familiar.images,
-            other_images={each: found.images for each, found in others.items() if found.images is not None},
+            other_images={key: inputs.images for key, inputs in others.items() if inputs.images is not None},
             score=function,
             false_alarm=false_alarm,
             seed=seed,
@@ -118,44 +117,45 @@ def report(
             progress=True,
         )
     reporter.line(
-        f"of {facts['judged']} familiar inputs {facts['false_alarm_measured']:.1%} are called strange; at most "
-        f"{facts['false_alarm']:.1%} were to be, on average over such sets of {facts['calibrated_on']}, and at "
-        f"most {facts['false_alarm_bound']:.1%} for this one with 95% confidence"
+        f"of {results['judged']} familiar inputs {results['false_alarm_measured']:.1%} are called strange; the bound "
+        f"is {results['false_alarm']:.1%} on average over such sets of {results['calibrated_on']}, and "
+        f"{results['false_alarm_bound']:.1%} for this one at 95% confidence"
     )
-    if facts["others"]:
+    if results["others"]:
         reporter.table(
             ("other inputs", "count", "called strange", "AUROC", "FPR at 95% TPR"),
             [
-                (each, one["count"], f"{one['strange']:.1%}", f"{own['auroc']:.4f}", f"{own['fpr95']:.1%}")
-                for each, one in facts["others"].items()
-                for own in (one["scores"][facts["score"]],)
+                (key, other["count"], f"{other['strange']:.1%}", f"{own['auroc']:.4f}", f"{own['fpr95']:.1%}")
+                for key, other in results["others"].items()
+                for own in (other["scores"][results["score"]],)
             ],
         )
-    facts["out"] = str(page.write(out))
+    results["out"] = str(page.write(out))
     reporter.line(f"{out}")
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(results, indent=2))
 
 
 def _stem(pair: str) -> str:
     return Path(pair).name.removesuffix(".safetensors").removesuffix(".penult")
 
 
-def _named(ood: list[str], taken: str) -> dict[str, str]:
-    """Sources by the names that the page gives them: NAME=SOURCE, or else the last part of the source.
+def _named_sources(ood: list[str], taken: str) -> dict[str, str]:
+    """Return sources by the names that the page gives them: NAME=SOURCE, or else the last part of the source.
 
     Raises:
         ValueError: A name is empty, or used twice.
     """
-    found: dict[str, str] = {}
-    for each in ood:
-        name, equals, source = each.partition("=")
-        if not equals or Path(each).exists():  # a path may have an equals sign in it
-            name, source = Path(each).stem or each, each
+    sources: dict[str, str] = {}
+    for text in ood:
+        name, equals, source = text.partition("=")
+        # A path may have an equals sign in it.
+        if not equals or Path(text).exists():
+            name, source = Path(text).stem or text, text
         name = name.strip()
         if not name or not source:
-            raise ValueError(f"--ood {each!r} is neither a source nor NAME=SOURCE")
-        if name in found or name == taken:
-            raise ValueError(f"--ood {each!r}: the name {name!r} is taken; give another one: --ood NAME={source}")
-        found[name] = source
-    return found
+            raise ValueError(f"--ood is {text!r}; expected a source, or NAME=SOURCE")
+        if name in sources or name == taken:
+            raise ValueError(f"--ood {text!r}: the name {name!r} is taken; give another one: --ood NAME={source}")
+        sources[name] = source
+    return sources

@@ -10,31 +10,34 @@ import typer
 
 from penult.cli._console import RichReporter
 from penult.cli._models import device_of, folder_path, load_pair
-from penult.cli._options import AsJson, BiasKey, Device, Seed, WeightKey
+from penult.cli._options import AsJson, BiasKey, Device, Pair, Seed, WeightKey
 from penult.cli.extract import HEAD_FILE
 
 __all__ = ["sample"]
 
-_MANY = 1_000_000  # draws, seconds of them
+_MANY = 1_000_000  # Proposals that take seconds.
 
 
 def sample(
-    pair: Annotated[str, typer.Argument(metavar="PAIR", help="A *.penult.safetensors, or a file that holds a head.")],
-    out: Annotated[Path, typer.Option(help="Folder for the activations, as `penult extract` writes them.")],
-    count: Annotated[int, typer.Option("--count", "-n", help="How many; of each --class.", min=1)] = 1000,
+    pair: Pair,
+    out: Annotated[Path, typer.Option(help="Folder for the activations, in the format of `penult extract`.")],
+    count: Annotated[
+        int, typer.Option("--count", "-n", help="Number of samples; with --class, of each class.", min=1)
+    ] = 1000,
     classes: Annotated[
-        list[int] | None, typer.Option("--class", help="Draw of this class (repeatable); else y ~ the implied prior.")
+        list[int] | None,
+        typer.Option("--class", help="Class to sample from; repeatable. Default: classes from the pair's prior."),
     ] = None,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace activations that the folder holds.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace other activations in the folder.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Draw activations and labels from a pair.
+    """Sample activations and labels from a pair.
 
-    Example: penult sample resnet.penult.safetensors -n 500 --class 3 --class 5 --out drawn/
+    Example: penult sample resnet.penult.safetensors -n 500 --class 3 --class 5 --out samples/
     """
     import torch
 
@@ -42,21 +45,21 @@ def sample(
     from penult.bases import Marginal
 
     reporter = RichReporter(stderr=as_json)
-    law = load_pair(pair, weight_key, bias_key).to(device_of(device))
+    loaded = load_pair(pair, weight_key, bias_key).to(device_of(device))
     generator = torch.Generator(device_of(device)).manual_seed(seed)
     if classes:
         labels = torch.tensor(classes, device=device_of(device)).repeat_interleave(count)
-        if isinstance(law.base, Marginal) and (needed := law.base.draws_for(labels)) > _MANY:
-            reporter.line(f"these classes are rare: some {needed:.2g} activations are drawn to find them")
-        h = law.given(labels).sample((), generator=generator)
+        if isinstance(loaded.base, Marginal) and (proposals := loaded.base.draws_for(labels)) > _MANY:
+            reporter.line(f"these classes are rare: about {proposals:.2g} activations are sampled to find enough")
+        h = loaded.given(labels).sample((), generator=generator)
     else:
-        h, labels = law.sample((count,), generator=generator)
-    logits = law.head(h)
+        h, labels = loaded.sample((count,), generator=generator)
+    logits = loaded.head(h)
     acts = Activations(h.cpu(), logits.cpu(), labels.cpu())
     acts.save(folder_path(out), overwrite=overwrite)
-    law.save(out / HEAD_FILE)
+    loaded.save(out / HEAD_FILE)
     confidence, predicted = logits.softmax(-1).max(-1)
-    facts = {
+    results = {
         "out": str(out),
         "samples": len(acts),
         "accuracy": float((predicted == labels).double().mean()),
@@ -65,8 +68,8 @@ def sample(
     }
     reporter.line(f"{out}: {acts}")
     reporter.line(
-        f"the head is right on {facts['accuracy']:.1%} of them, with mean confidence {facts['confidence']:.1%}; "
-        f"mean norm {facts['norm']:.4g}"
+        f"the head is right on {results['accuracy']:.1%} of them, with mean confidence {results['confidence']:.1%}; "
+        f"mean norm {results['norm']:.4g}"
     )
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(results, indent=2))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io as memory
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from penult.cli._console import RichReporter, warnings_as_lines
-from penult.cli._models import device_of, load_pair
+from penult.cli._models import device_of, load_pair, same_source
 from penult.cli._options import (
     AsJson,
     BatchSize,
@@ -27,6 +27,7 @@ from penult.cli._options import (
     Network,
     NetworkWeights,
     Pair,
+    Seed,
     Size,
     Std,
     WeightKey,
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
     from penult.pair import GenerativePair
     from penult.scores import Threshold
 
-__all__ = ["ScoreName", "same_source", "score", "score_of"]
+__all__ = ["FalseAlarm", "Score", "ScoreName", "score", "score_of"]
 
 _QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "most": 1.0}
-_SHOWN = 5  # inputs at either end
+_SHOWN = 5  # Inputs with the highest and with the lowest scores.
 _FALSE_ALARM = 0.05
-_LOGITS = 1 << 24  # at a time
+_LOGITS = 1 << 24  # Logits that are computed together.
 
 
 class ScoreName(str, Enum):
@@ -58,9 +59,13 @@ class ScoreName(str, Enum):
     density = "density"
 
 
+Score = Annotated[
+    ScoreName | None,
+    typer.Option("--score", help="Score to compute. Default: directional for a sphere, else energy."),
+]
 FalseAlarm = Annotated[
     float | None,
-    typer.Option(help=f"Share of familiar inputs that may be called strange. Default: {_FALSE_ALARM}."),
+    typer.Option(help=f"Fraction of familiar inputs that may be called strange. Default: {_FALSE_ALARM}."),
 ]
 
 
@@ -71,26 +76,25 @@ def score(
         str,
         typer.Argument(
             metavar="DATA",
-            help="A folder that penult extract wrote; or images, with --model: a parquet file, glob or folder, an "
+            help="Folder that `penult extract` wrote; or, with --model, images: a parquet file, glob or folder, an "
             "image folder, .npz or digits.",
         ),
     ],
-    name: Annotated[
-        ScoreName | None,
-        typer.Option("--score", help="Which score. Default: directional on a sphere, else energy."),
-    ] = None,
+    name: Score = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
             metavar="FAMILIAR",
-            help="Familiar inputs, in the forms of DATA, that neither network nor pair was fitted to: with them come "
-            "p-values and a verdict.",
+            help="Familiar inputs, in the forms of DATA, that neither network nor pair was fitted to: they set a "
+            "threshold and give p-values.",
         ),
     ] = None,
     false_alarm: FalseAlarm = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write a row for each input, .csv or .npz: index, score, p_value, strange, predicted, ..."),
+        typer.Option(
+            help="Table with a row for each input, .csv or .npz: index, score, p_value, strange, predicted, confidence."
+        ),
     ] = None,
     model: Network = None,
     weights: NetworkWeights = None,
@@ -104,14 +108,14 @@ def score(
     fold: Fold = True,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
-    seed: Annotated[int, typer.Option(help="Seed of what the model's factory and network draw.", min=0)] = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Say how strange each input is to a network: higher is stranger.
+    """Score how strange each input is to a network: higher is stranger.
 
-    With --calibrate, an input is called strange if its score is above nearly all scores of familiar ones; the rate of
-    false alarms is then what --false-alarm asks for, on average over such familiar sets.
+    With --calibrate, an input is called strange if its score is above nearly all scores of familiar inputs. The rate of
+    false alarms is then at most --false-alarm, on average over such sets of familiar inputs.
 
     Example: penult score net.penult.safetensors acts-new/ --calibrate acts-familiar/ --out scores.csv
 
@@ -122,92 +126,96 @@ def score(
 
     reporter = RichReporter(stderr=as_json)
     if out is not None and out.suffix not in (".csv", ".npz"):
-        raise ValueError(f"--out {out}: scores are written to a table, name.csv, or to arrays, name.npz")
+        raise ValueError(f"--out is {out}; expected a table, name.csv, or arrays, name.npz")
     if false_alarm is not None and calibrate is None:
-        raise ValueError("--false-alarm goes with --calibrate: familiar inputs say which scores are usual")
+        raise ValueError("--false-alarm goes with --calibrate, which sets the threshold")
     if calibrate is not None and same_source(calibrate, data):
         raise ValueError(
-            f"--calibrate and DATA are both {data}: what is judged must not set the threshold; give other familiar "
+            f"--calibrate and DATA are both {data}, but inputs must not set their own threshold; give other familiar "
             "inputs"
         )
-    alarm = _FALSE_ALARM if false_alarm is None else false_alarm
     with warnings_as_lines():
-        law = load_pair(pair, weight_key, bias_key).to(device_of(device))
-        function, why = score_of(law, name)
-        reporter.line(f"score: {why}; higher is stranger")
-        reader = InputsReader(law, pair, reporter, model, context.params, seed)
+        loaded = load_pair(pair, weight_key, bias_key).to(device_of(device))
+        function, reason = score_of(loaded, name)
+        reporter.line(f"score: {reason}; higher is stranger")
+        reader = InputsReader(loaded, pair, context.params, reporter)
         threshold = familiar = None
         if calibrate is not None:
             familiar = reader.read(calibrate, labels=True).activations
             with reporter.waiting(f"scoring {len(familiar)} familiar activations"):
-                usual = _Scored.of(law, function, familiar, None).score
-            threshold = Threshold(_itself, usual, alarm)  # of scores, which are computed once
+                familiar_scores = _Scores.compute(loaded, function, familiar, None).score
+            # Scores are computed once: the threshold is one of scores, not of activations.
+            alarm = _FALSE_ALARM if false_alarm is None else false_alarm
+            threshold = Threshold(lambda scores: scores, familiar_scores, alarm)
         acts = reader.read(data, labels=True).activations
         with reporter.waiting(f"scoring {len(acts)} activations"):
-            found = _Scored.of(law, function, acts, threshold)
-    facts = _facts(found, data, calibrate, threshold, why, function)
-    _tell(found, facts, _names(familiar, acts), threshold, calibrate, reporter)
+            scores = _Scores.compute(loaded, function, acts, threshold)
+    results = {"data": data, "count": len(scores.score), "score": function.__name__.replace("_", "-"), "why": reason}
+    results |= scores.summary() | _verdicts(scores, calibrate, threshold)
+    _report_scores(results, _class_names(familiar, acts), reporter)
     if out is not None:
-        facts["out"] = str(_write(out, found))
+        results["out"] = str(scores.write(out))
         reporter.line(f"{out}: {len(acts)} rows")
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(results, indent=2))
 
 
 def score_of(pair: GenerativePair, name: ScoreName | None) -> tuple[Callable[[GenerativePair, Tensor], Tensor], str]:
-    """The score of a name, or the one that fits the base, and why it is that one.
+    """Return the score of that name, or the default of the base, and the reason for it.
 
     Raises:
-        ValueError: The base does not give it.
+        ValueError: The base does not give the score.
     """
     from penult import scores
     from penult.bases import Sphere
 
     base = pair.base
     sphere = base if isinstance(base, Sphere) else None
-    what = f"{'an' if base.info.name[0] in 'aeiou' else 'a'} {base.info.name}"
+    base_name = f"{'an' if base.info.name[0] in 'aeiou' else 'a'} {base.info.name}"
     if name is ScoreName.directional and sphere is None:
         raise ValueError(
-            f"--score directional needs a pair on a sphere, and the base of this one is {what}: penult fit --base "
-            "elliptic makes one; or leave --score out"
+            f"--score directional needs a pair on a sphere, but the base is {base_name}. Fit one with penult fit "
+            "--base elliptic, or leave --score out"
         )
     if name is ScoreName.density and not base.info.has_density:
-        raise ValueError(f"--score density needs a density, which this base, {what}, does not have; leave --score out")
+        raise ValueError(f"--score density needs a density, which {base_name} does not have; leave --score out")
     if name is not None:
-        why = f"{name.value}, as asked"
+        reason = f"{name.value}, as given by --score"
     elif scores.usual(pair) is scores.energy:
-        reason = (
-            "without a law of directions: penult fit --base elliptic gives one, and mostly tells more"
+        remark = (
+            "without directions; penult fit --base elliptic gives a score that mostly detects more"
             if sphere is None
-            else "in one dimension, which has two directions"
+            else "in one dimension, which has two directions only"
         )
-        name, why = ScoreName.energy, f"energy, since the base is {what} {reason}"
+        name, reason = ScoreName.energy, f"energy, since the base is {base_name} {remark}"
     else:
-        name, why = ScoreName.directional, f"directional, since the base is {what}"
+        name, reason = ScoreName.directional, f"directional, since the base is {base_name}"
         if sphere is not None and sphere.scale_tril is None:
-            why += "; penult fit --base elliptic makes a sphere that tells more"
-    found: Callable[[GenerativePair, Tensor], Tensor] = getattr(scores, name.value.replace("-", "_"))
-    return found, why
+            reason += "; penult fit --base elliptic gives a sphere that detects more"
+    function: Callable[[GenerativePair, Tensor], Tensor] = getattr(scores, name.value.replace("-", "_"))
+    return function, reason
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """What is written of each input: tensors (N,) on the CPU."""
+class _Scores:
+    """The columns of the table: tensors (N,) on the CPU, None without a calibration."""
 
+    index: Tensor
     score: Tensor
-    predicted: Tensor
-    confidence: Tensor
     p_value: Tensor | None
     strange: Tensor | None
+    predicted: Tensor
+    confidence: Tensor
 
     @classmethod
-    def of(
+    def compute(
         cls,
         pair: GenerativePair,
         function: Callable[[GenerativePair, Tensor], Tensor],
         acts: Activations,
         threshold: Threshold | None,
-    ) -> _Scored:
+    ) -> _Scores:
+        """Score activations in blocks."""
         import torch
 
         from penult.activations import _ActivationSource
@@ -219,166 +227,144 @@ class _Scored:
                 for rows in block.to(pair.head.weight.device).split(max(1, _LOGITS // pair.head.num_classes)):
                     top = _raw_logits(pair.head, rows).softmax(-1).max(-1)
                     parts.append((function(pair, rows).cpu(), top.indices.cpu(), top.values.cpu()))
-            score, predicted, confidence = (torch.cat(each) for each in zip(*parts, strict=True))
+            score, predicted, confidence = (torch.cat(columns) for columns in zip(*parts, strict=True))
             if bool(score.isnan().any()):
-                raise ValueError(
-                    f"the score of {int(score.isnan().sum())} inputs is not a number; take another --score"
-                )
-            if threshold is None:
-                return cls(score, predicted, confidence, None, None)
-            on = score.to(threshold.calibration)
-            return cls(score, predicted, confidence, threshold.p_value(on).cpu(), threshold(on).cpu())
+                raise ValueError(f"the score of {int(score.isnan().sum())} inputs is NaN; give another --score")
+            p_value = strange = None
+            if threshold is not None:
+                calibrated = score.to(threshold.calibration)
+                p_value, strange = threshold.p_value(calibrated).cpu(), threshold(calibrated).cpu()
+        return cls(torch.arange(len(score)), score, p_value, strange, predicted, confidence)
 
+    @property
     def columns(self) -> dict[str, Tensor | None]:
-        """By the name that files give them, in their order."""
-        import torch
-
-        return {
-            "index": torch.arange(len(self.score)),
-            "score": self.score,
-            "p_value": self.p_value,
-            "strange": self.strange,
-            "predicted": self.predicted,
-            "confidence": self.confidence,
-        }
+        """All columns by name, in the order of the table."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def row(self, index: int) -> dict[str, Any]:
-        return {name: None if column is None else column[index].item() for name, column in self.columns().items()}
+        """Return one row of the table."""
+        return {name: None if column is None else column[index].item() for name, column in self.columns.items()}
 
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
-
-
-def _itself(scores: Tensor) -> Tensor:
-    return scores
-
-
-def same_source(one: str, other: str) -> bool:
-    """Whether two sources of inputs are one."""
-    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
-
-
-def _names(familiar: Activations | None, acts: Activations) -> tuple[str, ...] | None:
-    """Names of the classes of the network: strange inputs may have as many classes, and be none of them."""
-    from penult.cli._inputs import right_answers
-
-    for each in (familiar, acts):
-        if each is not None and each.class_names is not None and (each.labels is None or not right_answers(each)[1]):
-            return each.class_names
-    return None
-
-
-def _facts(
-    found: _Scored,
-    data: str,
-    calibrate: str | None,
-    threshold: Threshold | None,
-    why: str,
-    function: Callable[..., Any],
-) -> dict[str, Any]:
-    order = found.score.argsort(stable=True)
-    facts: dict[str, Any] = {
-        "data": data,
-        "count": len(order),
-        "score": function.__name__.replace("_", "-"),
-        "why": why,
-        "quantiles": _quantiles(found.score),
-        "strangest": [found.row(int(i)) for i in order.flip(0)[:_SHOWN]],
-        "most_familiar": [found.row(int(i)) for i in order[:_SHOWN]],
-    }
-    if threshold is not None and found.strange is not None:
-        facts |= {
-            "calibrate": calibrate,
-            "calibration_count": len(threshold.calibration),
-            "calibration_quantiles": _quantiles(threshold.calibration),
-            "threshold": threshold.value,
-            "false_alarm": threshold.false_alarm,
-            "false_alarm_bound": threshold.rate_bound(),
-            "strange": int(found.strange.sum()),
-            "strange_share": float(found.strange.double().mean()),
+    def summary(self) -> dict[str, Any]:
+        """Return quantiles, and the rows with the highest and the lowest scores."""
+        order = self.score.argsort(stable=True)
+        return {
+            "quantiles": _quantiles(self.score),
+            "strangest": [self.row(int(i)) for i in order.flip(0)[:_SHOWN]],
+            "most_familiar": [self.row(int(i)) for i in order[:_SHOWN]],
         }
-    return facts
 
+    def write(self, out: Path) -> Path:
+        """Write the table to a .csv or .npz file."""
+        from penult import io
 
-def _quantiles(values: Tensor) -> dict[str, float]:
-    ordered = values.double().sort().values  # torch.quantile refuses more than 2**24
-    places = {name: round(share * (len(ordered) - 1)) for name, share in _QUANTILES.items()}
-    return {name: float(ordered[place]) for name, place in places.items()}
+        if out.suffix == ".csv":
+            return io.write_bytes(out, self._csv())
+        from penult._extras import extra
 
+        numpy = extra("numpy", f"NumPy writes --out {out}")
+        buffer = memory.BytesIO()
+        numpy.savez(buffer, **{name: column.numpy() for name, column in self.columns.items() if column is not None})
+        return io.write_bytes(out, buffer.getvalue())
 
-def _tell(
-    found: _Scored,
-    facts: dict[str, Any],
-    names: tuple[str, ...] | None,
-    threshold: Threshold | None,
-    calibrate: str | None,
-    reporter: RichReporter,
-) -> None:
-    rows = [(facts["data"], facts["count"], *(f"{value:.4g}" for value in facts["quantiles"].values()))]
-    if threshold is not None:
-        usual = facts["calibration_quantiles"].values()
-        rows.insert(0, (calibrate, facts["calibration_count"], *(f"{value:.4g}" for value in usual)))
-    reporter.table(("scores of", "inputs", *_QUANTILES), rows)
-    shown = {"strangest": facts["strangest"], "most familiar": facts["most_familiar"]}
-    for title, picked in shown.items():
-        reporter.table(
-            (title, "score", *(["p-value"] if threshold is not None else []), "predicted", "confidence"),
-            [
-                (
-                    f"index {row['index']}",
-                    f"{row['score']:.4g}",
-                    *([f"{row['p_value']:.4f}"] if threshold is not None else []),
-                    row["predicted"] if names is None else names[row["predicted"]],
-                    f"{row['confidence']:.3f}",
-                )
-                for row in picked
-            ],
-        )
-    if threshold is not None:
-        reporter.line(
-            f"strange: {facts['strange']} of {facts['count']} ({facts['strange_share']:.1%}), whose score is above "
-            f"{facts['threshold']:.4g}"
-        )
-        reporter.line(
-            f"of familiar inputs that are like those of {calibrate}, at most {_percent(facts['false_alarm'])} are "
-            f"called strange on average over such sets of {facts['calibration_count']}; with this very set, at most "
-            f"{_percent(facts['false_alarm_bound'])} at 95% confidence. Nothing is promised if network or pair were "
-            "fitted to them, or for inputs of another kind"
-        )
-    else:
-        reporter.line("what is strange is for you to say: --calibrate FAMILIAR sets a threshold, and gives p-values")
-
-
-def _write(out: Path, found: _Scored) -> Path:
-    from penult import io
-
-    if out.suffix == ".csv":
-        return io.write_bytes(out, _csv(found))
-    from penult._extras import extra
-
-    numpy = extra("numpy", f"--out {out} is written by NumPy")
-    buffer = memory.BytesIO()
-    numpy.savez(buffer, **{name: column.numpy() for name, column in found.columns().items() if column is not None})
-    return io.write_bytes(out, buffer.getvalue())
-
-
-def _csv(found: _Scored) -> bytes:
-    """A table with all columns, those that ask for a calibration empty without one."""
-    columns = found.columns()
-    digits = 17 if found.score.dtype.itemsize > 4 else 9  # which give the number back
-    cells = [
-        [""] * len(found.score) if column is None else [_cell(value, digits) for value in column.tolist()]
-        for column in columns.values()
-    ]
-    text = memory.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*cells, strict=True))
-    return text.getvalue().encode()
+    def _csv(self) -> bytes:
+        """Return the table as CSV; columns that need a calibration are empty without one."""
+        # As many digits as give the number back.
+        digits = 17 if self.score.dtype.itemsize > 4 else 9
+        cells = [
+            [""] * len(self.score) if column is None else [_cell(value, digits) for value in column.tolist()]
+            for column in self.columns.values()
+        ]
+        text = memory.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(zip(*cells, strict=True))
+        return text.getvalue().encode()
 
 
 def _cell(value: float, digits: int) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    # torch.quantile refuses more than 2**24 values.
+    ordered = values.double().sort().values
+    return {name: float(ordered[round(level * (len(ordered) - 1))]) for name, level in _QUANTILES.items()}
+
+
+def _verdicts(scores: _Scores, calibrate: str | None, threshold: Threshold | None) -> dict[str, Any]:
+    """Return the results that a calibration adds."""
+    if threshold is None or scores.strange is None:
+        return {}
+    return {
+        "calibrate": calibrate,
+        "calibration_count": len(threshold.calibration),
+        "calibration_quantiles": _quantiles(threshold.calibration),
+        "threshold": threshold.value,
+        "false_alarm": threshold.false_alarm,
+        "false_alarm_bound": threshold.rate_bound(),
+        "strange": int(scores.strange.sum()),
+        "strange_share": float(scores.strange.double().mean()),
+    }
+
+
+def _class_names(familiar: Activations | None, acts: Activations) -> tuple[str, ...] | None:
+    """Return the names of the network's classes.
+
+    Strange inputs may have as many classes as the network and be of none of them, so names count only where the network
+    predicts the labels better than by guessing.
+    """
+    from penult.cli._inputs import label_accuracy
+
+    for candidate in (familiar, acts):
+        names = None if candidate is None else candidate.class_names
+        if (
+            candidate is not None
+            and names is not None
+            and (candidate.labels is None or not label_accuracy(candidate)[1])
+        ):
+            return names
+    return None
+
+
+def _report_scores(results: Mapping[str, Any], names: tuple[str, ...] | None, reporter: RichReporter) -> None:
+    """Print quantiles, the strangest and the most familiar inputs, and the verdict."""
+    calibrated = "threshold" in results
+    rows = [(results["data"], results["count"], *(f"{value:.4g}" for value in results["quantiles"].values()))]
+    if calibrated:
+        quantiles = results["calibration_quantiles"].values()
+        rows.insert(0, (results["calibrate"], results["calibration_count"], *(f"{value:.4g}" for value in quantiles)))
+    reporter.table(("scores of", "inputs", *_QUANTILES), rows)
+    for title, key in (("strangest", "strangest"), ("most familiar", "most_familiar")):
+        reporter.table(
+            (title, "score", *(["p-value"] if calibrated else []), "predicted", "confidence"),
+            [
+                (
+                    f"index {row['index']}",
+                    f"{row['score']:.4g}",
+                    *([f"{row['p_value']:.4f}"] if calibrated else []),
+                    row["predicted"] if names is None else names[row["predicted"]],
+                    f"{row['confidence']:.3f}",
+                )
+                for row in results[key]
+            ],
+        )
+    if not calibrated:
+        reporter.line("No threshold set; pass --calibrate FAMILIAR to get one, with p-values.")
+        return
+    reporter.line(
+        f"strange: {results['strange']} of {results['count']} ({results['strange_share']:.1%}), with a score above "
+        f"{results['threshold']:.4g}"
+    )
+    reporter.line(
+        f"of familiar inputs like those of {results['calibrate']}, at most {_percent(results['false_alarm'])} are "
+        f"called strange on average over such sets of {results['calibration_count']}; with this set, at most "
+        f"{_percent(results['false_alarm_bound'])} at 95% confidence. There is no such bound if network or pair were "
+        "fitted to these inputs, or for inputs of another kind"
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3g}%"
