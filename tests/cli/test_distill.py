@@ -290,7 +290,7 @@ def test_other_weights_of_the_teacher_are_another_distillation(penult_json, refu
     ("arguments", "words"),
     [
         ((*FILE, "--student", "distillnets:gone"), "'distillnets:gone'"),
-        ((*FILE, "--student", "distillnets:seven"), "gives (16, 7) for 16 images, but the head has 10 classes"),
+        ((*FILE, "--student", "distillnets:seven"), "gives (16, 7) for 16 images; expected logits (16, 10)"),
         ((*FILE, *SMALL, "--weights", "teacher.safetensors"), "--weights goes with a teacher's network"),
         ((*FILE, *SMALL, "--pair", "teacher.penult.safetensors"), "--pair goes with a teacher's network"),
         ((*FILE, *SMALL, "--val", "unlabelled.npz"), "--val have no labels"),

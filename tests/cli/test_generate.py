@@ -276,7 +276,7 @@ def test_a_bank_is_stored_if_that_is_asked_for(penult_json, place):
 
     done = CliRunner().invoke(app, [*command, "--store-activations"])  # told anew, without another training
     assert done.exit_code == 0, done.output
-    assert "a training that is done" in done.output
+    assert "a finished training" in done.output
     assert f"generator.safetensors stores {BANK} activations of real images" in done.output
     stored = json.loads((place / "run/log.json").read_text())
     assert (stored["stored_activations"], stored["replaced_activations"], stored["floats"]) == (BANK, 0, BANK * 16)
@@ -300,7 +300,7 @@ def test_images_without_labels_and_a_tenth_of_them_held_out(place):
     done = CliRunner().invoke(app, [*PAIR, *FEW, "--images", "unlabelled.npz", "--out", "run", "--epochs", "1"])
     assert done.exit_code == 0, done.output
     assert "20 of 200 images are held out" in done.output
-    assert "the held-out images have no labels: they have those that the judge gives them" in done.output
+    assert "the held-out images have no labels; the judge's predictions are used instead" in done.output
     assert "biased in favour of the generator" in done.output
     facts = json.loads((place / "run/log.json").read_text())
     assert (facts["images"], facts["judged_by"], facts["labels"]) == (180, 20, "judge")
@@ -391,7 +391,7 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ((*DATA, *GAN, "--beta", "2"), "--beta goes with --kind vae, but the kind is gan: leave it out"),
         ((*DATA, *GAN, "--drawn", "1", "--condition", "label"), "--drawn goes with --condition activation, but with"),
         ((*DATA, *GAN, "--drawn", "2"), "drawn must be a share from 0 to 1"),
-        (("generate", "tiny.penult.safetensors", *DATA[2:]), "holds 30 real activations, too few to fit a mixture"),
+        (("generate", "tiny.penult.safetensors", *DATA[2:]), "holds 30 real activations, and no mixture can be fitted"),
         ((*DATA, "--consistency", "-1"), "consistency"),
         ((*DATA, "--mean", "0.5,0.5,0.5"), "the images have 1 channels"),
         ((*DATA, "--mode", "RGB"), "images of shape (16, 3, 8, 8)"),
@@ -419,7 +419,7 @@ def test_a_folder_of_something_else_is_left_alone(refused, place):
     (place / "other").mkdir()
     (place / "other/settings.json").write_text('{"kind": "soft"}')  # of a distillation
     assert "other holds other files, and no generator" in refused(*DATA, "--out", "other", "--overwrite")
-    assert "becomes the folder of a training" in refused(*DATA, "--out", "x.png")
+    assert "expected a folder to train in" in refused(*DATA, "--out", "x.png")
     assert "expected a folder" in refused(*DATA, "--out", "x.npz")
 
 

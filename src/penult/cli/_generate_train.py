@@ -1,17 +1,14 @@
-"""What ``penult generate`` does: train a generator of images on a classifier's activations, and judge it."""
+"""Training of ``penult generate``: data, classifier, generator and results."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from penult import io
@@ -20,26 +17,20 @@ from penult.activations import Tap, _checksum, extract
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli._console import RichReporter, warnings_as_lines
 from penult.cli._generate_judge import JUDGED, evaluator_of, judged
-from penult.cli._inputs import ImageOptions, ImageSubset, NetworkOptions, class_names, first_images, split
-from penult.cli._launch import Launch
-from penult.cli._models import folder_path, load_pair
-from penult.cli._options import plain
-from penult.cli._training import (
-    CHECKPOINT,
-    LOG_FILE,
-    PAGE_FILE,
-    SETTINGS_FILE,
-    digest,
-    fit,
-    is_complete,
-    say_complete,
-    trainer_of,
+from penult.cli._inputs import (
+    ImageOptions,
+    ImageSubset,
+    NetworkOptions,
+    Normalization,
+    class_names,
+    first_images,
+    split,
 )
+from penult.cli._models import folder_path, load_pair
+from penult.cli._training import PAGE_FILE, TrainingRun, digest
 from penult.cli.draw import GENERATOR_FILE, PILLOW, grid
-from penult.data import ImageDataset
 from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE
 from penult.pair import GenerativePair
-from penult.processes import Processes
 from penult.report.generate import (
     BIASED_JUDGE,
     as_text,
@@ -53,266 +44,255 @@ from penult.report.generate import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from penult.cli._launch import Launch
+    from penult.data import ImageDataset
 
-__all__ = ["CLASSES", "Order", "summary", "train"]
+__all__ = ["CLASSES", "train"]
 
-SAMPLES = "samples"
-# From --kind to what makes the generator, given pair, tap, shape and options.
+# Generators by --kind.
 CLASSES: dict[str, type[ActivationGenerator]] = {"vae": ActivationVAE, "gan": ActivationGAN}
 
-# What can be told anew without training.
-_FREE = "confident", "judge", "judge_weights", "judge_content", "store_activations"
-_ROWS = 10  # classes of a grid
+_SAMPLES = "samples"
+# Options that the results depend on, next to those of the kind.
+_RECORDED = (
+    *("source", "model", "images", "val", "kind", "condition", "epochs", "batch_size", "store_activations"),
+    *("confident", "judge", "judge_weights", "size", "mode", "mean", "std", "weights", "path", "fold", "weight_key"),
+    *("bias_key", "seed", "precision"),
+)
+# Settings that may change without another training: only the judging is repeated.
+_REPLACEABLE = "confident", "judge", "judge_weights", "judge_content", "store_activations"
+_ROWS = 10  # Classes in a grid of samples.
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a training is asked for, as options of the command say it; `own` are those that the kind's class takes."""
+def train(options: Mapping[str, Any], kind_options: Mapping[str, Any], launch: Launch, reporter: RichReporter) -> None:
+    """Train a generator, or resume its training; judge it, and write its file, page and log.
 
-    source: str
-    model: str
-    images: str
-    out: Path
-    val: str | None
-    kind: str
-    condition: str
-    epochs: int
-    batch_size: int
-    own: dict[str, Any]
-    store_activations: bool
-    confident: float | None
-    judge: str | None
-    judge_weights: Path | None
-    size: str | None
-    mode: str | None
-    mean: str | None
-    std: str | None
-    weights: Path | None
-    path: str | None
-    fold: bool
-    weight_key: str | None
-    bias_key: str | None
-    workers: int
-    overwrite: bool
-    seed: int
-    launch: Launch
-    precision: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those that the results depend on."""
-        apart = "out", "workers", "overwrite", "launch"
-        facts = asdict(self)
-        facts |= facts.pop("own") | {"devices": self.launch.devices, "num_nodes": self.launch.num_nodes}
-        return {"command": "generate"} | {name: plain(v) for name, v in facts.items() if name not in apart}
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Options of loaders."""
-        return {"batch_size": self.batch_size, "num_workers": self.workers}
-
-
-def train(order: Order, as_json: bool, reporter: RichReporter) -> None:
-    """Train a generator, or go on with it; then judge it, and write its file, page and log."""
-    from penult.report import Page  # noqa: F401  a missing extra is better said before the work
-
+    Args:
+        options: All options of the command.
+        kind_options: Options of the generator's class, by the names of its parameters.
+        launch: The processes.
+        reporter: Prints progress and results.
+    """
     extra("PIL.Image", PILLOW)
-    launch = order.launch
-    out, where = _folder(order.out), launch.device
+    device, seed = launch.device, options["seed"]
+    _check_folder(options["out"])
+    run = TrainingRun(
+        "generate",
+        {**options, **kind_options},
+        launch,
+        reporter,
+        file_name=GENERATOR_FILE,
+        recorded=(*_RECORDED, *kind_options),
+        samples=_SAMPLES,
+        replaceable=_REPLACEABLE,
+    )
     with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        pair = load_pair(order.source, order.weight_key, order.bias_key)
-        image_options = ImageOptions(order.size, order.mode, order.mean, order.std)
-        normalize = image_options.normalization
-        dataset = image_options.read(order.images, normalized=False)
-        other = None if order.val is None else image_options.read(order.val, normalized=False)
-        datasets = {order.images: dataset} | ({} if order.val is None or other is None else {order.val: other})
-        first = first_images(dataset, order.images)
-        _check_shape(order, first, other)
-        names = class_names(pair.head.num_classes, datasets)
-        labels = [each.labels for each in (dataset, other) if each is not None]
-        if order.condition == "label" and any(each is None for each in labels):
-            raise ValueError("--condition label needs labels of all images; --condition activation needs none")
-        options = NetworkOptions(order.model, order.weights, order.path, order.fold, "--model")
-        classifier = options.open(first if normalize is None else normalize(first), where, reporter)
-        pair, tap = classifier.pair(pair, order.source), classifier.tap
-        judge = None
-        if order.judge is not None:
-            judge = NetworkOptions(order.judge, order.judge_weights, None, order.fold, "--judge", "--judge-weights")
-        evaluator = evaluator_of(classifier, options, judge, normalize, first.to(where))
-        settings = order.settings | {"head": _checksum(pair.head), "count": len(dataset)}
-        settings["content"] = digest(
-            first,
-            *(each for each in labels if each is not None),
-            *(file for file in (order.source, order.weights) if file is not None),
+        pair = load_pair(options["source"], options["weight_key"], options["bias_key"])
+        # Generators make images in [0, 1], so --mean and --std are for the classifier and the judge alone.
+        normalization = ImageOptions.of(options).normalization
+        dataset, val, first = _read(options)
+        names = class_names(
+            pair.head.num_classes, {options["images"]: dataset} | ({} if val is None else {options["val"]: val})
         )
-        settings["judge_content"] = None if order.judge_weights is None else digest(order.judge_weights)
-        processes = Processes(launch.start())
-        for folder in (out, out / SAMPLES) if processes.rank == 0 else ():
-            io.sweep(folder)  # what a killed run left half-written says nothing of the folder
-        whole = processes.rank == 0 and is_complete(out, settings, order.overwrite, "generate", _FREE)
-        if processes.first(whole):
-            if processes.rank == 0:
-                say_complete(out, as_json, reporter)
+        classifier_options = NetworkOptions.of(options, options["model"], "--model")
+        seen = first if normalization is None else normalization(first)
+        classifier = classifier_options.open(seen, device, reporter)
+        pair, tap = classifier.pair(pair, options["source"]), classifier.tap
+        evaluator = evaluator_of(classifier, classifier_options, _judge(options), normalization, first.to(device))
+        run.settings |= {"head": _checksum(pair.head), "count": len(dataset)}
+        run.settings |= _digests(options, first, dataset, val)
+        if not run.start():
             return
-
-        trained, held = split(dataset, other, order.seed)
-        if held.held_out:
-            reporter.line(f"{len(held)} of {len(dataset)} images are held out to judge by; --val gives others")
-        generator = _made(order, pair, tap, normalize, tuple(first.shape[1:]), trained)
-        law = _law(order, generator, reporter)
-        trainer = trainer_of(
-            out,
-            order.seed,
-            epochs=order.epochs,
-            launch=launch,
-            precision=order.precision,
-            callbacks=[_sampling(order, law)],
+        training, validation = split(dataset, val, seed)
+        if validation.held_out:
+            reporter.line(f"{len(validation)} of {len(dataset)} images are held out to judge by; --val gives others")
+        activations = _activations(options, pair, tap, normalization, training, run.loading)
+        # The first weights are the same in every run.
+        torch.manual_seed(seed)
+        make: Callable[..., ActivationGenerator] = CLASSES[options["kind"].value]
+        generator = make(
+            pair,
+            tap,
+            tuple(first.shape[1:]),
+            activations=activations,
+            preprocess=normalization,
+            condition=options["condition"].value,
+            **kind_options,
         )
-        if processes.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            old = [CHECKPOINT, *(str(file.relative_to(out)) for file in (out / SAMPLES).glob("*.png"))]
-            for name in (LOG_FILE, PAGE_FILE, GENERATOR_FILE, *(old if order.overwrite else [])):
-                (out / name).unlink(missing_ok=True)  # of a run before
-            io.write_bytes(out / SETTINGS_FILE, json.dumps(settings, indent=2).encode())
-        processes.wait()
-        resumed = fit(
-            trainer,
-            generator,
-            trained.images,
-            DataLoader(held.images, **order.loading),
-            out=out,
-            seed=order.seed,
-            loading=order.loading,
-            resume=not order.overwrite,
-            figure=_figure,
-            reporter=reporter,
-        )
-        if processes.rank:
+        stored_pair = _stored_pair(options, generator, reporter)
+        val_loader = DataLoader(validation.images, **run.loading)
+        run.fit(generator, training.images, val_loader, _figure, [_sampling(options, stored_pair)])
+        if run.rank:
             return
-        learnt = generator.to(where).eval()
-        generator = learnt.with_pair(law.to(where))
-        generator.save(out / GENERATOR_FILE, order.store_activations)
+        trained = generator.to(device).eval()
+        generator = trained.with_pair(stored_pair.to(device))
+        generator.save(run.out / GENERATOR_FILE, options["store_activations"])
         with reporter.waiting("judging the images"):
-            facts, pictures = judged(generator, evaluator, trained, held, order.confident, order.seed, order.loading)
+            quality, pictures = judged(
+                generator, evaluator, training, validation, options["confident"], seed, run.loading
+            )
 
-    facts = {
-        "out": str(out),
-        "kind": order.kind,
-        "images": len(trained),
-        "judged_by": len(held),
-        "held_out": order.val is None,
+    results: dict[str, Any] = {
+        "out": str(run.out),
+        "kind": options["kind"].value,
+        "images": len(training),
+        "judged_by": len(validation),
+        "held_out": options["val"] is None,
         "shape": list(first.shape[1:]),
-        "judge": order.judge,
-        "confident": order.confident,
+        "judge": options["judge"],
+        "confident": options["confident"],
         "stored_activations": generator.stored_activations,
-        "replaced_activations": learnt.stored_activations - generator.stored_activations,
-        "floats": law.base.num_parameters if isinstance(law.base, Marginal) else None,
+        "replaced_activations": trained.stored_activations - generator.stored_activations,
+        "floats": stored_pair.base.num_parameters if isinstance(stored_pair.base, Marginal) else None,
         "epochs": len(generator.history),
         "history": generator.history,
-    } | facts
-    summary(facts, reporter)
-    page(out / PAGE_FILE, facts, settings, pair, pictures, names, GENERATOR_FILE)
-    io.write_bytes(out / LOG_FILE, json.dumps(facts, indent=2).encode())  # last: now the folder is complete
-    reporter.line(contents(facts, GENERATOR_FILE))
-    reporter.line(f"{out / GENERATOR_FILE}: penult draw {out} -o grid.png draws from it")
-    reporter.line(f"{out / PAGE_FILE}")
-    if as_json:
-        typer.echo(json.dumps(facts | {"resumed_after_epochs": resumed, "was_complete": False}, indent=2))
+    } | quality
+    _report_quality(results, reporter)
+    page(run.out / PAGE_FILE, results, run.settings, pair, pictures, names, GENERATOR_FILE)
+    run.finish(
+        results,
+        contents(results, GENERATOR_FILE),
+        f"{run.out / GENERATOR_FILE}: penult draw {run.out} -o grid.png draws from it",
+    )
 
 
-def _folder(out: Path) -> Path:
+# --- data and networks --------------------------------------------------------------------------------------
+
+
+def _check_folder(out: Path) -> None:
     if out.suffix == ".png":
-        raise ValueError(f"--out {out} becomes the folder of a training; a picture is drawn from what that has made")
-    return folder_path(out)
+        raise ValueError(f"--out is {out}; expected a folder to train in. penult draw draws from a trained generator")
+    folder_path(out)
 
 
-def _check_shape(order: Order, first: Tensor, other: ImageDataset | None) -> None:
-    """Refuse images to judge by that are of another shape."""
-    if other is not None and (shape := first_images(other, f"--val {order.val}").shape[1:]) != first.shape[1:]:
+def _read(options: Mapping[str, Any]) -> tuple[ImageDataset, ImageDataset | None, Tensor]:
+    """Return the images of --images and --val in [0, 1], of one shape, and the first of them."""
+    images_of = ImageOptions.of(options)
+    dataset = images_of.read(options["images"], normalized=False)
+    val = None if options["val"] is None else images_of.read(options["val"], normalized=False)
+    first = first_images(dataset, options["images"])
+    shape = first.shape[1:]
+    if val is not None and (val_shape := first_images(val, options["val"]).shape[1:]) != shape:
         raise ValueError(
-            f"the images of --val {order.val} are of shape {tuple(shape)}, those of --images {tuple(first.shape[1:])}: "
-            "bring both to one with --size and --mode"
+            f"the images of --val {options['val']} are of shape {tuple(val_shape)}; expected {tuple(shape)}, as those "
+            "of --images. Give --size and --mode"
         )
+    if options["condition"].value == "label" and any(
+        part.labels is None for part in (dataset, val) if part is not None
+    ):
+        raise ValueError("--condition label needs labels of all images; --condition activation needs none")
+    return dataset, val, first
 
 
-def _made(
-    order: Order,
+def _judge(options: Mapping[str, Any]) -> NetworkOptions | None:
+    """Return the options of the independent classifier, if one is given."""
+    if options["judge"] is None:
+        return None
+    return NetworkOptions(
+        options["judge"],
+        options["judge_weights"],
+        fold=options["fold"],
+        argument="--judge",
+        weights_option="--judge-weights",
+    )
+
+
+def _digests(
+    options: Mapping[str, Any], first: Tensor, dataset: ImageDataset, val: ImageDataset | None
+) -> dict[str, Any]:
+    """Return digests of the first images, of all labels and of the files of pair and classifier; and of the judge's."""
+    labels = [part.labels for part in (dataset, val) if part is not None and part.labels is not None]
+    files = [file for file in (options["source"], options["weights"]) if file is not None]
+    judge_weights = options["judge_weights"]
+    return {
+        "content": digest(first, *labels, *files),
+        "judge_content": None if judge_weights is None else digest(judge_weights),
+    }
+
+
+# --- generator ----------------------------------------------------------------------------------------------
+
+
+def _activations(
+    options: Mapping[str, Any],
     pair: GenerativePair,
     tap: Tap,
-    normalize: nn.Module | None,
-    shape: tuple[int, ...],
-    trained: ImageSubset,
-) -> ActivationGenerator:
-    """The generator before its training, after a look at whether it can give what is asked for."""
-    activations = None
-    if isinstance(pair.base, Sphere | Gaussian):
-        certificate = tap.head.certificate
-        rectified = " --pre-activation" if certificate is not None and certificate.rectified else ""
-        warnings.warn(
-            f"{order.source} has a law of which images will be poor ({pair.base}): its draws are not like activations. "
-            f"A law that works: penult extract {order.model} {order.images} --out acts/{rectified}, and then "
-            "penult fit acts/ --base mixture --out pair.penult.safetensors; with the --weights, --size, --mode, --mean "
-            "and --std that are given here",
-            UserWarning,
-            stacklevel=2,
-        )
-        images, _ = trained.load(JUDGED, order.seed, order.loading)
-        # Draws would not tell what real activations are like.
-        activations = extract(tap, [x if normalize is None else normalize(x) for x in images.split(500)])
-    torch.manual_seed(order.seed)  # of the first weights
-    options: dict[str, Any] = order.own | {"condition": order.condition}
-    makes: Callable[..., ActivationGenerator] = CLASSES[order.kind]
-    return makes(pair, tap, shape, activations=activations, preprocess=normalize, **options)
+    normalization: Normalization | None,
+    training: ImageSubset,
+    loading: Mapping[str, Any],
+) -> Any:
+    """Return real activations to standardize by, where samples of the pair are unlike real ones; with a warning."""
+    if not isinstance(pair.base, Sphere | Gaussian):
+        return None
+    certificate = tap.head.certificate
+    rectified = " --pre-activation" if certificate is not None and certificate.rectified else ""
+    warnings.warn(
+        f"the base of {options['source']} is {pair.base}, whose samples are unlike real activations: images will be "
+        f"poor. Fit a mixture: penult extract {options['model']} {options['images']} --out acts/{rectified}, then "
+        "penult fit acts/ --base mixture --out pair.penult.safetensors; with the --weights, --size, --mode, --mean "
+        "and --std that are given here",
+        UserWarning,
+        stacklevel=2,
+    )
+    images, _ = training.load(JUDGED, options["seed"], loading)
+    batches = images.split(500)
+    return extract(tap, [batch if normalization is None else normalization(batch) for batch in batches])
 
 
-def _law(order: Order, generator: ActivationGenerator, reporter: RichReporter) -> GenerativePair:
-    """The pair that the file holds, after a look at whether it can give what is asked for, before the work."""
-    law = generator.pair
-    if generator.stored_activations and not order.store_activations:
+def _stored_pair(options: Mapping[str, Any], generator: ActivationGenerator, reporter: RichReporter) -> GenerativePair:
+    """Return the pair that the generator's file gets; check before the training that it can give confident samples."""
+    pair = generator.pair
+    if generator.stored_activations and not options["store_activations"]:
         try:
             with reporter.waiting("fitting a mixture to the bank of activations"):
-                law = generator.without_data().pair
+                pair = generator.without_data().pair
         except ValueError as error:
             raise ValueError(
-                f"{order.source}: {str(error).partition(':')[0]}: give --store-activations, which writes them, or a "
-                "pair of another law"
+                f"{options['source']} holds {generator.stored_activations} real activations, and no mixture can be "
+                "fitted to them. Give --store-activations to store them, or a pair with another base"
             ) from error
-    if order.confident is not None:
-        drawn = generator.with_pair(law)
-        drawn.generate(torch.arange(law.head.num_classes), order.confident, generator=seeded(drawn, 0))
-    return law
+    if options["confident"] is not None:
+        changed = generator.with_pair(pair)
+        labels = torch.arange(pair.head.num_classes)
+        changed.generate(labels, options["confident"], generator=seeded(changed, 0))
+    return pair
 
 
-def _sampling(order: Order, law: GenerativePair) -> Any:
-    """Writes a grid of samples after epochs 1, 2, 5, 10, 20, 50, ... and the last."""
+def _sampling(options: Mapping[str, Any], pair: GenerativePair) -> Any:
+    """Return a callback that writes a grid of samples after epochs 1, 2, 5, 10, 20, 50, ... and the last."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     def sample(trainer: Any, module: Any) -> None:
         epoch = trainer.current_epoch + 1
-        if trainer.is_global_zero and (str(epoch).rstrip("0") in ("1", "2", "5") or epoch == order.epochs):
-            drawn = module.with_pair(law.to(module.device))
-            rows = class_rows(drawn, evenly(law.head.num_classes, _ROWS), order.seed)
-            io.write_bytes(order.out / SAMPLES / f"epoch-{epoch:04}.png", grid(rows.flatten(0, 1), rows.shape[1]))
+        if trainer.is_global_zero and (str(epoch).rstrip("0") in ("1", "2", "5") or epoch == options["epochs"]):
+            generator = module.with_pair(pair.to(module.device))
+            rows = class_rows(generator, evenly(pair.head.num_classes, _ROWS), options["seed"])
+            file = options["out"] / _SAMPLES / f"epoch-{epoch:04}.png"
+            io.write_bytes(file, grid(rows.flatten(0, 1), rows.shape[1]))
 
     return LambdaCallback(on_train_epoch_end=sample)
+
+
+# --- results ------------------------------------------------------------------------------------------------
 
 
 def _figure(figures: dict[str, float]) -> str:
     return "".join(f", {name} {figures[name]:.4g}" for name in ("loss", "cosine") if name in figures)
 
 
-def summary(facts: dict[str, Any], reporter: RichReporter) -> None:
-    """A table of quality, and what it lacks."""
-    held = "held-out" if facts["held_out"] else "validation"
+def _report_quality(results: Mapping[str, Any], reporter: RichReporter) -> None:
+    """Print a table of the quality of the images, and the reasons for figures that are missing."""
+    facts = dict(results)
+    images = "held-out images" if facts["held_out"] else "validation images"
     if facts["labels"] == "judge":
-        reporter.line(f"the {held} images have no labels: they have those that the judge gives them")
+        reporter.line(f"the {images} have no labels; the judge's predictions are used instead")
     for reason in facts["skipped"]:
         reporter.line(reason)
+    # Ten columns would be too wide, so the table is transposed.
     kinds, *columns = zip(*quality_rows(facts), strict=True)
     rows = [
         (title, *map(as_text, cells)) for title, cells in zip(("images", *quality_columns(facts)), columns, strict=True)
     ]
-    reporter.table((f"by {facts['judged_by']} {held} images", *kinds), rows)  # upright: ten columns are too wide
+    reporter.table((f"by {facts['judged_by']} {images}", *kinds), rows)
     if facts["judge"] is None:
         reporter.line(BIASED_JUDGE)

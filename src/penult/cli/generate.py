@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,45 +33,45 @@ from penult.cli.draw import draw_images, generator_in
 
 __all__ = ["KINDS", "generate"]
 
-# Of each kind: the options that it alone has, and those whose default is its own; None is what fits the others.
+# For each kind, the options of its class and their defaults; None where the default depends on the images.
 KINDS: dict[str, dict[str, Any]] = {
     "vae": {"batch_size": 100, "rate": 1e-3, "latent": 16, "width": None, "consistency": 0.0, "beta": 1.0},
     "gan": {"batch_size": 64, "rate": 2e-3, "latent": 32, "width": None, "consistency": 1.0,
             "loss": None, "drawn": 0.0},
 }  # fmt: skip
 
+# Parameters of drawing alone, and of both drawing and training.
 _DRAWING = "classes", "count"
-_BOTH = "context", "source", "out", "confident", "seed", "device", "as_json"
+_COMMON = "context", "source", "out", "confident", "seed", "device", "as_json"
 
 
 class Kind(str, Enum):
-    """What makes images of activations."""
+    """Kinds of generators."""
 
     vae = "vae"
     gan = "gan"
 
 
 class Condition(str, Enum):
-    """What a generator is trained on."""
+    """Inputs that a generator is trained on."""
 
     activation = "activation"
     label = "label"
 
 
 class Adversarial(str, Enum):
-    """What generator and discriminator minimise."""
+    """Losses of generator and discriminator."""
 
     non_saturating = "non-saturating"
     hinge = "hinge"
 
 
-def _of(name: str) -> str:
-    """The default of each kind that has an option, for its help."""
-    held = {kind: options[name] for kind, options in KINDS.items() if name in options}
-    shown = [(kind, f"{value:g}") for kind, value in held.items()]
-    if len(shown) < len(KINDS):
-        return ", ".join(f"With --kind {kind} only; default {value}." for kind, value in shown)
-    return "Default: " + ", ".join(f"{value} with {kind}" for kind, value in shown) + "."
+def _default(name: str) -> str:
+    """Return the default of an option for each kind that has it, for the help."""
+    defaults = {kind: f"{options[name]:g}" for kind, options in KINDS.items() if name in options}
+    if len(defaults) < len(KINDS):
+        return ", ".join(f"With --kind {kind} only. Default: {default}." for kind, default in defaults.items())
+    return "Default: " + ", ".join(f"{default} with {kind}" for kind, default in defaults.items()) + "."
 
 
 def generate(
@@ -94,34 +94,35 @@ def generate(
     ] = None,
     classes: Annotated[list[int] | None, typer.Option("--class", help="Only to draw: see `penult draw`.")] = None,
     count: Annotated[int | None, typer.Option("--count", "-n", help="Only to draw: see `penult draw`.", min=1)] = None,
-    model: Annotated[str | None, typer.Option(help="The classifier's network, package.module:factory.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="A .safetensors state dict for the classifier that the factory makes.")
+    model: Annotated[
+        str | None, typer.Option(help="Factory of the classifier's network, package.module:factory.")
     ] = None,
+    weights: Annotated[Path | None, typer.Option(help="State dict for the classifier, .safetensors.")] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="To train on: a parquet file, glob or folder; an image folder; .npz; digits. Labels are "
-            "needed with --condition label only."
+            help="Images to train on: a parquet file, glob or folder; an image folder; .npz; digits. Labels are needed "
+            "with --condition label only."
         ),
     ] = None,
-    val: Annotated[str | None, typer.Option(help="Images to judge by; else a tenth of the others is held out.")] = None,
-    kind: Annotated[
-        Kind, typer.Option(help="A variational autoencoder, or a generative adversarial network.")
-    ] = Kind.vae,
-    condition: Annotated[
-        Condition, typer.Option(help="Train on what the classifier makes of each image, or on draws for its label.")
-    ] = Condition.activation,
-    epochs: Annotated[int, typer.Option(help="How often all images are seen.", min=1)] = 30,
-    batch_size: Annotated[
-        int | None, typer.Option(help=f"Images at a time, on each device. {_of('batch_size')}", min=2)
+    val: Annotated[
+        str | None, typer.Option(help="Images to judge by. [default: a tenth of --images is held out]")
     ] = None,
-    rate: Annotated[float | None, typer.Option(help=f"Learning rate of Adam. {_of('rate')}")] = None,
-    latent: Annotated[int | None, typer.Option(help=f"Numbers of a code z. {_of('latent')}", min=1)] = None,
+    kind: Annotated[Kind, typer.Option(help="Variational autoencoder, or generative adversarial network.")] = Kind.vae,
+    condition: Annotated[
+        Condition,
+        typer.Option(help="Train on the activation of each image, or on activations sampled from p(h|y) of its label."),
+    ] = Condition.activation,
+    epochs: Annotated[int, typer.Option(help="Number of epochs.", min=1)] = 30,
+    batch_size: Annotated[
+        int | None, typer.Option(help=f"Images per batch, on each device. {_default('batch_size')}", min=2)
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help=f"Learning rate of Adam. {_default('rate')}")] = None,
+    latent: Annotated[int | None, typer.Option(help=f"Dimension of the code z. {_default('latent')}", min=1)] = None,
     width: Annotated[
         int | None,
         typer.Option(
-            help="Units of a layer, or channels of the convolution next to the image. Default: 400 or 64 with vae; 16, "
+            help="Units per layer, or channels of the convolution next to the image. Default: 400 or 64 with vae; 16, "
             "or 32 in colour, with gan.",
             min=1,
         ),
@@ -129,52 +130,60 @@ def generate(
     consistency: Annotated[
         float | None,
         typer.Option(
-            help="Weight of what the classifier makes of generated images, in nats an image with vae. "
-            + _of("consistency")
+            help="Weight of the classifier's activations of generated images, in nats per image with vae. "
+            + _default("consistency")
         ),
     ] = None,
-    beta: Annotated[float | None, typer.Option(help=f"Weight of the divergence of codes. {_of('beta')}")] = None,
+    beta: Annotated[
+        float | None, typer.Option(help=f"Weight of the divergence of codes from N(0, I). {_default('beta')}")
+    ] = None,
     loss: Annotated[
         Adversarial | None,
         typer.Option(
-            help="What generator and discriminator minimise. With --kind gan only; default hinge for activations "
-            "of grey images, else non-saturating."
+            help="Loss of generator and discriminator. With --kind gan only. Default: hinge for activations of grey "
+            "images, else non-saturating."
         ),
     ] = None,
     drawn: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE",
-            help="Share of the images generated in training that are made of draws of the pair's law, the others of "
-            f"activations of images. {_of('drawn')}",
+            metavar="FRACTION",
+            help="Fraction of generator inputs drawn from p(h|y) instead of taken from real images. "
+            + _default("drawn"),
         ),
     ] = None,
     store_activations: Annotated[
         bool,
         typer.Option(
             "--store-activations",
-            help="Write a bank of real activations as it is; else a mixture fitted to it takes its place.",
+            help="Store the real activations of a bank. Default: store a mixture that is fitted to them.",
         ),
     ] = False,
     size: Size = None,
     mode: Mode = None,
     mean: Annotated[
-        str | None, typer.Option(help="Subtracted from images in 0..1 for classifier and judge, e.g. 0.485,0.456,0.406")
+        str | None,
+        typer.Option(help="Per-channel mean, for classifier and judge only, for example 0.485,0.456,0.406."),
     ] = None,
     std: Annotated[
-        str | None, typer.Option(help="For these, images are divided by it, e.g. 0.229,0.224,0.225.")
+        str | None,
+        typer.Option(
+            help="Per-channel standard deviation, for classifier and judge only, for example 0.229,0.224,0.225."
+        ),
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="An independent classifier to judge by, package.module:factory; else the classifier itself."),
+        typer.Option(
+            help="Factory of an independent classifier to judge by, package.module:factory. Default: the classifier."
+        ),
     ] = None,
-    judge_weights: Annotated[Path | None, typer.Option(help="A .safetensors state dict for the judge.")] = None,
+    judge_weights: Annotated[Path | None, typer.Option(help="State dict for the judge, .safetensors.")] = None,
     path: HeadPath = None,
     fold: Fold = True,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
     workers: Workers = 0,
-    overwrite: Annotated[bool, typer.Option(help="Start anew where the folder holds another generator.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace another generator in the folder.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     devices: Devices = None,
@@ -185,12 +194,13 @@ def generate(
 ) -> None:
     """Train a generator of images on a classifier's activations.
 
-    With a pair, a generator is trained on images, without their labels; what it makes of draws of p(h|y) are images of
-    class y. The law that the pair holds decides how good they are: fit one to activations of such images.
+    The generator is trained on images, without their labels, to map an activation h and a random code z to an image.
+    From samples of p(h|y) it then makes images of class y. Their quality depends on the base of the pair: fit it to
+    activations of such images.
 
-    OUT gets generator.safetensors, the page index.html, log.json, samples as the training goes, and checkpoints.
-    What is judged and shown is what the file holds: no activation of a real image, unless --store-activations is given.
-    Training goes by Lightning (extra train): the same command continues after a kill, and gives the same generator.
+    OUT gets generator.safetensors, the page index.html, log.json, samples drawn during the training, and checkpoints.
+    The file holds no activation of a real image, unless --store-activations is given. Lightning trains (extra train):
+    after a kill, the same command resumes and gives the same generator.
 
     `penult draw` draws images from the trained generator. `penult generate RUN -o grid.png` does the same.
 
@@ -202,7 +212,6 @@ def generate(
 
     Example: penult draw run/ --class 7 -n 64 -o grid.png
     """
-    values: dict[str, Any] = dict(locals())
     launch = Launch(device, devices, num_nodes, strategy)
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     given = {
@@ -212,41 +221,53 @@ def generate(
     }
     file = generator_in(source)
     if file is not None:
-        training = [flag for name, flag in given.items() if name not in (*_DRAWING, *_BOTH)]
-        _refuse(training, "training", f"{source} is drawn from")
-        facts = draw_images(file, out, classes, count, confident, seed, device, reporter)
+        training = [option for name, option in given.items() if name not in (*_DRAWING, *_COMMON)]
+        _refuse(training, "training", f"{source} is a trained generator")
+        results = draw_images(file, out, classes, count, confident, seed, device, reporter)
         if as_json:
-            typer.echo(json.dumps(facts, indent=2))
+            typer.echo(json.dumps(results, indent=2))
         return
-    from penult.cli import _generate_train  # which loads Lightning and the report
-
-    _refuse([flag for name, flag in given.items() if name in _DRAWING], "drawing", f"{source} is trained on")
+    _check_training(context.params, given)
     own = KINDS[kind.value]
-    for other, options in KINDS.items():
-        foreign = [flag for name, flag in given.items() if name in options and name not in own]
-        _refuse(foreign, f"--kind {other}", f"the kind is {kind.value}")
-    if condition is Condition.label:
-        drawing = [flag for name, flag in given.items() if name == "drawn"]
-        _refuse(drawing, "--condition activation", "with label all activations are drawn")
-    for flag, value in (("--model", model), ("--images", images)):
+    chosen = {name: plain(context.params[name]) for name in own}
+    chosen = {name: own[name] if value is None else value for name, value in chosen.items()}
+    options = {**context.params, "batch_size": chosen.pop("batch_size")}
+    # This loads Lightning and the report, which drawing does not need.
+    from penult.cli._generate_train import train
+
+    train(options, chosen, launch, reporter)
+
+
+def _check_training(options: Mapping[str, Any], given: Mapping[str, str]) -> None:
+    """Raise for options that go with something else, and for options that are missing.
+
+    Args:
+        options: All options of the command.
+        given: Options on the command line, by parameter name.
+    """
+    source, kind = options["source"], options["kind"].value
+    _refuse([option for name, option in given.items() if name in _DRAWING], "drawing", f"{source} is trained on")
+    for other_kind, names in KINDS.items():
+        foreign = [option for name, option in given.items() if name in names and name not in KINDS[kind]]
+        _refuse(foreign, f"--kind {other_kind}", f"the kind is {kind}")
+    if options["condition"] is Condition.label:
+        drawn = [option for name, option in given.items() if name == "drawn"]
+        _refuse(drawn, "--condition activation", "with label all activations are drawn")
+    for option, value in (("--model", options["model"]), ("--images", options["images"])):
         if value is None:
             raise ValueError(
-                f"to train on {source}, {flag} is needed: the classifier, package.module:factory, goes to --model and "
-                "the images to --images. To draw, give the folder that a training wrote"
+                f"{option} is needed to train on {source}: --model gives the classifier, package.module:factory, and "
+                "--images the images. To draw images, give the folder of a trained generator to penult draw"
             )
-    if judge_weights is not None and judge is None:
+    if options["judge_weights"] is not None and options["judge"] is None:
         raise ValueError("--judge-weights goes with --judge, package.module:factory")
-    chosen = {name: default if values[name] is None else plain(values[name]) for name, default in own.items()}
-    values |= {"kind": kind.value, "condition": condition.value, "batch_size": chosen.pop("batch_size"), "own": chosen}
-    values["launch"] = launch
-    asked = {field.name: values[field.name] for field in fields(_generate_train.Order)}
-    _generate_train.train(_generate_train.Order(**asked), as_json, reporter)
 
 
-def _refuse(flags: list[str], work: str, but: str) -> None:
-    """Raise if options are given that go with something else."""
-    if flags:
-        one = len(flags) == 1
+def _refuse(options: list[str], purpose: str, contrast: str) -> None:
+    """Raise if options are given that go with another purpose."""
+    if options:
+        one = len(options) == 1
         raise ValueError(
-            f"{', '.join(flags)} {'goes' if one else 'go'} with {work}, but {but}: leave {'it' if one else 'them'} out"
+            f"{', '.join(options)} {'goes' if one else 'go'} with {purpose}, but {contrast}: leave "
+            f"{'it' if one else 'them'} out"
         )
