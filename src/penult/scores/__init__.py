@@ -1,14 +1,14 @@
-"""How familiar an activation is: outlier scores, and thresholds that keep their word.
+"""Outlier scores, and thresholds with a guaranteed false alarm rate.
 
-Higher is stranger, in all of them. Functions take a pair and activations:
+A higher score always means a more unusual activation. These scores are functions of a pair and activations:
 
-- `directional`: how unlikely the direction of h is at its norm; needs a sphere. The one to begin with.
-- `energy`, `max_logit`, `msp`: the usual ones, of the model's own logits.
+- `directional`: how unlikely the direction of h is, given its norm. Start with this one; it needs a sphere.
+- `energy`, `max_logit`, `msp`: common scores of the model's own logits.
 - `density`: the negative log density of the pair.
-- `usual` says which of them to begin with.
+- `usual` returns the recommended one for a pair.
 
-Modules are fitted to familiar activations: `Mahalanobis`, `RelativeMahalanobis`, `KNN`, `ViM`. A `Threshold` turns any
-of them into a test with a false alarm rate that it keeps:
+`Mahalanobis`, `RelativeMahalanobis`, `KNN` and `ViM` are modules that are fitted to reference activations. A
+`Threshold` turns any score into an outlier test with a guaranteed false alarm rate:
 
     >>> import torch, penult
     >>> head = penult.Head(4 * torch.eye(3))

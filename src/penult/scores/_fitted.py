@@ -1,4 +1,4 @@
-"""Outlier scores that are fitted to familiar activations, as others proposed them, to hold penult's own against."""
+"""Published outlier scores that are fitted to reference activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penult._checks import integer_labels
+from penult._checks import check_between, check_integer, integer_labels
 from penult.activations import Activations, _ActivationSource
 from penult.head import Head
 from penult.scores._pair_scores import raw_logits
@@ -20,16 +20,12 @@ __all__ = [
     "Mahalanobis",
     "RelativeMahalanobis",
     "ViM",
-    "class_moments",
-    "labels_of",
-    "least_distance",
-    "whitener_of",
 ]
 
 
 @final
 class Mahalanobis(Score):
-    r"""The least squared distance to a class mean, in deviations of the covariance that classes share.
+    r"""Squared Mahalanobis distance to the nearest class mean, with one covariance for all classes.
 
     .. math:: \min_y\, (h - \mu_y)^\top \Sigma^{-1} (h - \mu_y)
 
@@ -60,24 +56,24 @@ class Mahalanobis(Score):
                 f"means (K, d) and covariance (d, d) have shapes {tuple(means.shape)} and {tuple(covariance.shape)}"
             )
         self.register_buffer("means", means.detach())
-        self.register_buffer("whitener", whitener_of(covariance))
+        self.register_buffer("whitener", _whitening_matrix(covariance))
 
     @classmethod
     def fit(
         cls, activations: Tensor | Activations, labels: Tensor | None = None, *, shrinkage: float = 1e-3
     ) -> Mahalanobis:
-        """Class means and covariance of labelled activations.
+        """Fit class means and the shared covariance to labelled activations.
 
         Args:
-            activations: Familiar ones (N, d), as a tensor or as `Activations`.
-            labels: (N,) integers; those of `Activations` when left out. A head's predictions will do.
-            shrinkage: Share of the covariance that is replaced by a multiple of the identity with the same trace.
+            activations: Reference activations (N, d), as a tensor or as `Activations`.
+            labels: Integer labels (N,); predictions of the head work as well. Default: those of `Activations`.
+            shrinkage: Fraction of the covariance that is replaced by a multiple of the identity with the same trace.
 
         Raises:
-            TypeError: As for other fits; labels are no integers.
+            TypeError: `activations` are neither a floating tensor nor `Activations`, or labels are not integers.
             ValueError: There are no labels, shapes do not fit, or the covariance is singular.
         """
-        means, within, _, _ = class_moments(activations, labels_of(activations, labels), shrinkage)
+        means, within, _, _ = _class_moments(activations, labels, shrinkage)
         return cls(means, within)
 
     @property
@@ -86,15 +82,15 @@ class Mahalanobis(Score):
         return self.means.shape[1]
 
     def score(self, h: Tensor) -> Tensor:
-        """Squared distances (B,) of activations (B, d) to the nearest mean."""
+        """Return the squared distances (B,) of activations (B, d) to the nearest mean."""
         h = self._read(h)
         with in_full(h.device):
-            return least_distance(h, self.means, self.whitener)
+            return _squared_distance_to_nearest(h, self.means, self.whitener)
 
 
 @final
 class RelativeMahalanobis(Score):
-    r"""`Mahalanobis`, less the squared distance to the mean of all, in deviations of all.
+    r"""`Mahalanobis` minus the squared Mahalanobis distance to the mean of all classes, with the total covariance.
 
     .. math:: \min_y\, (h - \mu_y)^\top \Sigma^{-1} (h - \mu_y) - (h - \mu_0)^\top \Sigma_0^{-1} (h - \mu_0)
 
@@ -132,16 +128,16 @@ class RelativeMahalanobis(Score):
                 f"{tuple(covariance.shape)}, {tuple(mean.shape)} and {tuple(total.shape)}"
             )
         self.register_buffer("means", means.detach())
-        self.register_buffer("whitener", whitener_of(covariance))
+        self.register_buffer("whitener", _whitening_matrix(covariance))
         self.register_buffer("mean", mean.detach())
-        self.register_buffer("total_whitener", whitener_of(total))
+        self.register_buffer("total_whitener", _whitening_matrix(total))
 
     @classmethod
     def fit(
         cls, activations: Tensor | Activations, labels: Tensor | None = None, *, shrinkage: float = 1e-3
     ) -> RelativeMahalanobis:
-        """Class means and both covariances of labelled activations; arguments and errors as `Mahalanobis.fit`."""
-        return cls(*class_moments(activations, labels_of(activations, labels), shrinkage))
+        """Fit means and covariances to labelled activations; arguments and errors as for `Mahalanobis.fit`."""
+        return cls(*_class_moments(activations, labels, shrinkage))
 
     @property
     def in_features(self) -> int:
@@ -149,26 +145,27 @@ class RelativeMahalanobis(Score):
         return self.means.shape[1]
 
     def score(self, h: Tensor) -> Tensor:
-        """Differences of squared distances (B,) of activations (B, d)."""
+        """Return the differences of squared distances (B,) of activations (B, d)."""
         h = self._read(h)
         with in_full(h.device):
-            own = least_distance(h, self.means, self.whitener)
-            return own - least_distance(h, self.mean[None], self.total_whitener)
+            to_class = _squared_distance_to_nearest(h, self.means, self.whitener)
+            return to_class - _squared_distance_to_nearest(h, self.mean[None], self.total_whitener)
 
 
 @final
 class KNN(Score):
-    """The Euclidean distance to the k-th nearest familiar activation, all of them scaled to norm 1.
+    """Euclidean distance to the k-th nearest reference activation, with all activations scaled to norm 1.
 
     References:
         Sun, Ming, Zhu and Li, "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022.
 
     Args:
-        bank: Familiar activations (N, d), N ≥ k.
-        k: Which neighbour.
+        bank: Reference activations (N, d), N ≥ k.
+        k: Rank of the neighbour.
 
     Raises:
-        ValueError: There are fewer than k.
+        TypeError: k is not an integer.
+        ValueError: k < 1, or there are fewer than k activations.
 
     Example:
         >>> KNN(torch.eye(2), k=1).score(torch.tensor([[5.0, 0.0], [3.0, 4.0]]))
@@ -180,8 +177,9 @@ class KNN(Score):
 
     def __init__(self, bank: Tensor, k: int = 20) -> None:
         super().__init__()
-        if bank.dim() != 2 or not 1 <= k <= len(bank):
-            raise ValueError(f"bank has shape {tuple(bank.shape)}; expected (N, d) with N >= k = {k} >= 1")
+        check_integer("k", k)
+        if bank.dim() != 2 or k > len(bank):
+            raise ValueError(f"bank has shape {tuple(bank.shape)}; expected (N, d) with N >= k = {k}")
         self.k = k
         self.register_buffer("bank", F.normalize(bank.detach(), dim=-1))
 
@@ -194,29 +192,31 @@ class KNN(Score):
         size: int = 50_000,
         generator: torch.Generator | None = None,
     ) -> KNN:
-        """A bank of familiar activations, which needs no labels.
+        """Fill the bank with activations, which need no labels.
 
         Args:
-            activations: Familiar ones (N, d), as a tensor or as `Activations`.
-            k: Which neighbour.
-            size: How many are kept at most; of more, a random choice.
-            generator: Of the choice.
+            activations: Reference activations (N, d), as a tensor or as `Activations`.
+            k: Rank of the neighbour.
+            size: Largest size of the bank; a random subset is taken of more activations.
+            generator: Generator for the random subset.
 
         Raises:
-            TypeError: As for other fits.
-            ValueError: There are fewer than k, or `size` is.
+            TypeError: `activations` are neither a floating tensor nor `Activations`, or k is not an integer.
+            ValueError: k < 1, or there are fewer than k activations, or `size` < k.
         """
+        check_integer("k", k)
         if size < k:
-            raise ValueError(f"size is {size}, fewer than the k = {k} neighbours")
-        total = len(activations)
+            raise ValueError(f"size is {size}; expected at least k = {k}")
+        source = _ActivationSource(activations, dtype="wide")
+        total = len(source)
         chosen = torch.arange(total)
         if total > size:
             device = None if generator is None else generator.device
             chosen = torch.randperm(total, generator=generator, device=device)[:size].sort().values.cpu()
         parts, start = [], 0
-        for rows in _ActivationSource(activations, dtype="wide"):
-            here = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
-            parts.append(rows[here.to(rows.device)])
+        for rows in source:
+            chosen_here = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
+            parts.append(rows[chosen_here.to(rows.device)])
             start += len(rows)
         return cls(torch.cat(parts), k)
 
@@ -226,39 +226,40 @@ class KNN(Score):
         return self.bank.shape[1]
 
     def score(self, h: Tensor) -> Tensor:
-        """Distances (B,) of activations (B, d), in [0, 2]."""
+        """Return the distances (B,) of activations (B, d), in [0, 2]."""
         h = F.normalize(self._read(h), dim=-1)
         bank = self.bank.to(h.dtype)
         with in_full(h.device):
             return torch.cat([self._distances(rows, bank) for rows in h.split(1024)]) if len(h) else h.new_zeros(0)
 
     def _distances(self, rows: Tensor, bank: Tensor) -> Tensor:
-        wide = bank.to(working_dtype(rows.device))  # in which products tell close neighbours apart
+        # Products in float32 lose the digits that separate close neighbours, so these are found in a wider dtype.
+        wide = bank.to(working_dtype(rows.device))
         nearest = (2 * rows.to(wide) @ wide.T - wide.square().sum(-1)).topk(self.k, dim=-1).indices
-        apart = torch.stack([torch.linalg.vector_norm(rows - bank[index], dim=-1) for index in nearest.unbind(-1)])
-        return apart.amax(0)
+        distances = torch.stack([torch.linalg.vector_norm(rows - bank[index], dim=-1) for index in nearest.unbind(-1)])
+        return distances.amax(0)
 
     def get_extra_state(self) -> Tensor:
-        """K for the state dict."""
+        """Return k for the state dict."""
         return torch.tensor(self.k)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """K of a state dict."""
+        """Set k from a state dict."""
         self.k = int(state)
 
     def extra_repr(self) -> str:
-        """Size of the bank and k, for ``print``."""
+        """Return k and the size of the bank, for ``print``."""
         return f"k={self.k}, bank={tuple(self.bank.shape)}"
 
 
 @final
 class ViM(Score):
-    r"""Virtual-logit matching: the norm outside the principal space of familiar activations, beside the energy.
+    r"""Virtual-logit matching: the scaled norm outside the principal space of reference activations, plus the energy.
 
     .. math:: \alpha\, \|R^\top (h - o)\| - \log \sum_y e^{z_y}, \qquad o = -W^+ b,
 
-    with R the directions in which familiar activations vary least about o, and α the mean of their largest logits
-    over the mean of their norms there.
+    where the columns of R are the directions in which reference activations vary least about o, and α is the mean of
+    their largest logits divided by the mean of ‖R'(h − o)‖.
 
     References:
         Wang, Li, Feng and Zhang, "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022.
@@ -295,42 +296,42 @@ class ViM(Score):
     @classmethod
     @torch.no_grad()
     def fit(cls, head: Head, activations: Tensor | Activations, *, dims: int | None = None) -> ViM:
-        """Principal space and scale of familiar activations, which need no labels.
+        """Fit the principal space and α to activations, which need no labels.
 
         Args:
             head: The head.
-            activations: Familiar ones (N, d), as a tensor or as `Activations`.
-            dims: D, of the principal space. When left out, as its authors chose: 1000 from d = 2048, 512 from d = 768,
-                half of d below.
+            activations: Reference activations (N, d), as a tensor or as `Activations`.
+            dims: D, dimension of the principal space. Default, as in the paper: 1000 for d ≥ 2048, 512 for d ≥ 768,
+                d // 2 for smaller d.
 
         Raises:
-            TypeError: As for other fits.
-            ValueError: `dims` is not in 1..d − 1, or activations have another dimension than the head takes.
+            TypeError: `activations` are neither a floating tensor nor `Activations`, or `dims` is not an integer.
+            ValueError: `dims` is not in 1..d − 1, or activations have another dimension than the head.
         """
         d = head.in_features
         dims = (1000 if d >= 2048 else 512 if d >= 768 else d // 2) if dims is None else dims
-        if not 1 <= dims < d:
-            raise ValueError(f"dims is {dims}; a principal space of d = {d} dimensions has from 1 to {d - 1}")
+        check_integer("dims", dims, 1, d - 1)
+        source = _ActivationSource(activations, dtype="wide")
+        if source.in_features != d:
+            raise ValueError(f"activations has {source.in_features} features; expected {d}, as the head has")
         origin = _origin(head)
-        square = torch.zeros(d, d, dtype=torch.float64, device=origin.device)
-        for rows in _ActivationSource(activations, dtype="wide"):
-            if rows.shape[1] != d:
-                raise ValueError(f"activations has {rows.shape[1]} features; the head takes {d}")
-            apart = rows.to(origin) - origin
-            square += apart.T @ apart
-        residual = torch.linalg.eigh(square).eigenvectors[:, : d - dims]
-        largest, norm = 0.0, 0.0
-        for rows in _ActivationSource(activations, dtype="wide"):
-            largest += float(in_double(raw_logits(head, rows.to(head.weight.device)).amax(-1)).sum())
-            norm += float(torch.linalg.vector_norm((rows.to(origin) - origin) @ residual, dim=-1).sum())
-        if not norm > 0:
+        scatter = torch.zeros(d, d, dtype=torch.float64, device=origin.device)
+        for rows in source:
+            deviations = rows.to(origin) - origin
+            scatter += deviations.T @ deviations
+        residual = torch.linalg.eigh(scatter).eigenvectors[:, : d - dims]
+        sum_of_largest_logits, sum_of_norms = 0.0, 0.0
+        for rows in source:
+            sum_of_largest_logits += float(in_double(raw_logits(head, rows.to(head.weight.device)).amax(-1)).sum())
+            sum_of_norms += float(torch.linalg.vector_norm((rows.to(origin) - origin) @ residual, dim=-1).sum())
+        if not sum_of_norms > 0:
             raise ValueError(f"all activations lie in {dims} dimensions: give fewer dims")
-        if not largest > 0:
+        if not sum_of_largest_logits > 0:
             raise ValueError(
-                f"the mean of the largest logits is {largest / len(activations):.3g}; this score needs it above 0: "
-                "centre the head (head.centered()), or take another score"
+                f"the mean of the largest logits is {sum_of_largest_logits / len(source):.3g}; expected a positive "
+                "mean. Center the head (head.centered()), or use another score"
             )
-        return cls(head, residual.to(head.weight), largest / norm)
+        return cls(head, residual.to(head.weight), sum_of_largest_logits / sum_of_norms)
 
     @property
     def in_features(self) -> int:
@@ -338,48 +339,41 @@ class ViM(Score):
         return self.head.in_features
 
     def score(self, h: Tensor) -> Tensor:
-        """Scaled norms outside the principal space, less log-sums of logits, (B,)."""
+        """Return scaled norms outside the principal space minus log-sum-exps of logits, (B,)."""
         h = self._read(h)
         with in_full(h.device):
             outside = torch.linalg.vector_norm((h - self.origin.to(h.dtype)) @ self.residual.to(h.dtype), dim=-1)
-        virtual = self.alpha.to(h.dtype) * outside
-        found: Tensor = virtual - raw_logits(self.head, h).logsumexp(-1)
-        return found
+        virtual_logit: Tensor = self.alpha.to(h.dtype) * outside
+        return virtual_logit - raw_logits(self.head, h).logsumexp(-1)
 
     def extra_repr(self) -> str:
-        """The principal space, for ``print``."""
+        """Return the dimension of the principal space and α, for ``print``."""
         return f"dims={self.in_features - self.residual.shape[1]}, alpha={float(self.alpha):.4g}"
 
 
 def _origin(head: Head) -> Tensor:
-    """The activation (d,) at which all logits are nought, or as near to it as can be, float64."""
+    """Return the activation (d,) with the smallest logits in the least-squares sense, float64."""
     origin: Tensor = -torch.linalg.pinv(in_double(head.weight)) @ in_double(head.full_bias)
     return origin
 
 
-# --- Means of classes, the covariance that they share, and distances to them in its deviations --------------
+# --- class means, their shared covariance, and Mahalanobis distances ----------------------------------------
 
 
-def labels_of(activations: Tensor | Activations, labels: Tensor | None) -> Tensor:
-    """Labels (N,) that are given, or those of `Activations`.
-
-    Raises:
-        TypeError: They are no integers.
-        ValueError: There are none.
-    """
+def _class_moments(
+    activations: Tensor | Activations, labels: Tensor | None, shrinkage: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return means (K, d) of classes that have rows, covariance within classes, total mean (d,) and covariance."""
+    check_between("shrinkage", shrinkage, inclusive=True)
     if labels is None and isinstance(activations, Activations):
         labels = activations.labels
     if labels is None:
         raise ValueError(
-            "class means need labels (N,), and there are none; the head's predictions will do: labels=acts.predicted"
+            "labels is None; expected integer labels (N,). Predictions of the head work as well: labels=acts.predicted"
         )
-    return integer_labels(labels, (len(activations),))
-
-
-def class_moments(activations: Tensor | Activations, labels: Tensor, shrinkage: float) -> tuple[Tensor, ...]:
-    """Means (K, d) of classes that have rows, covariance within classes, mean (d,) and covariance of all."""
-    classes, index = labels.unique(return_inverse=True)
-    source = _ActivationSource(activations, labels=index, dtype="wide")
+    source = _ActivationSource(activations, dtype="wide")
+    classes, index = integer_labels(labels, (len(source),)).unique(return_inverse=True)
+    source = source.with_labels(index)
     sums: Any = None
     for rows, y in source.labelled():
         wide = in_double(rows)
@@ -390,23 +384,21 @@ def class_moments(activations: Tensor | Activations, labels: Tensor, shrinkage: 
     means, mean = sums / counts.unsqueeze(-1), sums.sum(0) / counts.sum()
     within = sums.new_zeros(sums.shape[1], sums.shape[1])
     for rows, y in source.labelled():
-        apart = in_double(rows) - means[y.to(means.device)]
-        within += apart.T @ apart
-    apart = means - mean
-    total = (within + (apart * counts.unsqueeze(-1)).T @ apart) / counts.sum()
-    found = means, _shrunk(within / counts.sum(), shrinkage), mean, _shrunk(total, shrinkage)
-    return tuple(part.to(rows) for part in found)
+        deviations = in_double(rows) - means[y.to(means.device)]
+        within += deviations.T @ deviations
+    deviations = means - mean
+    total = (within + (deviations * counts.unsqueeze(-1)).T @ deviations) / counts.sum()
+    within = within / counts.sum()
+    return means.to(rows), _shrunk(within, shrinkage).to(rows), mean.to(rows), _shrunk(total, shrinkage).to(rows)
 
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
-    if not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage must lie in [0, 1]; got {shrinkage}")
     d = len(covariance)
     return (1 - shrinkage) * covariance + shrinkage * covariance.trace() / d * torch.eye(d).to(covariance)
 
 
-def whitener_of(covariance: Tensor) -> Tensor:
-    """L⁻ᵀ (d, d) of Σ = LL', so that ‖x'L⁻ᵀ‖² is the squared distance."""
+def _whitening_matrix(covariance: Tensor) -> Tensor:
+    """Return L⁻ᵀ (d, d) of Σ = LL', so that ‖x'L⁻ᵀ‖² is a squared Mahalanobis distance."""
     root, failed = torch.linalg.cholesky_ex(in_double(covariance.detach()))
     if int(failed):
         raise ValueError(
@@ -418,12 +410,13 @@ def whitener_of(covariance: Tensor) -> Tensor:
     return inverse.T.contiguous().to(covariance)
 
 
-def least_distance(h: Tensor, means: Tensor, whitener: Tensor) -> Tensor:
-    """Least squared distance (B,) of rows (B, d) to means (K, d)."""
-    middle = means.mean(0)  # near to all, so that products lose few digits
-    rows = (h - middle.to(h.dtype)) @ whitener.to(h.dtype)
-    centres = ((means - middle) @ whitener).to(h.dtype)
-    nearest = (centres.square().sum(-1) - 2 * rows @ centres.T).argmin(-1)
-    # Anew, since products lose digits where means are many deviations apart.
-    apart: Tensor = (h - means.to(h.dtype)[nearest]) @ whitener.to(h.dtype)
-    return apart.square().sum(-1)
+def _squared_distance_to_nearest(h: Tensor, means: Tensor, whitener: Tensor) -> Tensor:
+    """Return the squared Mahalanobis distances (B,) of rows (B, d) to the nearest of means (K, d)."""
+    # Products lose fewer digits for values close to 0.
+    center = means.mean(0)
+    rows = (h - center.to(h.dtype)) @ whitener.to(h.dtype)
+    whitened_means = ((means - center) @ whitener).to(h.dtype)
+    nearest = (whitened_means.square().sum(-1) - 2 * rows @ whitened_means.T).argmin(-1)
+    # Differences keep the digits that these products lose where means are many deviations apart.
+    deviations: Tensor = (h - means.to(h.dtype)[nearest]) @ whitener.to(h.dtype)
+    return deviations.square().sum(-1)

@@ -1,6 +1,6 @@
-"""Outlier scores that a pair or its head gives: functions (pair, h) → (B,), higher for stranger activations.
+"""Outlier scores that are functions (pair, h) → (B,), higher for more unusual activations.
 
-Half precision is computed, and returned, in float32, under torch.autocast as well.
+They are computed in at least float32, and half precision returns float32, also under torch.autocast.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits",
 
 
 def directional(pair: GenerativePair, h: Tensor) -> Tensor:
-    r"""How unlikely the direction of h is among activations of its norm: −log p(u / r | r).
+    r"""Return how unlikely the direction of h is among activations of its norm: −log p(u / r | r).
 
     The norm r = ‖u‖ and the direction are those of the chart u = L⁻¹U(h − loc) of the pair's sphere, in m dimensions:
 
     .. math:: -\log p(u / r \,|\, r) = T(r) - \log \sum_y e^{w_y \cdot h + b_y} + \log \mathrm{area}(S^{m-1}),
               \qquad T(r) = \log \sum_y e^{b'_y + F_m(r \|w'_y\|)},
 
-    with centered rows w, rows w' = L'U w and biases b' = b + w·loc in the chart. It is the energy, set against the
-    energy to be expected at this norm: a large norm makes no direction familiar. T is tabulated once for each pair.
+    with centered rows w, rows w' = L'U w and biases b' = b + w·loc in the chart. This is the energy minus the energy
+    that is expected at this norm, so a large norm alone does not lower the score. T is tabulated once for each pair.
 
-    An elliptic sphere, fitted to a few hundred unlabelled activations or more, is what works: see
+    Use an elliptic sphere that was fitted to at least a few hundred activations, which need no labels: see
     :meth:`penult.Sphere.fit` and the guide on outliers.
 
     Args:
@@ -40,7 +40,7 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
         (*S,), in nats, relative to the surface measure of the unit sphere.
 
     Raises:
-        TypeError: The base is no sphere.
+        TypeError: The base is not a sphere.
         ValueError: `h` has another dimension, or is not floating.
 
     Example:
@@ -51,7 +51,7 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
     base = pair.base
     if not isinstance(base, Sphere):
         raise TypeError(
-            f"a {type(base).__name__} base has no law of directions at a norm; give a pair on a sphere: "
+            f"base is a {type(base).__name__}, which has no distribution of directions; expected a Sphere. Use "
             "penult.GenerativePair(head, penult.Sphere.fit(head, activations, shape='elliptic'))"
         )
     table = pair.derived("radial table", _radial_table)
@@ -60,15 +60,16 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
 
 
 def energy(pair: GenerativePair, h: Tensor) -> Tensor:
-    r"""The negative log-sum of the exponentiated logits of the pair's head, −log Σ_y e^{z_y}.
+    r"""Return the negative log-sum-exp of the logits, −log Σ_y e^{z_y}.
 
-    Up to a constant it is log m(h) − log p(h) for a head with centered rows: it trusts a large norm.
+    For a head with centered rows it is log m(h) − log p(h) up to a constant, so activations with a large norm get a
+    low score.
 
     References:
         Liu, Wang, Owens and Li, "Energy-based Out-of-distribution Detection", NeurIPS 2020.
 
     Args:
-        pair: The pair; only its head counts.
+        pair: The pair; only its head is used.
         h: Activations (*S, d).
 
     Returns:
@@ -85,13 +86,13 @@ def energy(pair: GenerativePair, h: Tensor) -> Tensor:
 
 
 def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
-    """The negative largest logit of the pair's head, −max_y z_y.
+    """Return the negative largest logit, −max_y z_y.
 
     References:
         Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
 
     Args:
-        pair: The pair; only its head counts.
+        pair: The pair; only its head is used.
         h: Activations (*S, d).
 
     Returns:
@@ -108,14 +109,14 @@ def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
 
 
 def msp(pair: GenerativePair, h: Tensor) -> Tensor:
-    """The probability that is not the largest class's, 1 − max_y softmax_y(z), without loss of digits near 0.
+    """Return one minus the largest class probability, 1 − max_y softmax_y(z), without loss of digits near 0.
 
     References:
         Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
         Networks", ICLR 2017.
 
     Args:
-        pair: The pair; only its head counts.
+        pair: The pair; only its head is used.
         h: Activations (*S, d).
 
     Returns:
@@ -135,9 +136,9 @@ def msp(pair: GenerativePair, h: Tensor) -> Tensor:
 
 
 def density(pair: GenerativePair, h: Tensor) -> Tensor:
-    """The negative log density −log p(h) of the pair, relative to ``pair.base.info.reference``.
+    """Return the negative log density −log p(h) of the pair, relative to ``pair.base.info.reference``.
 
-    Strange activations often lie where norms are small, which most densities take for familiar: see `directional`.
+    Outliers often have small norms, where most densities are high: prefer `directional`.
 
     Args:
         pair: The pair.
@@ -159,9 +160,9 @@ def density(pair: GenerativePair, h: Tensor) -> Tensor:
 
 
 def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
-    """The score to begin with: `directional` where the base has directions to tell apart, else `energy`.
+    """Return the recommended score: `directional` on a sphere in at least two dimensions, else `energy`.
 
-    On a line, such as the span of two classes, there are two directions, which tell the classes apart and no more.
+    In one dimension, such as the span of two classes, the two directions only separate the classes.
 
     Example:
         >>> usual(GenerativePair(Head(torch.eye(3)), Sphere(2.0))).__name__
@@ -172,7 +173,7 @@ def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
 
 
 def raw_logits(head: Head, h: Tensor) -> Tensor:
-    """The model's own logits (*S, K) of activations (*S, d), in at least float32."""
+    """Return the model's own logits (*S, K) of activations (*S, d), in at least float32."""
     if not h.is_floating_point():
         raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations")
     wide = h.to(torch.promote_types(h.dtype, torch.float32))

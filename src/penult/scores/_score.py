@@ -1,4 +1,4 @@
-"""What outlier scores that are fitted share: `score`, and a state that outlives the data it was fitted to."""
+"""Abstract class of fitted outlier scores, and helpers that load buffers of another size."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ __all__ = ["Score", "drop_missing", "resize"]
 
 
 class Score(nn.Module, abc.ABC):
-    """An outlier score with a fit of its own: `score`, which calling it does as well.
+    """An outlier score that is fitted to reference activations. Calling it is the same as calling `score`.
 
-    Scores are computed in at least float32, under torch.autocast as well. A state dict is loaded by a score of the same
-    kind and dimension, however many rows or classes the two were fitted to.
+    Scores are computed in at least float32, also under torch.autocast. A score loads the state dict of any other score
+    of its kind and dimension, even if the two were fitted to different numbers of rows or classes.
     """
 
-    _sizes: ClassVar[dict[str, int]] = {}  # buffers, and the axis along which a fit decides on their size
+    # Buffers whose size depends on the data, each with the axis along which it varies.
+    _sizes: ClassVar[dict[str, int]] = {}
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, axis in self._sizes.items():
-            found, own = state.get(prefix + name), getattr(self, name)
-            if found is not None and found.dim() == own.dim() and found.shape[1 - axis] == own.shape[1 - axis]:
-                resize(self, name, found, like=own)
+            loaded, own = state.get(prefix + name), getattr(self, name)
+            if loaded is not None and loaded.dim() == own.dim() and loaded.shape[1 - axis] == own.shape[1 - axis]:
+                resize(self, name, loaded.shape, own.dtype)
         super()._load_from_state_dict(state, prefix, *args)
         drop_missing(args, f"{prefix}_extra_state")
 
     @abc.abstractmethod
     def score(self, h: Tensor) -> Tensor:
-        """How strange activations (B, d) are, (B,): higher is stranger."""
+        """Return the scores (B,) of activations (B, d); higher means more unusual."""
 
     @property
     @abc.abstractmethod
@@ -38,11 +39,11 @@ class Score(nn.Module, abc.ABC):
         """The dimension d of activations."""
 
     def forward(self, h: Tensor) -> Tensor:
-        """As `score`."""
+        """Return `score(h)`."""
         return self.score(h)
 
     def _read(self, h: Tensor) -> Tensor:
-        """Activations in at least float32, or an error."""
+        """Check activations and convert them to float32 or wider."""
         if not h.is_floating_point() or h.dim() != 2 or h.shape[1] != self.in_features:
             raise ValueError(
                 f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations (B, {self.in_features})"
@@ -50,18 +51,18 @@ class Score(nn.Module, abc.ABC):
         return h.to(torch.promote_types(h.dtype, torch.float32))
 
 
-# --- Loading of state whose sizes a fit decided on, into modules that were fitted to other data -------------
+# --- loading buffers whose size depends on the data ---------------------------------------------------------
 
 
-def resize(module: nn.Module, name: str, found: Tensor, *, like: Tensor) -> None:
-    """Give a buffer the shape of what is to be loaded into it, and the dtype of ``like``; on its own device."""
+def resize(module: nn.Module, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Give a buffer another shape and dtype before its values are loaded; it stays on its device."""
     own: Tensor = getattr(module, name)
-    if own.shape != found.shape or own.dtype != like.dtype:
-        setattr(module, name, own.new_empty(found.shape, dtype=like.dtype))
+    if own.shape != shape or own.dtype != dtype:
+        setattr(module, name, own.new_empty(shape, dtype=dtype))
 
 
 def drop_missing(arguments: tuple[Any, ...], key: str) -> None:
-    """Forget that a key is missing; of what nn.Module._load_from_state_dict takes after the prefix."""
+    """Remove a key from the missing keys, given the arguments of ``_load_from_state_dict`` after the prefix."""
     missing: list[str] = arguments[2]
     if key in missing:
         missing.remove(key)

@@ -1,4 +1,4 @@
-"""From scores to decisions with a false alarm rate that holds."""
+"""Thresholds for outlier scores, with a guaranteed false alarm rate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from penult._checks import check_between
 from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp
@@ -17,41 +18,42 @@ from penult.scores._score import Score, drop_missing, resize
 
 __all__ = ["Threshold"]
 
-_OF_PAIRS = (density, directional, energy, max_logit, msp)
+_PAIR_SCORES = (density, directional, energy, max_logit, msp)
 
 
 @final
 class Threshold(nn.Module):
-    r"""Calls an activation strange if its score is above nearly all those of familiar ones.
+    r"""Outlier test: an activation is an outlier if its score is above nearly all calibration scores.
 
-    With scores s_1 … s_n of familiar activations that the score was not fitted to, the p-value of another score s is
+    With scores s_1 … s_n of calibration activations that the score was not fitted to, the p-value of another score s is
 
     .. math:: p(s) = \frac{1 + \#\{i : s_i \ge s\}}{n + 1},
 
-    and what has p ≤ α is called strange. If that activation and the n are exchangeable, such as independent draws of
-    one law, P(p ≤ α) ≤ α, whatever the law and the score (split conformal prediction). The guarantee is for the mean
-    over such sets of n; `rate_bound` says how far the rate of one set may lie above it. It does not hold for other
-    laws, such as a shifted domain: there it says how much stranger inputs became.
+    and an activation with p ≤ α is an outlier. If that activation and the n are exchangeable, such as independent
+    samples of one distribution, P(p ≤ α) ≤ α for any distribution and any score (split conformal prediction). The
+    guarantee is for the mean over calibration sets of size n; `rate_bound` bounds the rate of a single set. It does not
+    hold for samples of another distribution, such as a shifted domain: there the rate of outliers measures the shift.
 
     References:
         Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005. Bates, Candès, Lei, Romano and Sesia,
         "Testing for Outliers with Conformal p-values", Annals of Statistics 2023.
 
     Args:
-        score: Activations (B, d) to scores (B,), higher for stranger ones.
-        calibration: Scores (n,) of familiar activations.
-        false_alarm: α, the share of familiar activations that may be called strange.
+        score: Function from activations (B, d) to scores (B,), higher for more unusual ones.
+        calibration: Scores (n,) of the calibration activations.
+        false_alarm: α, the largest acceptable fraction of false alarms.
 
-    Its state dict holds the scores and α, as tensors, beside the state of the score; another threshold of the same
-    score loads it, whatever its own n and α.
+    Its state dict holds the calibration scores and α as tensors, in addition to the state of the score. A threshold of
+    the same score with any n and α can load it.
 
     Attributes:
         calibration: Sorted scores (n,).
         false_alarm: α.
 
     Raises:
-        ValueError: α is not between 0 and 1, a score is NaN or no number, or n + 1 < 1/α: then nothing could be called
-            strange.
+        TypeError: α is not a number.
+        ValueError: α is not between 0 and 1, the scores are not floating of shape (n,), one is NaN, or n + 1 < 1/α:
+            then no score could be above the threshold.
 
     Example:
         >>> import penult
@@ -84,70 +86,72 @@ class Threshold(nn.Module):
         pair: GenerativePair | None = None,
         false_alarm: float = 0.05,
     ) -> Threshold:
-        """A threshold from familiar activations that neither pair nor score was fitted to.
+        """Compute a threshold from calibration activations, to which neither pair nor score was fitted.
 
         Args:
             score: A fitted `Score`, a function such as `penult.scores.directional` together with a `pair`, or any
                 function of activations (B, d).
-            activations: Familiar ones (n, d), as a tensor or as `Activations`.
-            pair: What the function takes first.
-            false_alarm: The share of them that may be called strange.
+            activations: Calibration activations (n, d), as a tensor or as `Activations`.
+            pair: First argument of a score that is a function of a pair.
+            false_alarm: The largest acceptable fraction of false alarms.
 
         Returns:
             The threshold, which calls the score.
 
         Raises:
             TypeError: `activations` are neither a floating tensor nor `Activations`, a `pair` is given with a fitted
-                score, or none with a score of pairs.
-            ValueError: There are too few, or a score is NaN.
+                score, or it is missing with a function of a pair.
+            ValueError: There are too few activations, or a score is NaN.
         """
         if pair is not None and isinstance(score, nn.Module):
             raise TypeError(f"a {type(score).__name__} is fitted already and takes no pair: leave pair out")
-        if pair is None and score in _OF_PAIRS:
+        if pair is None and score in _PAIR_SCORES:
             raise TypeError(f"{_name(score)} is a score of a pair: give it, pair=pair")
-        function = score if pair is None else _Bound(score, pair)
-        found = [function(rows) for rows in _ActivationSource(activations, dtype="wide")]
-        return cls(function, torch.cat(found), false_alarm)
+        function = score if pair is None else _ScoreWithPair(score, pair)
+        scores = [function(rows) for rows in _ActivationSource(activations, dtype="wide")]
+        return cls(function, torch.cat(scores), false_alarm)
 
     def get_extra_state(self) -> Tensor:
-        """α for the state dict, in float64: a buffer would be rounded when the threshold moves to another dtype."""
+        """Return α for the state dict, as float64."""
+        # A buffer would be rounded when the threshold moves to another dtype.
         return torch.tensor(self.false_alarm, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """α of a state dict."""
+        """Set α from a state dict."""
         self.false_alarm = float(state)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         calibration, alarm = state.get(f"{prefix}calibration"), state.get(f"{prefix}_extra_state")
         if calibration is not None:
             _check(calibration, self.false_alarm if alarm is None else float(alarm))
-            resize(self, "calibration", calibration, like=calibration)
+            resize(self, "calibration", calibration.shape, calibration.dtype)
         super()._load_from_state_dict(state, prefix, *args)
-        drop_missing(args, f"{prefix}_extra_state")  # of a state that knew the scores alone
+        # Earlier versions stored the calibration scores without α.
+        drop_missing(args, f"{prefix}_extra_state")
 
     @property
     def value(self) -> float:
-        """The score above which an activation is called strange."""
+        """The score above which an activation is an outlier."""
         n = len(self.calibration)
-        return float(self.calibration[n - self._allowed])
+        return float(self.calibration[n - self._max_rank])
 
     @property
-    def _allowed(self) -> int:
-        """How many of the n + 1 may be at or above a score that is called strange: ⌊α(n + 1)⌋."""
+    def _max_rank(self) -> int:
+        """Largest rank of an outlier's score among n + 1 scores in descending order: ⌊α(n + 1)⌋."""
         return math.floor(self.false_alarm * (len(self.calibration) + 1) + 1e-9)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Whether activations (B, d) are strange, (B,) of bool."""
-        return self._reached(h) <= self._allowed
+        """Return whether activations (B, d) are outliers, (B,) of bool."""
+        return self._rank(h) <= self._max_rank
 
     def p_value(self, h: Tensor) -> Tensor:
-        """P-values of activations (B, d), (B,) of float32; that of a NaN score is the least there is."""
-        return self._reached(h) / (len(self.calibration) + 1)
+        """Return the p-values of activations (B, d), (B,) of float32; a NaN score gets the smallest one."""
+        return self._rank(h) / (len(self.calibration) + 1)
 
     def rate_bound(self, confidence: float = 0.95) -> float:
-        r"""What the false alarm rate of this very threshold does not exceed, at a confidence over sets of n.
+        r"""Return an upper bound of the false alarm rate of this threshold, at a confidence over calibration sets.
 
-        For scores without ties the rate of a threshold has the law Beta(k, n + 1 − k), k = ⌊α(n + 1)⌋.
+        For scores without ties the rate of a threshold follows Beta(k, n + 1 − k), k = ⌊α(n + 1)⌋.
 
         Args:
             confidence: Between 0 and 1.
@@ -155,27 +159,27 @@ class Threshold(nn.Module):
         References:
             Vovk, "Conditional validity of inductive conformal predictors", ACML 2012.
         """
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1")
-        n, k = len(self.calibration), self._allowed
+        check_between("confidence", confidence)
+        n, k = len(self.calibration), self._max_rank
         j = torch.arange(k, n + 1, dtype=torch.float64)
-        ways = torch.lgamma(torch.tensor(n + 1.0).double()) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+        log_binomial = torch.lgamma(torch.tensor(n + 1.0).double()) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+        # P(Beta(k, n + 1 - k) <= x) is the probability of at least k successes in n trials; bisect for its quantile.
         low, high = 0.0, 1.0
-        for _ in range(60):  # P(Beta(k, n + 1 - k) <= x) is that of at least k successes in n trials
+        for _ in range(60):
             x = (low + high) / 2
-            reached = (ways + j * math.log(x) + (n - j) * math.log1p(-x)).logsumexp(0).exp()
-            low, high = (x, high) if float(reached) < confidence else (low, x)
+            probability = (log_binomial + j * math.log(x) + (n - j) * math.log1p(-x)).logsumexp(0).exp()
+            low, high = (x, high) if float(probability) < confidence else (low, x)
         return high
 
-    def _reached(self, h: Tensor) -> Tensor:
-        """One more than how many familiar scores are at or above those of activations (B, d), (B,)."""
+    def _rank(self, h: Tensor) -> Tensor:
+        """Return one more than the number of calibration scores at or above those of activations (B, d), (B,)."""
         scores = self.score(h).detach().to(self.calibration)
         below = torch.searchsorted(self.calibration, scores.contiguous())
         n = len(self.calibration)
         return 1 + n - below.masked_fill(scores.isnan(), n)
 
     def __repr__(self) -> str:
-        """The rule and what it promises, on one line."""
+        """Return the rule and its guarantee, on one line."""
         return (
             f"Threshold({_name(self.score)} > {self.value:.4g}, false alarms {self.false_alarm:.3g} of n="
             f"{len(self.calibration)}, at most {self.rate_bound():.2g} with confidence 0.95)"
@@ -183,25 +187,24 @@ class Threshold(nn.Module):
 
 
 def _check(calibration: Tensor, false_alarm: float) -> None:
-    if not 0 < false_alarm < 1:
-        raise ValueError(f"false_alarm is {false_alarm}; it must lie between 0 and 1")
+    check_between("false_alarm", false_alarm)
     if calibration.dim() != 1 or not calibration.is_floating_point() or bool(calibration.isnan().any()):
         wrong = f", {int(calibration.isnan().sum())} of them NaN" if calibration.dim() == 1 else ""
         raise ValueError(
             f"scores of familiar activations are {calibration.dtype} of shape {tuple(calibration.shape)}{wrong}; "
-            "expected one floating number each, (n,), and no NaN"
+            "expected a floating-point tensor (n,) without NaN"
         )
-    least = math.ceil(1 / false_alarm - 1e-9) - 1
-    if len(calibration) < least:
+    min_scores = math.ceil(1 / false_alarm - 1e-9) - 1
+    if len(calibration) < min_scores:
         raise ValueError(
             f"{len(calibration)} familiar activations cannot keep false alarms to {false_alarm:g}: "
-            f"give at least {least}, or allow more false alarms"
+            f"give at least {min_scores}, or allow more false alarms"
         )
 
 
 @final
-class _Bound(nn.Module):
-    """A function of a pair and activations, with its pair."""
+class _ScoreWithPair(nn.Module):
+    """A function of a pair and activations, as a module of activations that holds the pair."""
 
     def __init__(self, function: Callable[[GenerativePair, Tensor], Tensor], pair: GenerativePair) -> None:
         super().__init__()
@@ -212,6 +215,6 @@ class _Bound(nn.Module):
 
 
 def _name(score: object) -> str:
-    if isinstance(score, _Bound | partial):
-        score = score.function if isinstance(score, _Bound) else score.func
+    if isinstance(score, _ScoreWithPair | partial):
+        score = score.function if isinstance(score, _ScoreWithPair) else score.func
     return getattr(score, "__name__", type(score).__name__)
