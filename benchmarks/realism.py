@@ -43,8 +43,8 @@ import tables
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.bases._sphere_fit import RadialHistogram
 from penult.distributions import Bank, PrincipalMixture
-from penult.realism._compare import Examined, examine, measure
-from penult.realism._matched_rows import read_labels
+from penult.realism._compare import RealStatistics, measure, measure_real
+from penult.realism._matched_rows import source_with_labels
 from record import load, machine, short, versions, write
 
 HERE = Path(__file__).resolve().parent
@@ -255,18 +255,18 @@ def case_of(name: str, seed: int, data: Path, cache: Path) -> Case:
     )
 
 
-def examined(head: penult.Head, case: Case, seed: int) -> Examined:
-    """The real side of a comparison."""
+def statistics_of(head: penult.Head, case: Case, seed: int) -> RealStatistics:
+    """Compute the statistics of the real activations."""
     generator = torch.Generator().manual_seed(seed)
-    held, source = read_labels(head, case.test, None, generator)
-    other, _ = read_labels(head, case.fit, None, generator, source == "drawn", "reference")
-    return examine(held, source, other, seed, PER_CLASS)
+    source, label_origin = source_with_labels(head, case.test, None, generator)
+    other, _ = source_with_labels(head, case.fit, None, generator, label_origin == "drawn", "reference")
+    return measure_real(source, label_origin, other, seed, PER_CLASS)
 
 
-def facts_of(case: Case, real: Examined, seed: int) -> dict[str, Any]:
+def facts_of(case: Case, real: RealStatistics, seed: int) -> dict[str, Any]:
     """What is known of a network without any base."""
-    sides = real.tell_apart(seed)
-    side, collapse = sides.average or sides.pooled, real.collapse
+    tests = real.two_sample_tests(seed)
+    side, collapse = tests.average or tests.pooled, real.collapse
     return {
         "temperature": short(case.calibrated.temperature),
         "accuracy": None if real.accuracy is None else short(real.accuracy),
@@ -283,14 +283,14 @@ def facts_of(case: Case, real: Examined, seed: int) -> dict[str, Any]:
     }
 
 
-def measured(fit: Fit, case: Case, sides: dict[int, Examined], seed: int) -> dict[str, Any]:
+def measured(fit: Fit, case: Case, sides: dict[int, RealStatistics], seed: int) -> dict[str, Any]:
     """One base."""
     start = time.process_time()
     base = fit(case)
     seconds = time.process_time() - start
     head = base.head if isinstance(base, Marginal) else case.head
     if id(head) not in sides:
-        sides[id(head)] = examined(head, case, seed)
+        sides[id(head)] = statistics_of(head, case, seed)
     pair = penult.GenerativePair(head, base)
     found = measure(pair, sides[id(head)], seed)
     floats = base.num_parameters if isinstance(base, Marginal) else sum(b.numel() for b in base.state_dict().values())
@@ -324,7 +324,7 @@ def run_group(name: str, seed: int, data: Path, cache: Path, fresh: bool) -> tup
     missing = [law for law in laws_of(name) if law not in kept["laws"]]
     if missing or kept["network"] is None:
         case = case_of(name, seed, data, cache)
-        sides = {id(case.head): examined(case.head, case, seed)}
+        sides = {id(case.head): statistics_of(case.head, case, seed)}
         kept["network"] = facts_of(case, sides[id(case.head)], seed)
         for law in missing:
             kept["laws"][law] = measured(laws_of(name)[law], case, sides, seed)

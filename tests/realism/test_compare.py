@@ -11,7 +11,7 @@ from penult import Activations, Gaussian, GenerativePair, Head, Marginal, Sphere
 from penult.bases import Base, BaseInfo
 from penult.distributions import Bank
 from penult.realism import compare
-from penult.realism._matched_rows import halves, labelled_source, matched
+from penult.realism._matched_rows import labelled_source, match_rows, split_by_class
 from penult.realism._statistics import collapse
 
 
@@ -177,7 +177,7 @@ def test_labels_that_are_missing_are_drawn_from_the_head(truth, real, quick):
 def test_given_labels_come_before_stored_ones(truth, real, quick):
     real = real[:1200]
     wrong = (real.labels + 1) % 3
-    with pytest.warns(UserWarning, match=r"gives \d+\.\d% of the labels, as by guessing: .* 3 classes") as said:
+    with pytest.warns(UserWarning, match=r"predicts \d+\.\d% of the labels, as by guessing\. .* 3 classes") as said:
         result = compare(truth, real, wrong)
     assert said[0].filename == __file__
     assert result.labels == "given"
@@ -243,7 +243,8 @@ def test_rows_are_matched_by_class():
     y = torch.randint(0, 7, (999,), generator=g).clamp_max(5)
     head = Head(torch.randn(9, 2, generator=g))
     h = torch.stack([y.float(), torch.arange(999).float()], dim=1)
-    rows = matched(labelled_source(h, head, y), None, seeded(1), pool=200, fewest=50, most=60, classes=3)
+    sizes = {"max_pooled": 200, "min_per_class": 50, "max_per_class": 60, "max_classes": 3}
+    rows = match_rows(labelled_source(h, head, y), None, seeded(1), **sizes)
     assert torch.equal(rows.real[:, 0], rows.labels.float())
     assert torch.equal(rows.other[:, 0], rows.labels.float())
     together = torch.cat([rows.real, rows.other])[:, 1]
@@ -257,7 +258,7 @@ def test_rows_are_matched_by_class():
 
 def test_halves_hold_each_class_alike():
     y = torch.arange(4).repeat_interleave(torch.tensor([3, 30, 1, 60]))
-    one, two = halves(y, 2 / 3, seeded(0))
+    one, two = split_by_class(y, 2 / 3, seeded(0))
     assert torch.equal(torch.cat([one, two]).sort().values, torch.arange(94))
     assert y[one].bincount(minlength=4).tolist() == [2, 20, 0, 40]
 
@@ -274,11 +275,11 @@ BAD = [
     ({"activations": "rows"}, TypeError, "str"),
     ({"activations": torch.full((100, 8), torch.nan)}, ValueError, "100 of 100 rows of activations hold NaN"),
     ({"labels": torch.zeros(99, dtype=torch.long)}, ValueError, r"\(99,\).*\(100,\)"),
-    ({"labels": torch.full((100,), 3)}, ValueError, "0..2"),
+    ({"labels": torch.full((100,), 3)}, ValueError, "expected 0 to 2"),
     ({"labels": torch.zeros(100)}, TypeError, "integer"),
     ({"activations": torch.zeros(60, 8)}, ValueError, "at least 50 are needed"),
     ({"labels": torch.zeros(100, dtype=torch.long), "reference": (torch.zeros(99, 8), torch.ones(99).long())},
-     ValueError, "0 rows can be set beside"),
+     ValueError, "0 rows can be compared"),
     ({"reference": torch.zeros(99, 7)}, ValueError, "reference has shape"),
     ({"max_per_class": 10}, ValueError, "at least 50"),
     ({"pair": "pair"}, TypeError, "GenerativePair"),

@@ -47,7 +47,7 @@ def test_energy_is_without_bias_and_blind_to_scale():
 
 @pytest.mark.parametrize(("x", "y"), [((5, 3), (5, 4)), ((1, 3), (5, 3)), ((5,), (5,))])
 def test_energy_refuses_other_shapes(x, y):
-    with pytest.raises(ValueError, match=r"rows \(N, d\)"):
+    with pytest.raises(ValueError, match=r"expected \(N, d\)"):
         energy_coefficient(torch.zeros(x), torch.zeros(y))
 
 

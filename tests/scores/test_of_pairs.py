@@ -261,7 +261,9 @@ def test_bad_input():
     head = head_of(3, 4)
     sphere = elliptic(head)
     marginal = penult.GenerativePair(head, penult.Marginal(head, penult.bases.Bank(torch.randn(20, 4).double())))
-    with pytest.raises(TypeError, match=r"base is a Marginal, which has no distribution of directions.*shape='elliptic'"):
+    with pytest.raises(
+        TypeError, match=r"base is a Marginal, which has no distribution of directions.*shape='elliptic'"
+    ):
         directional(marginal, torch.zeros(1, 4).double())
     for function in FUNCTIONS:
         with pytest.raises(ValueError, match=r"\(2, 3\)"):

@@ -1,8 +1,8 @@
-"""How close a pair comes to real activations: :func:`compare` one, or :func:`choose` among bases.
+"""Comparison of pairs with real activations: :func:`compare` a pair, or :func:`choose` among bases.
 
-Every pair is exact: its posterior is the softmax of its head, whatever the base. That says nothing of whether
-activations look like its draws, which is what is measured here, next to what real activations get against other
-real ones. Two-sample tests need scikit-learn (extra ``data``).
+Every pair has the softmax of its head as posterior, with any base. Its samples need not resemble real activations:
+this package measures whether they do, and compares real activations with other real ones in the same way. Two-sample
+tests need scikit-learn (extra ``data``).
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Which base for a head and its activations."""
+"""Choice of a base for a head and its activations."""
 
 from __future__ import annotations
 
@@ -13,40 +13,42 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from penult._checks import described
 from penult._progress import Progress, reporting
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.distributions import Bank
 from penult.head import Head
 from penult.pair import GenerativePair
-from penult.realism._compare import Examined, examine, measure
-from penult.realism._matched_rows import halves, labelled_source, read_labels
+from penult.realism._compare import RealStatistics, measure, measure_real
+from penult.realism._matched_rows import labelled_source, source_with_labels, split_by_class
 from penult.realism._result import Comparison, Realism, columns, jsonable, number
 from penult.realism._two_sample import require_sklearn
 
 __all__ = ["CANDIDATES", "Candidate", "Ranked", "Ranking", "choose", "recommend"]
 
-# --- Bases in order of realism, and the one to take ---------------------------------------------------------
+# --- ranking and recommendation -----------------------------------------------------------------------------
 
 
-_AUC = 0.03  # what a smaller law may lose in AUC,
-_ENERGY = 0.01  # and in the energy coefficient
+# How much worse than the best candidate a smaller base may be: in AUC, and in the energy coefficient.
+_AUC_MARGIN = 0.03
+_ENERGY_MARGIN = 0.01
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One candidate.
+    """Result for one candidate.
 
     Attributes:
-        name: The candidate's name.
-        base: Name of its base; empty where it failed.
-        auc: AUC of each test; empty where it failed.
-        worst_auc: The largest of them: the base by the test that tells it best.
+        name: Name of the candidate.
+        base: Name of its base; empty if it failed.
+        auc: AUC of each test; empty if it failed.
+        worst_auc: The largest of them.
         energy: Energy coefficient.
-        floats: Numbers that the base keeps.
-        seconds: What fitting took; never looked at in ranking.
-        error: Why it could not be fitted or compared; None where it could.
-        realism: All that was measured.
+        floats: Number of values that the base stores.
+        seconds: Time of the fit; not used for ranking.
+        error: Why it could not be fitted or compared; None if it could.
+        realism: The complete comparison.
     """
 
     name: str
@@ -61,21 +63,21 @@ class Ranked:
 
     @property
     def distance(self) -> float:
-        """How far the largest AUC is above 0.5."""
+        """How far the largest AUC is above 0.5; 1 if the candidate failed."""
         return 1.0 if self.worst_auc is None else max(self.worst_auc - 0.5, 0.0)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates from the most to the least realistic, those that failed last; ``print`` shows a table.
+    """Candidates from the most to the least realistic, failed ones last; ``print`` shows a table.
 
     Attributes:
         best: Name of the recommended candidate.
-        reason: Why, in a sentence with the numbers.
+        reason: Reason for the recommendation, in a sentence with the numbers.
         rows: The candidates.
-        real: Real activations against other real ones: what a perfect base would get.
-        fitted_rows: Rows that each candidate was fitted to.
-        held_out_rows: Rows that it was compared with.
+        real: Real activations against other real ones, the result of a perfect base.
+        fitted_rows: Number of rows that each candidate was fitted to.
+        held_out_rows: Number of rows that it was compared with.
     """
 
     best: str
@@ -86,14 +88,14 @@ class Ranking:
     held_out_rows: int
 
     def __getitem__(self, name: str) -> Ranked:
-        """The candidate of a name."""
+        """Return the candidate with a name."""
         for row in self.rows:
             if row.name == name:
                 return row
         raise KeyError(f"there is no candidate {name!r}, only {', '.join(row.name for row in self.rows)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON, with every candidate's `Realism`; numbers that are not finite are None."""
+        """Return everything for JSON, with the `Realism` of each candidate; numbers that are not finite are None."""
         result: dict[str, Any] = jsonable(self)
         for entry, row in zip(result["rows"], self.rows, strict=True):
             entry["realism"] = None if row.realism is None else row.realism.to_dict()
@@ -127,22 +129,22 @@ class Ranking:
 
 
 def recommend(rows: list[Ranked], real: Comparison) -> tuple[str, str, tuple[Ranked, ...]]:
-    """The recommended candidate, the reason, and all candidates in order.
+    """Return the name of the recommended candidate, the reason, and all candidates in order.
 
-    The smallest law is taken whose largest AUC is within 0.03 of the best candidate's, where no candidate counts as
-    better than real activations are; and, of these, whose energy coefficient is within 0.01 of the least. The second
-    condition decides where every law is told apart so well that AUCs say no more.
+    Recommended is the smallest base, in floats, whose largest AUC is within 0.03 of the best candidate's (or of real
+    activations, if these have a larger one) and, among these, whose energy coefficient is within 0.01 of the smallest.
+    The second condition decides if a classifier separates the samples of all bases almost perfectly.
     """
     order = [row for row in rows if row.error is None]
     order.sort(key=lambda row: (round(row.distance, 2), row.energy, row.floats, row.name))
     first = order[0]
-    floor = max(real.auc[real.worst] - 0.5, 0.0)
-    reached = max(min(row.distance for row in order), floor)
-    close = [row for row in order if row.distance <= reached + _AUC]
-    least = min(_energy(row) for row in close)
-    close = [row for row in close if _energy(row) <= least + _ENERGY]
+    real_distance = max(real.auc[real.worst] - 0.5, 0.0)
+    smallest_distance = max(min(row.distance for row in order), real_distance)
+    close = [row for row in order if row.distance <= smallest_distance + _AUC_MARGIN]
+    smallest_energy = min(_energy(row) for row in close)
+    close = [row for row in close if _energy(row) <= smallest_energy + _ENERGY_MARGIN]
     best = min(close, key=lambda row: (row.floats, order.index(row)))
-    reason = f"{best.name} keeps {best.floats:,} floats; {_told(best)}"
+    reason = f"{best.name} stores {best.floats:,} floats; {_figures(best)}"
     if best is first:
         reason += ", the closest to real activations"
         smaller = [row for row in order if row is not best and (row.floats or 0) < (best.floats or 0)]
@@ -150,10 +152,10 @@ def recommend(rows: list[Ranked], real: Comparison) -> tuple[str, str, tuple[Ran
             reason += f"; the closest smaller one is {smaller[0].name}, largest AUC {number(smaller[0].worst_auc)}"
             reason += f", energy {number(smaller[0].energy, 4)}"
     else:
-        reason += f", close to what {first.name} reaches with {first.floats:,} floats: {_told(first)}"
+        reason += f", close to {first.name} with {first.floats:,} floats: {_figures(first)}"
     reason += f". Real against real: {number(real.auc[real.worst])}."
     if best.distance > 0.25:
-        reason += " No candidate comes close: a classifier tells the draws of each from real activations."
+        reason += " No candidate comes close: a classifier separates the samples of each from real activations."
     return best.name, reason, (*order, *(row for row in rows if row.error is not None))
 
 
@@ -161,13 +163,12 @@ def _energy(row: Ranked) -> float:
     return float("inf") if row.energy is None else row.energy
 
 
-def _told(row: Ranked) -> str:
+def _figures(row: Ranked) -> str:
     test = max(row.auc, key=lambda name: row.auc[name])
-    told = f"the best test ({test}) tells its draws with an AUC of {number(row.worst_auc)}"
-    return f"{told}; energy {number(row.energy, 4)}"
+    return f"largest AUC {number(row.worst_auc)} ({test}), energy {number(row.energy, 4)}"
 
 
-# --- Bases to choose from -----------------------------------------------------------------------------------
+# --- default candidates -------------------------------------------------------------------------------------
 
 
 Candidate: TypeAlias = Callable[[Head, Tensor | Activations], Base]
@@ -187,7 +188,7 @@ def _marginal(head: Head, rows: Tensor | Activations, kind: Any) -> Base:
 
 
 def _bank(head: Head, rows: Tensor | Activations) -> Base:
-    """A row drawn twice would lie in both halves of a test, and give the draws away."""
+    """Fit a bank without replacement: a row sampled twice could be in both training and test rows of a classifier."""
     bank = Marginal.fit(head, rows, kind="bank").distribution
     return Marginal(head, Bank(bank.activations, replacement=False, rectified=bank.rectified))
 
@@ -203,12 +204,14 @@ CANDIDATES: Mapping[str, Candidate] = MappingProxyType(
         "bank": _bank,
     }
 )
-"""What :func:`choose` fits by default: the original paper's round sphere, the elliptic sphere, the full Gaussian, and
-the kinds of :class:`penult.Marginal`, its bank without replacement. The flow needs the extra ``flow``, and is left
-out where that is not installed."""
+"""Default candidates of :func:`choose`: the round sphere of the original paper, the elliptic sphere, the full Gaussian,
+and the kinds of :class:`penult.Marginal`, with a bank without replacement. The flow needs the extra ``flow``, and is
+left out if that is not installed."""
 
 
-_FITTED = 2 / 3  # of the rows; a bank without replacement needs more rows than it has to give
+# Fraction of the rows that candidates are fitted to. It is above one half because a bank without replacement needs
+# more rows than are sampled from it.
+_FITTED = 2 / 3
 
 
 @torch.no_grad()
@@ -222,32 +225,32 @@ def choose(
     max_per_class: int = 400,
     progress: Progress | bool | None = None,
 ) -> Ranking:
-    """Fit candidate bases to two thirds of the activations, compare each with the rest, and recommend one.
+    """Fit candidate bases to two thirds of the activations, compare each with the others, and recommend one.
 
-    Candidates are ranked by the largest AUC among the three of :func:`compare` (to two digits), then by the
-    energy coefficient. Recommended is the smallest law, in floats, whose largest AUC is within 0.03 of the best (where
-    no candidate counts as better than real activations are) and, of these, whose energy coefficient is within 0.01 of
-    the least. Fit it to all activations then; the ranking keeps no bases.
+    Candidates are ranked by the largest of the three AUCs of :func:`compare` (to two digits), then by the energy
+    coefficient. Recommended is the smallest base, in floats, whose largest AUC is within 0.03 of the best candidate's
+    (or of real activations, if these have a larger one) and, among these, whose energy coefficient is within 0.01 of
+    the smallest. Afterwards fit it to all activations; the ranking stores no bases.
 
     Args:
         head: The head.
-        activations: Activations (N, d) that the network was not trained on, best of all. For `Activations` with
-            ``pre_activation``, marginals are fitted to u and draw max(u, 0); other bases are fitted to max(u, 0).
-        labels: Their classes (N,), for the comparison alone, as in :func:`compare`; fitting never sees them.
-        candidates: Name to ``fit(head, activations) -> Base``; `CANDIDATES` when left out. What they are given is a
-            tensor if ``activations`` is one, else `Activations`.
-        seed: Seed of the split, of draws and of tests. No global random state is touched.
-        max_per_class: Rows of a class to compare, at most.
-        progress: True for a bar on stderr, or what to call with the number of candidates done and of all.
+        activations: Activations (N, d), preferably of inputs that the network was not trained on. For `Activations`
+            with ``pre_activation``, marginals are fitted to u and sample max(u, 0); other bases use max(u, 0).
+        labels: Their classes (N,), only for the comparison, as in :func:`compare`; they are not used for fitting.
+        candidates: Functions ``fit(head, activations) -> Base`` by name. Default: `CANDIDATES`. They get a tensor if
+            ``activations`` is one, else `Activations`.
+        seed: Seed of the split, of samples and of tests. No global random state is touched.
+        max_per_class: Most rows of a class to compare.
+        progress: True for a bar on stderr, or a function of the number of finished candidates and of all candidates.
 
     Warns:
-        UserWarning: If the head gives the labels no more often than by guessing.
+        UserWarning: The accuracy of the head is at chance level.
 
     Raises:
-        ImportError: If scikit-learn is not installed (``pip install "penult[data]"``).
-        TypeError: If an argument is of a wrong kind.
-        ValueError: If shapes, labels or values do not fit the head, there are too few rows, or every candidate fails.
-            One that fails alone is listed with its reason.
+        ImportError: scikit-learn is not installed (``pip install "penult[data]"``).
+        TypeError: An argument has a wrong type.
+        ValueError: Shapes, labels or values do not fit the head, there are too few rows, or all candidates fail. If
+            only some fail, the ranking lists them with the reason.
 
     Example:
         >>> head = penult.Head(3 * torch.eye(3))
@@ -259,61 +262,67 @@ def choose(
     """
     require_sklearn()
     if not isinstance(head, Head):
-        raise TypeError(f"head must be a penult.Head, got {type(head).__name__}; see penult.find_head")
+        raise TypeError(f"head is {described(head)}; expected a penult.Head. See penult.find_head")
     if candidates is None:
         missing = () if importlib.util.find_spec("zuko") else ("flow",)
         candidates = {name: fit for name, fit in CANDIDATES.items() if name not in missing}
     if not candidates:
         raise ValueError("there are no candidates; pass name to fit(head, activations) -> Base, or None for CANDIDATES")
     generator = torch.Generator(head.weight.device).manual_seed(seed)
-    held, source = read_labels(head, activations, labels, generator)
-    fitting, held_out = halves(held.labels, _FITTED, torch.Generator().manual_seed(seed))
-    rows, rest = (_picked(activations, index) for index in (fitting, held_out))
-    if len(rows) < 2 or len(rest) < 1:
-        raise ValueError(f"{len(held)} activations are too few to split; pass more")
-    mine, other = labelled_source(rest, head, held.labels[held_out]), labelled_source(rows, head, held.labels[fitting])
-    real = examine(mine, source, other, seed, max_per_class, limit=_limit(other))
+    source, label_origin = source_with_labels(head, activations, labels, generator)
+    fit_index, test_index = split_by_class(source.labels, _FITTED, torch.Generator().manual_seed(seed))
+    fit_rows, test_rows = (_rows_at(activations, index) for index in (fit_index, test_index))
+    if len(fit_rows) < 2 or len(test_rows) < 1:
+        raise ValueError(f"{len(source)} activations are too few to split; pass more")
+    fit_source = labelled_source(fit_rows, head, source.labels[fit_index])
+    test_source = labelled_source(test_rows, head, source.labels[test_index])
+    real = measure_real(test_source, label_origin, fit_source, seed, max_per_class, limits=_limits(fit_source))
     ranked = []
     with reporting(progress or False, streams=False, unit="candidates") as report:
         for done, (name, fit) in enumerate(candidates.items(), start=1):
-            ranked.append(_ranked(name, fit, head, rows, real, seed))
+            ranked.append(_ranked(name, fit, head, fit_rows, real, seed))
             report(done, len(candidates))
     if all(row.error is not None for row in ranked):
         reasons = "; ".join(f"{row.name}: {row.error}" for row in ranked)
         raise ValueError(f"no candidate could be fitted and compared. {reasons}")
-    sides = real.tell_apart(seed)
-    against = sides.average or sides.pooled
-    best, reason, order = recommend(ranked, against)
-    return Ranking(best, reason, order, against, len(fitting), len(held_out))
+    tests = real.two_sample_tests(seed)
+    real_comparison = tests.average or tests.pooled
+    best, reason, order = recommend(ranked, real_comparison)
+    return Ranking(best, reason, order, real_comparison, len(fit_index), len(test_index))
 
 
-def _picked(activations: Tensor | Activations, index: Tensor) -> Tensor | Activations:
+def _rows_at(activations: Tensor | Activations, index: Tensor) -> Tensor | Activations:
     return activations[index.to(activations.device)] if isinstance(activations, Tensor) else activations[index]
 
 
-def _limit(fitted: _ActivationSource) -> Tensor:
-    """Half of the rows of each class (K,), by labels and by the head's own account.
+def _limits(source: _ActivationSource) -> Tensor:
+    """Return half the number of rows of each class (K,), by their labels or by the head, whichever is less.
 
-    A bank without replacement then has two rows for each that it has to give.
+    A bank without replacement then has twice as many rows of a class as are sampled from it.
     """
-    head = fitted.head
-    worth = torch.zeros(head.num_classes, dtype=torch.float64)
-    for h in fitted:
-        worth += head(h.to(head.weight.dtype)).float().softmax(-1).cpu().double().sum(0)
-    counts = torch.bincount(fitted.labels, minlength=head.num_classes)
-    return (torch.minimum(worth, counts.double()) / 2).ceil().long()
+    head = source.head
+    expected_counts = torch.zeros(head.num_classes, dtype=torch.float64)
+    for h in source:
+        expected_counts += head(h.to(head.weight.dtype)).float().softmax(-1).cpu().double().sum(0)
+    counts = torch.bincount(source.labels, minlength=head.num_classes)
+    return (torch.minimum(expected_counts, counts.double()) / 2).ceil().long()
 
 
-def _ranked(name: str, fit: Candidate, head: Head, rows: Tensor | Activations, real: Examined, seed: int) -> Ranked:
+def _ranked(
+    name: str, fit: Candidate, head: Head, rows: Tensor | Activations, real: RealStatistics, seed: int
+) -> Ranked:
+    """Fit a candidate and compare it with the real activations."""
     start = time.perf_counter()
     try:
-        with torch.enable_grad():  # a candidate may train
+        # A candidate may train by gradients.
+        with torch.enable_grad():
             base = fit(head, rows)
         seconds = time.perf_counter() - start
         if not isinstance(base, Base):
-            raise TypeError(f"it gave a {type(base).__name__}, not a penult.bases.Base")
+            raise TypeError(f"it returned {described(base)}, not a penult.bases.Base")
         result = measure(GenerativePair(head, base), real, seed)
-    except Exception as error:  # whatever a candidate raises, the others are still worth comparing
+    # A candidate may raise any error, and the other candidates are still compared.
+    except Exception as error:
         return Ranked(name, error=f"{type(error).__name__}: {error}")
     return Ranked(
         name,
@@ -328,9 +337,9 @@ def _ranked(name: str, fit: Candidate, head: Head, rows: Tensor | Activations, r
 
 
 def _floats(base: Base, head: Head) -> int:
-    """Numbers that a base keeps beside the head."""
+    """Return the number of values that a base stores, without those of the head."""
     count = getattr(base, "num_parameters", None)
     if isinstance(count, int):
         return count
-    own = {id(t) for t in (head.weight, head.bias)} | {t.data_ptr() for t in (head.weight, head.bias) if t is not None}
-    return sum(t.numel() for t in base.state_dict().values() if isinstance(t, Tensor) and t.data_ptr() not in own)
+    of_head = {t.data_ptr() for t in (head.weight, head.bias) if t is not None}
+    return sum(t.numel() for t in base.state_dict().values() if isinstance(t, Tensor) and t.data_ptr() not in of_head)

@@ -1,4 +1,4 @@
-"""Real activations to compare with: what is accepted, their labels, and which rows stand side by side."""
+"""Labels of real activations, and the choice of rows of the same classes to compare."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from penult._checks import integer_labels
 from penult.activations import Activations, _ActivationSource
 from penult.head import Head
 
-__all__ = ["LabelSource", "Matched", "halves", "labelled_source", "matched", "read_labels"]
+__all__ = ["LabelOrigin", "MatchedRows", "labelled_source", "match_rows", "source_with_labels", "split_by_class"]
 
-LabelSource = Literal["given", "stored", "drawn"]
+LabelOrigin = Literal["given", "stored", "drawn"]
 
 
 def labelled_source(
@@ -25,35 +25,35 @@ def labelled_source(
     *,
     name: str = "activations",
 ) -> _ActivationSource:
-    """The rows that a head reads, with labels (N,), in the head's precision, float32 or wider."""
+    """Return the rows that a head reads, with labels (N,), in the head's precision, float32 or wider."""
     return _ActivationSource(
         activations, head, labels=labels, name=name, dtype=torch.promote_types(head.weight.dtype, torch.float32)
     )
 
 
-def read_labels(
+def source_with_labels(
     head: Head,
     activations: Tensor | Activations,
     labels: Tensor | Sequence[int] | None,
     generator: torch.Generator,
     drawn: bool = False,
     name: str = "activations",
-) -> tuple[_ActivationSource, LabelSource]:
-    """Activations with their labels: those given, else those stored with them, else y ~ softmax(head(h)).
+) -> tuple[_ActivationSource, LabelOrigin]:
+    """Return activations with labels: the given ones, else the stored ones, else y ~ softmax(head(h)).
 
     Args:
         head: The head.
         activations: Activations (N, d) that it reads.
         labels: Labels (N,) or None.
-        generator: Source of drawn labels, on the head's device.
-        drawn: Draw the labels even where there are some.
-        name: What messages call the activations.
+        generator: Generator for sampled labels, on the head's device.
+        drawn: Sample the labels even if there are given or stored ones.
+        name: Name of the activations in messages.
 
     Raises:
-        TypeError: Activations or labels of a wrong type.
-        ValueError: A wrong shape, NaN or infinity, or a label out of range.
+        TypeError: Activations or labels have a wrong type or dtype.
+        ValueError: A shape is wrong, values are NaN or infinite, or a label is out of range.
     """
-    origin: LabelSource = "given"
+    origin: LabelOrigin = "given"
     if labels is None and isinstance(activations, Activations):
         labels, origin = activations.labels, "stored"
     source = labelled_source(activations, head, None if drawn else labels, name=name)
@@ -68,16 +68,16 @@ def read_labels(
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedRows:
     """Real rows, and as many other real rows of the same classes.
 
     Attributes:
         real: Rows (M, d).
-        other: Rows (M, d), of the same labels in the same order.
+        other: Rows (M, d), with the same labels in the same order.
         labels: (M,), ascending.
-        pooled: Which of them (M,) stand for all classes together, in their natural shares.
-        tested: The classes that are looked at one by one, with at most ``max_per_class`` rows.
-        per_class: Which rows (M,) stand for these.
+        pooled: Mask (M,) of the rows for the test of all classes together, in their natural proportions.
+        tested: The classes with a test of their own.
+        per_class: Mask (M,) of the rows for these tests.
     """
 
     real: Tensor
@@ -88,81 +88,81 @@ class Matched:
     per_class: Tensor
 
 
-def halves(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two disjoint sets of rows that hold each class in the shares ``share`` and 1 − ``share``, ascending."""
+def split_by_class(labels: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Split row numbers at random into a `fraction` of each class and its complement, both ascending."""
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order].argsort(stable=True)]
-    # Row by row along the classes, so that what a small class cannot give to one side the next one does.
-    place = torch.arange(len(order), dtype=torch.float64)
-    first = ((place + 1) * share + 1e-9).floor() > (place * share + 1e-9).floor()
-    return order[first].sort().values, order[~first].sort().values
+    # Fractions of a row are carried from class to class, so that the totals are right even where classes are small.
+    position = torch.arange(len(order), dtype=torch.float64)
+    is_first = ((position + 1) * fraction + 1e-9).floor() > (position * fraction + 1e-9).floor()
+    return order[is_first].sort().values, order[~is_first].sort().values
 
 
-def matched(
-    held: _ActivationSource,
+def match_rows(
+    source: _ActivationSource,
     reference: _ActivationSource | None,
     generator: torch.Generator,
     *,
-    pool: int,
-    fewest: int,
-    most: int,
-    classes: int,
-    limit: Tensor | None = None,
-) -> Matched:
-    """Choose rows at random so that both sides hold each class equally often.
+    max_pooled: int,
+    min_per_class: int,
+    max_per_class: int,
+    max_classes: int,
+    limits: Tensor | None = None,
+) -> MatchedRows:
+    """Choose rows at random so that both sets have equally many rows of each class.
 
     Args:
-        held: Real rows.
-        reference: Other real rows; where None, ``held`` is split in two, class by class.
-        generator: Source of the choice, on the CPU.
-        pool: Rows for all classes together, at most.
-        fewest: Rows of a class that is looked at on its own, at least; none is where such classes hold less than half
-            of the rows.
-        most: The same, at most.
-        classes: How many classes are looked at on their own, at most; chosen at random where there are more.
-        limit: How many rows of each class (K,) are set side by side, at most.
+        source: Real rows.
+        reference: Other real rows; where None, ``source`` is split in two, class by class.
+        generator: Generator for the choice, on the CPU.
+        max_pooled: Most rows of all classes together.
+        min_per_class: Fewest rows of a class with a test of its own. No class has one if such classes hold less than
+            half of the rows.
+        max_per_class: Most rows of a class with a test of its own.
+        max_classes: Most classes with a test of their own; of more, a random subset.
+        limits: Most rows of each class (K,) in either set.
 
     Raises:
-        ValueError: If fewer than ``fewest`` rows can be set side by side.
+        ValueError: Fewer than ``min_per_class`` rows can be matched.
     """
     if reference is None:
-        one, two = halves(held.labels, 0.5, generator)
-        sides = [(held, one), (held, two)]
+        one, two = split_by_class(source.labels, 0.5, generator)
+        sides = [(source, one), (source, two)]
     else:
-        sides = [(held, torch.arange(len(held))), (reference, torch.arange(len(reference)))]
+        sides = [(source, torch.arange(len(source))), (reference, torch.arange(len(reference)))]
     k = 1 + max(int(side.labels.max()) for side, _ in sides)
     counts = [torch.bincount(side.labels[index], minlength=k) for side, index in sides]
     size = torch.minimum(*counts)
-    if limit is not None:
-        size = torch.minimum(size, limit[:k])
+    if limits is not None:
+        size = torch.minimum(size, limits[:k])
     total = int(size.sum())
-    if total < fewest:
+    if total < min_per_class:
         raise ValueError(
-            f"{total} rows can be set beside as many real ones of the same classes ({len(held)} activations"
+            f"{total} rows can be compared with as many real ones of the same classes ({len(source)} activations"
             + (", split in two" if reference is None else f" and {len(reference)} of the reference")
-            + f"); pass more: at least {fewest} are needed"
+            + f"); pass more: at least {min_per_class} are needed"
         )
     chosen = []
     for side, index in sides:
         index = index[torch.randperm(len(index), generator=generator)]
         index = index[side.labels[index].argsort(stable=True)]
-        place, _ = _places(side.labels[index])
-        chosen.append(index[place < size[side.labels[index]]])
-    labels = held.labels[chosen[0]]
+        chosen.append(index[_rank_within_class(side.labels[index]) < size[side.labels[index]]])
+    labels = source.labels[chosen[0]]
     pooled = torch.zeros(total, dtype=torch.bool)
-    pooled[torch.randperm(total, generator=generator)[:pool]] = True
-    enough = (size >= fewest).nonzero().flatten()
-    if 2 * int(size[enough].sum()) < total:
-        enough = enough[:0]  # a few large classes do not stand for all
-    tested = enough[torch.randperm(len(enough), generator=generator)[:classes]].sort().values
-    per_class = (_places(labels)[0] < most) & torch.isin(labels, tested)
+    pooled[torch.randperm(total, generator=generator)[:max_pooled]] = True
+    large = (size >= min_per_class).nonzero().flatten()
+    # A few large classes do not represent all of them.
+    if 2 * int(size[large].sum()) < total:
+        large = large[:0]
+    tested = large[torch.randperm(len(large), generator=generator)[:max_classes]].sort().values
+    per_class = (_rank_within_class(labels) < max_per_class) & torch.isin(labels, tested)
     kept = pooled | per_class
     real, other = (side.rows_at(index[kept]) for (side, _), index in zip(sides, chosen, strict=True))
-    return Matched(real, other, labels[kept], pooled[kept], tuple(tested.tolist()), per_class[kept])
+    return MatchedRows(real, other, labels[kept], pooled[kept], tuple(tested.tolist()), per_class[kept])
 
 
-def _places(ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """For sorted labels (N,): each row's place within its class, and the size of that class."""
-    _, which, counts = ordered.unique_consecutive(return_inverse=True, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(ordered)) - starts[which], counts[which]
+def _rank_within_class(sorted_labels: Tensor) -> Tensor:
+    """Return the number (N,) of earlier rows with the same label, for sorted labels (N,)."""
+    _, class_index, counts = sorted_labels.unique_consecutive(return_inverse=True, return_counts=True)
+    starts: Tensor = counts.cumsum(0) - counts
+    return torch.arange(len(sorted_labels)) - starts[class_index]

@@ -1,4 +1,4 @@
-"""What a comparison of a pair with real activations found."""
+"""Results of a comparison of a pair with real activations, and their tables."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ __all__ = [
     "columns",
     "jsonable",
     "number",
-    "realism_table",
 ]
 
 
 def jsonable(value: Any) -> Any:
-    """Dataclasses as dictionaries, numbers that are not finite as None; fields without ``repr`` are left out."""
+    """Convert dataclasses to dictionaries and numbers that are not finite to None; omit fields without ``repr``."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: jsonable(getattr(value, f.name)) for f in fields(value) if f.repr}
     if isinstance(value, Mapping):
-        return {str(key): jsonable(each) for key, each in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [jsonable(each) for each in value]
+        return [jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of activations told apart; once for each of some classes and averaged, or all classes together.
+    """Two-sample tests of two sets of activations: averaged over classes, or of all classes together.
 
     Attributes:
         auc: AUC of each classifier test, see :func:`two_sample_auc`; 0.5 is a perfect match.
-        auc_error: Their standard errors: over classes, or that of one AUC where there is but one.
+        auc_error: Their standard errors: over classes, or of a single AUC if there is only one.
         energy: The energy coefficient, see :func:`energy_coefficient`; 0 is a perfect match.
-        energy_error: Its standard error over classes; None where there is but one.
+        energy_error: Its standard error over classes; None if there is only one.
         rows: Rows of each set, for all classes together.
-        classes: How many classes were looked at one by one; 0 where all were looked at together.
+        classes: Number of classes in the average; 0 for one test of all classes together.
     """
 
     auc: Mapping[str, float]
@@ -57,13 +56,14 @@ class Comparison:
 
     @property
     def worst(self) -> str:
-        """The test of the largest AUC; one below 0.5 tells nothing apart, it comes of cross-validation of few rows."""
+        """Name of the test with the largest AUC."""
+        # An AUC below 0.5 is noise of cross-validation with few rows, so its distance to 0.5 does not count.
         return max(self.auc, key=lambda name: self.auc[name])
 
 
 @dataclass(frozen=True)
 class ClassRealism:
-    """One class: draws of the pair against real activations, and real ones against others."""
+    """One class: samples of the pair against real activations, and real activations against other real ones."""
 
     name: str
     label: int
@@ -76,7 +76,7 @@ class ClassRealism:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts over common bins, for figures: B + 1 edges, and B counts a name."""
+    """Histograms over common bins, for figures: B + 1 edges, and B counts for each name."""
 
     edges: tuple[float, ...]
     counts: Mapping[str, tuple[int, ...]]
@@ -84,19 +84,18 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Spread:
-    """The law of a number in real activations and in draws of the same labels.
+    """Distribution of a cosine or norm for real activations, and for samples with the same labels.
 
     Attributes:
-        real_mean: Mean in real activations.
-        real_sd: Standard deviation there.
-        drawn_mean: Mean in draws.
-        drawn_sd: Standard deviation there.
-        distance: Between the two samples: Kolmogorov-Smirnov for cosines, Wasserstein-1 in units of ``real_sd`` for
-            norms.
-        real_distance: The same between two real samples of that size.
-        law_mean: Mean of the base's exact law, where it is known.
-        law_sd: Standard deviation of that law.
-        histogram: Binned counts of both, not part of ``to_dict``.
+        real_mean: Mean for real activations.
+        real_sd: Their standard deviation.
+        drawn_mean: Mean for samples.
+        drawn_sd: Their standard deviation.
+        distance: Distance of the two: Kolmogorov-Smirnov for cosines, Wasserstein-1 in units of ``real_sd`` for norms.
+        real_distance: The same between real activations and as many other real ones.
+        law_mean: Exact mean for the base; None if it is not known.
+        law_sd: Exact standard deviation for the base; None if it is not known.
+        histogram: Histograms of both, not part of ``to_dict``.
     """
 
     real_mean: float
@@ -112,10 +111,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Is the head right as often as it is confident: on the pair's joint draws, and on real activations.
+    """Accuracy, confidence and calibration error of the head, on joint samples of the pair and on real activations.
 
-    On joint draws it must be, to the noise of the draws, whatever the base: that checks the pair, not its realism.
-    Real accuracy and calibration error are None where labels were drawn from the head.
+    On joint samples accuracy and confidence agree up to sampling noise, with any base: this checks the pair, not its
+    realism. Real accuracy and calibration error are None if labels were sampled from the head.
     """
 
     drawn_accuracy: float
@@ -132,9 +131,9 @@ class Prior:
 
     Attributes:
         min: Its smallest probability.
-        max: Its largest.
+        max: Its largest probability.
         effective_classes: exp(entropy), K for the uniform prior.
-        total_variation: To the mean posterior of the real activations, ½ Σ_y of absolute differences.
+        total_variation: Total variation distance to the mean posterior of the real activations.
     """
 
     min: float
@@ -149,20 +148,20 @@ class Collapse:
 
     Attributes:
         weight_norm_min: Smallest ‖w_y‖.
-        weight_norm_max: Largest.
-        weight_norm_cv: Standard deviation of ‖w_y‖ over their mean.
-        bias_max: Largest ‖b − mean b‖_∞.
-        mean_weight_norm: ‖w̄‖, the norm of the mean row that centring takes away.
+        weight_norm_max: Largest ‖w_y‖.
+        weight_norm_cv: Standard deviation of ‖w_y‖ divided by their mean.
+        bias_max: ‖b − mean b‖_∞.
+        mean_weight_norm: ‖w̄‖, the norm of the mean row that centering subtracts.
         weight_cosine_mean: Mean cosine between different rows.
-        weight_cosine_sd: Their standard deviation, 0 at collapse.
-        weight_cosine_ideal: −1/(K − 1), that of a simplex.
+        weight_cosine_sd: Standard deviation of these cosines, 0 at collapse.
+        weight_cosine_ideal: −1/(K − 1), the cosine in a simplex.
         mean_alignment_raw: Mean over classes of cos(mean_y, w_y).
-        mean_alignment_centered: The same with the mean of class means taken away, 1 at collapse.
+        mean_alignment_centered: The same after subtracting the mean of class means, 1 at collapse.
         class_norm_min: Smallest mean norm ‖h‖ of a class.
-        class_norm_max: Largest.
-        trace_within: Trace of the within-class covariance, 0 at collapse; None where no class has two rows.
+        class_norm_max: Largest mean norm ‖h‖ of a class.
+        trace_within: Trace of the within-class covariance, 0 at collapse; None if no class has two rows.
         trace_between: Trace of the covariance of class means.
-        classes: How many classes have rows.
+        classes: Number of classes that have rows.
     """
 
     weight_norm_min: float
@@ -184,13 +183,13 @@ class Collapse:
 
 @dataclass(frozen=True)
 class TiltIdentity:
-    r"""Does mean_y = m + Σ w_y hold in real activations, as a Gaussian base says?
+    r"""Whether mean_y = m + Σ w_y holds for real activations, as it does for a Gaussian base.
 
     Attributes:
-        offset: How far class means go along their rows, Σ_y (mean_y − mean)·w_y / Σ_y ‖w_y‖².
-        variance: The within-class variance along the rows, Σ_y w_y' S w_y / Σ_y ‖w_y‖².
-        ratio: offset / variance: 1 where it holds. Above, classes lie farther apart than a head so little confident
-            gives reason for.
+        offset: Offset of class means along their rows, Σ_y (mean_y − mean)·w_y / Σ_y ‖w_y‖².
+        variance: Within-class variance along the rows, Σ_y w_y' S w_y / Σ_y ‖w_y‖².
+        ratio: offset / variance: 1 if the identity holds. If it is larger, classes are farther apart than the
+            confidence of the head implies.
     """
 
     offset: float | None
@@ -200,23 +199,23 @@ class TiltIdentity:
 
 @dataclass(frozen=True)
 class Realism:
-    """How close a pair comes to real activations; ``print`` shows a table.
+    """Result of comparing a pair with real activations; ``print`` shows a table.
 
     Attributes:
         base: Name of the base.
-        labels: Where labels came from: ``"given"``, ``"stored"`` with the activations, or ``"drawn"`` from the head.
+        labels: Origin of the labels: ``"given"``, ``"stored"`` with the activations, or ``"drawn"`` from the head.
         in_features: d.
         num_classes: K.
-        rows: Real activations N.
-        by_class: Draws against real activations class by class; None where no class has enough rows.
-        pooled: The same with all classes together, at the real shares of the classes.
-        real_by_class: Real activations against other real ones of that number, class by class.
+        rows: Number N of real activations.
+        by_class: Samples against real activations, averaged over classes; None if no class has enough rows.
+        pooled: The same with all classes together, in their natural proportions.
+        real_by_class: Real activations against as many other real ones, averaged over classes.
         real_pooled: The same with all classes together.
-        classes: The classes one by one.
-        cosine: Law of the cosine of h to its row w_y.
-        chart_cosine: The same in the chart of a :class:`penult.Sphere`, beside the exact law; None for other bases.
-        norm: Law of ‖h‖.
-        calibration: Of joint draws, and of real activations.
+        classes: Results for single classes.
+        cosine: Distribution of the cosine between h and its row w_y.
+        chart_cosine: The same in the chart of a :class:`penult.Sphere`, with exact moments; None for other bases.
+        norm: Distribution of ‖h‖.
+        calibration: Calibration of the head on joint samples and on real activations.
         prior: The implied class prior.
         collapse: Neural collapse of head and real activations.
         tilt_identity: Whether mean_y = m + Σ w_y holds.
@@ -242,12 +241,12 @@ class Realism:
 
     @property
     def comparison(self) -> Comparison:
-        """Class by class, where classes have enough rows, else all together."""
+        """`by_class` if classes have enough rows, else `pooled`."""
         return self.pooled if self.by_class is None else self.by_class
 
     @property
     def real_comparison(self) -> Comparison:
-        """The same of real activations against other real ones: what a perfect pair would get."""
+        """The same for real activations against other real ones, the result of a perfect pair."""
         return self.real_pooled if self.real_by_class is None else self.real_by_class
 
     @property
@@ -257,7 +256,7 @@ class Realism:
 
     @property
     def real_auc(self) -> Mapping[str, float]:
-        """The same of real activations against other real ones."""
+        """AUC of each classifier test for real activations against other real ones."""
         return self.real_comparison.auc
 
     @property
@@ -267,7 +266,7 @@ class Realism:
 
     @property
     def real_energy(self) -> float:
-        """The same of real activations against other real ones."""
+        """Energy coefficient of real activations against other real ones."""
         return self.real_comparison.energy
 
     @property
@@ -276,26 +275,24 @@ class Realism:
         return self.auc[self.comparison.worst]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON, without histograms; numbers that are not finite are None."""
+        """Return everything for JSON, without histograms; numbers that are not finite are None."""
         result: dict[str, Any] = jsonable(self)
         return result
 
     def __str__(self) -> str:
-        from penult.realism._result import realism_table
-
-        return realism_table(self)
+        return _realism_table(self)
 
 
-# --- Results as tables of text ------------------------------------------------------------------------------
+# --- tables of text -----------------------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number as tables show it; a dash where there is none."""
+    """Format a number for a table; None is a dash."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the first column to the left and the others to the right."""
+    """Format rows of cells as lines, with the first column left-aligned and the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *others in rows:
@@ -304,31 +301,33 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def realism_table(result: Realism) -> str:
-    """The text of a `Realism`."""
-    words = {"given": "labels as given", "stored": "labels as stored", "drawn": "labels drawn from the head"}
+def _realism_table(result: Realism) -> str:
+    """Format a `Realism` as text."""
+    labels = {"given": "labels as given", "stored": "labels as stored", "drawn": "labels drawn from the head"}
     lines = [
         f"{result.base} base against {result.rows} real activations "
-        f"(d = {result.in_features}, K = {result.num_classes}, {words[result.labels]})"
+        f"(d = {result.in_features}, K = {result.num_classes}, {labels[result.labels]})"
     ]
     table = [["two-sample tests", "pair", "s.e.", "real", "s.e.", "perfect"]]
-    for found, real in ((result.by_class, result.real_by_class), (result.pooled, result.real_pooled)):
-        if found is None or real is None:
+    for pair, real in ((result.by_class, result.real_by_class), (result.pooled, result.real_pooled)):
+        if pair is None or real is None:
             continue
-        where = f"each of {found.classes} classes" if found.classes else "all classes together"
-        table += _tests(where, found, real)
+        classes = f"each of {pair.classes} classes" if pair.classes else "all classes together"
+        table += _test_rows(classes, pair, real)
     lines += columns(table)
     table = [["", "real", "drawn", "exact law", "distance", "real", "measured by"]]
-    table.append(_spread("cosine of h to w_y", result.cosine, "Kolmogorov-Smirnov"))
+    table.append(_spread_row("cosine of h to w_y", result.cosine, "Kolmogorov-Smirnov"))
     if result.chart_cosine is not None:
-        table.append(_spread("the same in the chart", result.chart_cosine, "Kolmogorov-Smirnov"))
-    table.append(_spread("norm of h", result.norm, "Wasserstein / sd"))
+        table.append(_spread_row("the same in the chart", result.chart_cosine, "Kolmogorov-Smirnov"))
+    table.append(_spread_row("norm of h", result.norm, "Wasserstein / sd"))
     lines += ["", *columns(table)]
     c = result.calibration
-    drawn, real_row = (c.drawn_accuracy, c.drawn_confidence, c.drawn_ece), (c.real_accuracy, c.real_confidence)
     table = [["head", "accuracy", "confidence", "ECE"]]
-    table.append(["joint draws of the pair", *(number(v) for v in drawn)])
-    table.append(["real activations", *(number(v) for v in (*real_row, c.real_ece))])
+    for name, figures in (
+        ("joint draws of the pair", (c.drawn_accuracy, c.drawn_confidence, c.drawn_ece)),
+        ("real activations", (c.real_accuracy, c.real_confidence, c.real_ece)),
+    ):
+        table.append([name, *map(number, figures)])
     lines += ["", *columns(table)]
     p, n, t = result.prior, result.collapse, result.tilt_identity
     table = [
@@ -358,23 +357,23 @@ def realism_table(result: Realism) -> str:
     return "\n".join([*lines, "", *(f"{name.ljust(width)}  {text}" for name, text in table)])
 
 
-def _tests(where: str, found: Comparison, real: Comparison) -> list[list[str]]:
+def _test_rows(classes: str, pair: Comparison, real: Comparison) -> list[list[str]]:
     rows = [
         [
-            f"  AUC {name}, {where}",
-            number(found.auc[name]),
-            number(found.auc_error[name]),
+            f"  AUC {name}, {classes}",
+            number(pair.auc[name]),
+            number(pair.auc_error[name]),
             number(real.auc[name]),
             number(real.auc_error[name]),
             "0.5",
         ]
-        for name in found.auc
+        for name in pair.auc
     ]
-    energies = (found.energy, found.energy_error, real.energy, real.energy_error)
-    return [*rows, [f"  energy, {where}", *(number(v, 4) for v in energies), "0"]]
+    energies = (pair.energy, pair.energy_error, real.energy, real.energy_error)
+    return [*rows, [f"  energy, {classes}", *(number(v, 4) for v in energies), "0"]]
 
 
-def _spread(name: str, s: Spread, measure: str) -> list[str]:
-    law = "-" if s.law_mean is None or s.law_sd is None else f"{s.law_mean:.3f} ± {s.law_sd:.3f}"
+def _spread_row(name: str, s: Spread, measure: str) -> list[str]:
+    exact = "-" if s.law_mean is None or s.law_sd is None else f"{s.law_mean:.3f} ± {s.law_sd:.3f}"
     both = (f"{s.real_mean:.3f} ± {s.real_sd:.3f}", f"{s.drawn_mean:.3f} ± {s.drawn_sd:.3f}")
-    return [name, *both, law, number(s.distance), number(s.real_distance), measure]
+    return [name, *both, exact, number(s.distance), number(s.real_distance), measure]

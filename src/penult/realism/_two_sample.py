@@ -1,4 +1,4 @@
-"""Classifier two-sample tests: can a classifier that saw two thirds of the rows tell the rest apart?"""
+"""Classifier two-sample tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penult._checks import check_choice
+
 __all__ = ["FOLDS", "TESTS", "auc_standard_error", "require_sklearn", "two_sample_auc"]
 
 TESTS = ("logistic", "mlp", "knn")
@@ -18,37 +20,39 @@ TESTS = ("logistic", "mlp", "knn")
 FOLDS = 3
 _NEIGHBOURS = 15
 _HIDDEN = 64
-_STEPS = 300  # of the network's optimiser, whatever the number of rows
+# Optimizer steps of the network, for any number of rows.
+_STEPS = 300
 _BATCH = 64
 
 
 def require_sklearn(module: str = "sklearn") -> Any:
-    """A module of scikit-learn.
+    """Import a module of scikit-learn.
 
     Raises:
-        ImportError: It is not installed; the message says how to get it.
+        ImportError: It is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            'realism is measured with the classifiers of scikit-learn: pip install "penult[data]"', name=error.name
+            'realism tests use the classifiers of scikit-learn: pip install "penult[data]"', name=error.name
         ) from error
 
 
 def two_sample_auc(
     x: Tensor, y: Tensor, tests: tuple[str, ...] = TESTS, seed: int = 0, step: Callable[[], object] | None = None
 ) -> dict[str, float]:
-    """How well classifiers tell two samples apart: the area under the ROC curve, where 0.5 is not at all.
+    """Return the area under the ROC curve of classifiers that separate two samples; 0.5 is chance level.
 
-    Threefold cross-validation, stratified; coordinates are standardised by the training fold. What the tests see:
+    Stratified threefold cross-validation, with coordinates standardized by the training fold. The tests are:
 
-    - ``logistic``: differences of means, with an L2 penalty (C = 0.1).
-    - ``mlp``: correlations and shapes, with one hidden layer of 64 units and an L2 penalty of 0.1, trained for 300
-      steps. It is told what so small a network does not find in a few hundred rows: which coordinates are exactly
-      zero (a continuous law must not pass for ReLU activations), the norm of the standardised row (radial laws), and
-      how evenly the row spreads over coordinates, ‖z‖₁ / ‖z‖₂ (heavy tails).
-    - ``knn``: the share of either sample among the 15 nearest neighbours: locality, and repeated rows.
+    - ``logistic``: logistic regression with an L2 penalty (C = 0.1). It detects differences of means.
+    - ``mlp``: a network with one hidden layer of 64 units and an L2 penalty of 0.1, trained for 300 steps. It detects
+      differences of correlations and shapes. A network this small does not learn some properties from a few hundred
+      rows, so they are added as inputs: which coordinates are exactly zero (as in ReLU activations, but not in samples
+      of a continuous distribution), the norm of the standardized row, and ‖z‖₁ / ‖z‖₂, which is small for heavy tails.
+    - ``knn``: the fraction of each sample among the 15 nearest neighbours. It detects local differences and repeated
+      rows.
 
     References:
         Lopez-Paz and Oquab, "Revisiting Classifier Two-Sample Tests", 2017.
@@ -56,16 +60,16 @@ def two_sample_auc(
     Args:
         x: Rows (N, d), N ≥ 10.
         y: Rows (M, d), M ≥ 10, all different from those of x.
-        tests: Which tests.
+        tests: Names of the tests.
         seed: Seed of the folds and of the network. No global random state is touched.
         step: Called after each test.
 
     Returns:
-        Name of the test to AUC, the mean over the folds.
+        AUC of each test, by name: the mean over the folds.
 
     Raises:
-        ImportError: If scikit-learn is not installed.
-        ValueError: If the shapes do not fit, there are fewer than ten rows, or a test is unknown.
+        ImportError: scikit-learn is not installed.
+        ValueError: The shapes do not fit, there are fewer than ten rows, or a test is unknown.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -74,51 +78,55 @@ def two_sample_auc(
         1.0
     """
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 10:
-        raise ValueError(f"x and y must be rows (N, d) and (M, d), N, M >= 10; got {tuple(x.shape)}, {tuple(y.shape)}")
-    if unknown := set(tests) - set(TESTS):
-        raise ValueError(f"tests must be among {TESTS}; got {sorted(unknown)}")
+        raise ValueError(
+            f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (N, d), (M, d), N, M >= 10"
+        )
+    for test in tests:
+        check_choice("a test", test, TESTS)
     selection = require_sklearn("sklearn.model_selection")
     rows = torch.cat([x, y]).detach().cpu().float()
-    which = torch.cat([torch.ones(len(x)), torch.zeros(len(y))]).long()
-    folds = selection.StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(which, which)
+    is_x = torch.cat([torch.ones(len(x)), torch.zeros(len(y))]).long()
+    folds = selection.StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(is_x, is_x)
     auc = dict.fromkeys(tests, 0.0)
-    # Networks this small are slower with more threads, and by much where others use the cores too.
+    # Networks this small are slower with more threads, and much slower while other processes use the cores.
     with require_sklearn("threadpoolctl").threadpool_limits(1, user_api="blas"):
-        for training, held_out in ((torch.from_numpy(one), torch.from_numpy(two)) for one, two in folds):
-            raw = rows[training], rows[held_out]
-            plain = _standardised(*raw)
-            told = _told(raw, plain) if "mlp" in tests else plain
+        for train, test_rows in ((torch.from_numpy(one), torch.from_numpy(two)) for one, two in folds):
+            raw = rows[train], rows[test_rows]
+            standardized = _standardized(*raw)
+            extended = _with_extra_features(raw, standardized) if "mlp" in tests else standardized
             for test in tests:
-                seen, judged = told if test == "mlp" else plain
-                score = _scores(_model(test, len(training), seed), seen, which[training], judged)
-                auc[test] += _area(score, which[held_out]) / FOLDS
+                train_x, test_x = extended if test == "mlp" else standardized
+                score = _scores(_model(test, len(train), seed), train_x, is_x[train], test_x)
+                auc[test] += _area(score, is_x[test_rows]) / FOLDS
     for _ in auc:
         if step is not None:
             step()
     return auc
 
 
-def _scores(model: Any, seen: Tensor, which: Tensor, judged: Tensor) -> Tensor:
-    """The fitted model's probability of a 1 for rows (N, d), (N,)."""
-    with warnings.catch_warnings():  # it is stopped on purpose, and says so
+def _scores(model: Any, train_x: Tensor, train_y: Tensor, test_x: Tensor) -> Tensor:
+    """Fit a model and return its probabilities (N,) of class 1 for rows (N, d)."""
+    # The network stops after a fixed number of steps, for which scikit-learn warns.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", require_sklearn("sklearn.exceptions").ConvergenceWarning)
-        model.fit(seen.numpy(), which.numpy())
-    return torch.from_numpy(model.predict_proba(judged.numpy())[:, 1])
+        model.fit(train_x.numpy(), train_y.numpy())
+    return torch.from_numpy(model.predict_proba(test_x.numpy())[:, 1])
 
 
-def _area(score: Tensor, which: Tensor) -> float:
-    """P(score of a 1 > score of a 0) + P(equal) / 2, over pairs of (N,) scores."""
-    _, place, counts = score.unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2).double()[place]  # the mean one among equals
-    ones = int(which.sum())
-    return float(rank[which == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(which) - ones))
+def _area(score: Tensor, target: Tensor) -> float:
+    """Return P(score of a 1 > score of a 0) + P(equal) / 2, over all pairs of scores (N,) with targets (N,)."""
+    _, value_index, counts = score.unique(return_inverse=True, return_counts=True)
+    # Equal scores share their mean rank.
+    rank = (counts.cumsum(0) - (counts - 1) / 2).double()[value_index]
+    ones = int(target.sum())
+    return float(rank[target == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(target) - ones))
 
 
 def auc_standard_error(auc: float, n: int) -> float:
-    """Standard error of an AUC of n rows against n, all judged by one classifier.
+    """Return the standard error of the AUC of one classifier on n rows of each sample.
 
-    An AUC of :func:`two_sample_auc` has about that of a third of the rows: its folds are no independent repetitions,
-    since each is judged by what was learnt from the others.
+    For an AUC of :func:`two_sample_auc` use a third of its rows: the folds are not independent, since each classifier
+    is trained on the rows that test the others.
 
     References:
         Hanley and McNeil, "The meaning and use of the area under a ROC curve", 1982.
@@ -132,24 +140,25 @@ def auc_standard_error(auc: float, n: int) -> float:
     return math.sqrt(max(a * (1 - a) + (n - 1) * (first + second - 2 * a * a), 0.0)) / n
 
 
-def _standardised(seen: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
-    """Both by mean and deviation of the first; what is constant there keeps its scale."""
-    wide = seen.double()
+def _standardized(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardize both by mean and deviation of the first; coordinates that are constant there keep their scale."""
+    wide = train.double()
     mean, deviation = wide.mean(0), wide.std(0, correction=0)
     deviation = torch.where(deviation > 1e-7 * mean.abs(), deviation, torch.ones_like(deviation))
-    one, two = (((rows.double() - mean) / deviation).float() for rows in (seen, judged))
+    one, two = (((rows.double() - mean) / deviation).float() for rows in (train, test))
     return one, two
 
 
-def _told(raw: tuple[Tensor, Tensor], scaled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Standardised rows with what the network is told of them: exact zeros, norm and evenness."""
-    share = (raw[0] == 0).double().mean(0)
-    column = (share > 0) & (share < 1)
-    norms = [torch.linalg.vector_norm(z, dim=-1).clamp_min(1e-12) for z in scaled]
-    even = [z.abs().sum(-1) / norm for z, norm in zip(scaled, norms, strict=True)]
-    shape = _standardised(*(torch.stack([n.log(), e], dim=-1) for n, e in zip(norms, even, strict=True)))
+def _with_extra_features(raw: tuple[Tensor, Tensor], standardized: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Append exact zeros of the raw rows, and norms and ratios ‖z‖₁ / ‖z‖₂ of the standardized ones."""
+    zero_fraction = (raw[0] == 0).double().mean(0)
+    columns = (zero_fraction > 0) & (zero_fraction < 1)
+    norms = [torch.linalg.vector_norm(z, dim=-1).clamp_min(1e-12) for z in standardized]
+    ratios = [z.abs().sum(-1) / norm for z, norm in zip(standardized, norms, strict=True)]
+    shape = _standardized(*(torch.stack([n.log(), r], dim=-1) for n, r in zip(norms, ratios, strict=True)))
     one, two = (
-        torch.cat([z, (rows[:, column] == 0).float(), s], dim=-1) for z, rows, s in zip(scaled, raw, shape, strict=True)
+        torch.cat([z, (rows[:, columns] == 0).float(), s], dim=-1)
+        for z, rows, s in zip(standardized, raw, shape, strict=True)
     )
     return one, two
 

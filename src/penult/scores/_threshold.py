@@ -214,6 +214,10 @@ class _ScoreWithPair(nn.Module):
         return self.function(self.pair, h.to(self.pair.head.weight.device))
 
 
+# Pickles of version 0.1 have this name.
+_Bound = _ScoreWithPair
+
+
 def _name(score: object) -> str:
     if isinstance(score, _ScoreWithPair | partial):
         score = score.function if isinstance(score, _ScoreWithPair) else score.func
