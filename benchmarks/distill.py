@@ -52,7 +52,7 @@ from distill_setting import (
     train,
 )
 from penult.distill import ActivationLoss, Gate, SoftTargetLoss, class_soft_targets, pseudo_labels, targets
-from penult.distill._span_head import Canonical
+from penult.distill._span_head import SpanHead
 from record import load, machine, short, versions, write
 
 HERE = Path(__file__).parent
@@ -155,7 +155,7 @@ OURS: dict[str, Callable[[Knowledge, int], Method]] = {
 CONTROLS: dict[str, Callable[[Knowledge, int], Method]] = {
     "matched smoothing": lambda k, width: MatchedSmoothing(class_soft_targets(k.pair)),
     "simplex head": lambda k, width: SimplexHead(
-        k.pair.head.num_classes, width, float(Canonical.of(k.pair).radius), seed=k.seed
+        k.pair.head.num_classes, width, float(SpanHead.of(k.pair).radius), seed=k.seed
     ),
 }
 MORE: dict[str, Callable[[Knowledge, int], Method]] = {

@@ -268,7 +268,7 @@ def test_a_one_cycle_schedule_is_not_prolonged(pair, images, tmp_path):
     fit(Distiller(seeded(bare), SoftTargetLoss()), loader, enable_checkpointing=True, callbacks=[saving])
     with pytest.raises(ValueError, match="is of a training of 4 steps, and this one has 8"):
         fit(Distiller(seeded(bare), SoftTargetLoss()), loader, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
-    with pytest.raises(ValueError, match="has to know how long the training is"):
+    with pytest.raises(ValueError, match="needs the length of the training"):
         fit(Distiller(seeded(bare), SoftTargetLoss()), loader, max_epochs=-1)
 
 
@@ -332,9 +332,9 @@ def test_bad_input(pair, images):
     loss = loss_of(pair, "activation")
     with pytest.raises(TypeError, match="student is a function"):
         Distiller(bare, loss)
-    with pytest.raises(TypeError, match="loss is a int, not"):
+    with pytest.raises(TypeError, match="loss is a int; expected"):
         Distiller(bare(), 3)
-    with pytest.raises(TypeError, match="optimizer is a AdamW; give what makes one"):
+    with pytest.raises(TypeError, match="optimizer is a AdamW; expected a function that makes one"):
         Distiller(bare(), loss, optimizer=torch.optim.AdamW(bare().parameters()))
     with pytest.raises(ValueError, match="rate"):
         Distiller(bare(), loss, rate=0)
@@ -349,7 +349,7 @@ def test_bad_input(pair, images):
     plain = DataLoader(TensorDataset(images.images, images.labels), batch_size=64)
     with pytest.raises(ValueError, match=r"a list of 2; expected \(image, label, target\)"):
         fit(Distiller(bare(), SoftTargetLoss()), plain)
-    with pytest.raises(ValueError, match="the student must have the teacher's classes"):
+    with pytest.raises(ValueError, match="The student must have the teacher's classes"):
         fit(Distiller(DigitsNet(classes=7), SoftTargetLoss()), loader_of(pair, images, "soft"))
     with pytest.raises(ValueError, match=r"a validation batch is a tensor of shape \(64, 1, 8, 8\)"):
         fit(Distiller(bare(), SoftTargetLoss()), loader_of(pair, images, "soft"), DataLoader(images.images, 64))

@@ -255,23 +255,23 @@ def test_a_state_dict_brings_the_radius(pair):
 def test_soft_errors():
     z, y, q = drawn(1, 6, 5), torch.arange(6) % 5, soft(2, 6, 5)
     loss = SoftTargetLoss()
-    with pytest.raises(ValueError, match=r"logits \(6, 5\), but the soft targets are \(6, 4\): .*teacher's classes"):
+    with pytest.raises(ValueError, match=r"logits .* shape \(6, 5\), and soft targets \(6, 4\); .*teacher's classes"):
         loss(z, y, q[:, 1:])
-    with pytest.raises(ValueError, match=r"soft targets are \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"soft targets \(5, 5\)"):
         loss(z, y, q[1:])
-    with pytest.raises(ValueError, match=r"logits \(5,\)"):
+    with pytest.raises(ValueError, match=r"shape \(5,\), and soft targets"):
         loss(z[0], y[:1], q[0])
-    with pytest.raises(TypeError, match=r"labels are torch.float64"):
+    with pytest.raises(TypeError, match=r"labels is a torch.float64 tensor"):
         loss(z, y.double(), q)
-    with pytest.raises(ValueError, match=r"labels\[0\] is 5, outside of 0..4"):
+    with pytest.raises(ValueError, match=r"labels\[0\] is 5, .*expected 0 to 4"):
         loss(z, y + 5, q)
-    with pytest.raises(ValueError, match=r"labels have shape \(5,\)"):
+    with pytest.raises(ValueError, match=r"labels has shape \(5,\)"):
         loss(z, y[1:], q)
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature is"):
             SoftTargetLoss(temperature)
     for weight in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"weight is .*between 0 and 1"):
+        with pytest.raises(ValueError, match=r"weight is .*from 0 to 1"):
             SoftTargetLoss(weight=weight)
 
 
@@ -286,23 +286,23 @@ def test_activation_errors(pair):
         loss(f, y, targets(pair, y))
     with pytest.raises(ValueError, match=r"targets have shape \(4, 12\)"):
         loss(f, y, t[1:])
-    with pytest.raises(ValueError, match=r"outside of 0..4"):
+    with pytest.raises(ValueError, match=r"expected 0 to 4"):
         loss(f, y + 1, t)
-    with pytest.raises(TypeError, match=r"labels are torch.float64"):
+    with pytest.raises(TypeError, match=r"labels is a torch.float64 tensor"):
         loss(f, y.double(), t)
     with pytest.raises(ValueError, match=r"takes 7 features to 12; .*in_features = 7 to 4, the rank"):
         ActivationLoss(pair, 7, projector=nn.Linear(7, 12))
     with pytest.raises(ValueError, match="takes 6 features to 4"):
         ActivationLoss(pair, 7, projector=nn.Linear(6, 4))
     deep = ActivationLoss(pair, 7, projector=nn.Sequential(nn.Linear(7, 12).double()))
-    with pytest.raises(ValueError, match=r"the projector gives \(5, 12\); it must give \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"projector has shape \(5, 12\); expected \(5, 4\)"):
         deep(f, y, t)
     for strength in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="strength is"):
             ActivationLoss(pair, 7, strength)
     with pytest.raises(ValueError, match="in_features is 0"):
         ActivationLoss(pair, 0)
-    with pytest.raises(TypeError, match=r"must be a penult.GenerativePair, got Head"):
+    with pytest.raises(TypeError, match=r"pair is a Head; expected a penult.GenerativePair"):
         ActivationLoss(pair.head, 7)
 
 

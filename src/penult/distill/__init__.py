@@ -1,8 +1,8 @@
-"""Knowledge distillation that stays stable under domain shift.
+"""Knowledge distillation that is stable under domain shift.
 
-A teacher that is shown images of another domain says wrong things with confidence, and a student that believes it
-becomes as bad. Here the teacher is believed where it deserves it; elsewhere, the pair of its head says what a typical
-activation of the class is, which no shift of the images can change:
+On images of another domain a teacher is often wrong with high confidence, and a student that learns from it becomes as
+bad. Here the output of the teacher is used only as far as it can be trusted. Otherwise the student learns a typical
+activation of the class under the pair of the teacher's head, which does not depend on the images:
 
     >>> import torch, penult
     >>> from penult.distill import SoftTargetLoss, TargetDataset, targets
@@ -13,7 +13,7 @@ activation of the class is, which no shift of the images can change:
     >>> student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     >>> loss = SoftTargetLoss()(student(image[None]), torch.tensor([label]), target[None])
 
-`Distiller` is a LightningModule around this and needs the extra ``train``; the rest needs torch alone.
+`Distiller` is a LightningModule for this and needs the extra ``train``; everything else only needs torch.
 """
 
 import importlib
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Distiller":  # it loads Lightning
+    # Importing it loads Lightning.
+    if name == "Distiller":
         return importlib.import_module("penult.distill._distiller").Distiller
     raise AttributeError(f"module 'penult.distill' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""A student, its loss and its optimiser, for Lightning's Trainer."""
+"""LightningModule of a student and its loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from penult._checks import check_positive
+from penult._checks import check_positive, described
 from penult.distill._losses import ActivationLoss
 from penult.head import HeadCertificate, HeadNotFoundError, _capture_forward, _logits_of, _untouched, _unwrap, find_head
 
@@ -27,46 +27,48 @@ except ImportError as error:
 
 __all__ = ["Distiller"]
 
-_DECAY = 1e-2
-_FEW = 16  # images that the student's head is found with
-_RECORD = "penult"  # the entry of a checkpoint
+_WEIGHT_DECAY = 1e-2
+# Number of images for finding the student's head.
+_IMAGES = 16
+# Key of the entry in checkpoints.
+_RECORD = "penult"
 
 
 @final
 class Distiller(LightningModule):
     r"""A student and its loss, as a LightningModule: ``lightning.Trainer(...).fit(Distiller(student, loss), loader)``.
 
-    Batches are (image, label, target), those of a `TargetDataset`; for validation (image, label) do, and what follows
-    is left out. ``train_loss`` and ``val_accuracy`` are logged each epoch, and kept in ``history``.
+    Training batches are (image, label, target), as from a `TargetDataset`. Validation batches are (image, label);
+    further elements are ignored. ``train_loss`` and ``val_accuracy`` are logged each epoch, and stored in ``history``.
 
-    The student is taken as it is and trained in place. With `ActivationLoss`, it may be
+    The student is trained in place. With `ActivationLoss`, it may be
 
     - a feature extractor, whose output is (B, ``loss.in_features``); or
-    - a classifier whose final linear layer reads as many features. The layer is found on the first batch
-      (`penult.find_head`), and the features are what it reads. Its own weights get no gradient, and `export` puts
-      ``loss.folded()`` in its place.
+    - a classifier whose final linear layer has ``loss.in_features`` inputs. The layer is found on the first batch
+      (`penult.find_head`), and the features are its inputs. Its own weights get no gradient, and `export` replaces it
+      by ``loss.folded()``.
 
-    Checkpoints hold all of it as plain tensors and numbers, so that ``trainer.fit(..., ckpt_path=...)`` goes on as if
-    nothing had happened, and ``Distiller.load_from_checkpoint(path, student=..., loss=...)`` gives the student back.
+    Checkpoints hold plain tensors and numbers. ``trainer.fit(..., ckpt_path=...)`` resumes training exactly, and
+    ``Distiller.load_from_checkpoint(path, student=..., loss=...)`` restores the student.
 
     Args:
-        student: The network, (B, ...) images to logits (B, K) or to features.
+        student: The network, from images (B, ...) to logits (B, K) or features.
         loss: `SoftTargetLoss`, `ActivationLoss`, or any module that is called as ``loss(logits, labels, target)``.
-        optimizer: What makes an optimiser of parameters, such as ``functools.partial(torch.optim.SGD, lr=0.1)``. When
-            left out, AdamW with weight decay 0.01, whose rate rises to twice `rate` and falls once over the whole
-            training (`OneCycleLR`, a step a batch).
-        scheduler: What makes a scheduler of an optimiser; it is stepped once an epoch. It takes the place of the
-            one-cycle schedule; an `optimizer` without it keeps its rate.
-        rate: Learning rate of the default.
+        optimizer: Function from parameters to an optimizer, such as ``functools.partial(torch.optim.SGD, lr=0.1)``.
+            Default: AdamW with weight decay 0.01, whose learning rate rises to twice `rate` and falls once over the
+            whole training (`OneCycleLR`, one step for each batch).
+        scheduler: Function from an optimizer to a scheduler, with one step for each epoch. It replaces the one-cycle
+            schedule. Default with an `optimizer`: a constant learning rate.
+        rate: Learning rate of the default optimizer.
 
     Attributes:
-        certificate: Where the student's own head sits, if features are read before it (`penult.HeadCertificate`);
+        certificate: Location of the student's own head, if its inputs are the features (`penult.HeadCertificate`);
             None for a feature extractor, for losses that read logits, and before the first batch.
         history: A dict of ``epoch``, ``train_loss`` and ``val_accuracy`` (if any) for each epoch.
 
     Raises:
         ImportError: Lightning or torchmetrics is not installed.
-        TypeError: `student` or `loss` is no module, or `optimizer` or `scheduler` cannot be called.
+        TypeError: `student` or `loss` is not a module, or `optimizer` or `scheduler` cannot be called.
         ValueError: `rate` is not positive.
 
     Example:
@@ -97,74 +99,78 @@ class Distiller(LightningModule):
         super().__init__()
         for name, module in (("student", student), ("loss", loss)):
             if not isinstance(module, nn.Module):
-                raise TypeError(f"{name} is a {type(module).__name__}, not an nn.Module")
-        for name, make in (("optimizer", optimizer), ("scheduler", scheduler)):
-            if make is not None and not callable(make):
+                raise TypeError(f"{name} is {described(module)}; expected a torch.nn.Module")
+        for name, factory in (("optimizer", optimizer), ("scheduler", scheduler)):
+            # Lightning may move the parameters before training, so an optimizer cannot be made in advance.
+            if factory is not None and not callable(factory):
                 raise TypeError(
-                    f"{name} is a {type(make).__name__}; give what makes one, such as "
-                    "functools.partial(torch.optim.SGD, lr=0.1), since parameters may yet be moved"
+                    f"{name} is {described(factory)}; expected a function that makes one, such as "
+                    "functools.partial(torch.optim.SGD, lr=0.1)"
                 )
         check_positive("rate", rate)
         self.student, self.loss = student, loss
         self.optimizer, self.scheduler, self.rate = optimizer, scheduler, float(rate)
-        self.val_accuracy = MulticlassAccuracy(average="micro")  # whatever the number of classes
+        # Micro average, which needs no number of classes.
+        self.val_accuracy = MulticlassAccuracy(average="micro")
         self.certificate: HeadCertificate | None = None
         self.history: list[dict[str, float]] = []
         self._located = not isinstance(loss, ActivationLoss)
         self._validated = False
 
     def locate(self, images: Tensor) -> None:
-        """See on some images what the student's features are; done by itself on the first batch.
+        """Locate the student's features with some images; happens automatically on the first batch.
 
-        Training on several devices needs to know beforehand. The student runs in eval mode; its flags, buffers and
-        the random states are left as they were. Losses that read logits have no use for it.
+        Training on several devices needs this call before it starts. The student runs in eval mode; its flags, buffers
+        and the random states are restored. With losses that read logits, the call has no effect.
 
         Args:
-            images: A small batch of what the student takes.
+            images: A small batch of inputs of the student.
 
         Raises:
-            TypeError: The student's output holds no tensor, or it cannot be watched.
+            TypeError: The student's output holds no tensor, or its layers cannot be hooked.
             ValueError: Neither the output nor the head of the student has ``loss.in_features`` features.
         """
         if not isinstance(self.loss, ActivationLoss):
             return
-        wanted = self.loss.in_features
-        images = images[:_FEW]
+        width = self.loss.in_features
+        images = images[:_IMAGES]
         with torch.autocast(images.device.type, enabled=False):
             with _untouched(self.student):
                 output = self.student(images)
             head, reason = None, ""
             try:
-                head = find_head(self.student, images, fold=False)  # the features that the layer itself reads
+                # Without folding, features are the inputs of the layer itself.
+                head = find_head(self.student, images, fold=False)
             except HeadNotFoundError as error:
                 reason = str(error)
             except ValueError as error:
                 reason = f"no head was found in it: {error}"
-        extracts = isinstance(output, Tensor) and output.shape == (len(images), wanted)
-        if head is not None and head.in_features == wanted:
-            if head.num_classes != self.loss.num_classes and extracts:
-                head = None  # a feature extractor that ends in a linear layer
-        elif extracts:
+        outputs_features = isinstance(output, Tensor) and output.shape == (len(images), width)
+        if head is not None and head.in_features == width:
+            # The linear layer may also be the last one of a feature extractor.
+            if head.num_classes != self.loss.num_classes and outputs_features:
+                head = None
+        elif outputs_features:
             head = None
         else:
             shape = tuple(_logits_of(output).shape)
-            have = reason if head is None else f"its head reads {head.in_features}"
+            head_width = reason if head is None else f"its head reads {head.in_features}"
             raise ValueError(
-                f"the loss was made for in_features = {wanted}, but the student's output is {shape}, and {have}: "
-                "make the loss for the width of the features that the student has"
+                f"the loss was made for in_features = {width}, but the student's output is {shape}, and {head_width}: "
+                "make the loss for the number of features that the student has"
             )
         if head is not None:
             assert head.certificate is not None
             if head.certificate.axes != ("batch",):
                 raise ValueError(
-                    f"the student gives logits with the axes {head.certificate.axes}; one row of features an image is "
-                    "needed: pool them in the student"
+                    f"logits of the student have the axes {head.certificate.axes}; expected one row of features for "
+                    "each image. Pool them in the student"
                 )
         self.certificate = None if head is None else head.certificate
         self._located = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the student (B, K), as `export` gives them.
+        """Return the logits (B, K) of the student; the exported network has the same.
 
         Args:
             x: Images (B, ...).
@@ -173,29 +179,28 @@ class Distiller(LightningModule):
             TypeError: The student's output holds no logits.
             ValueError: As for `locate`.
         """
-        read = self._read(x)
-        return self.loss.predict(read) if isinstance(self.loss, ActivationLoss) else read
+        inputs = self._loss_inputs(x)
+        return self.loss.predict(inputs) if isinstance(self.loss, ActivationLoss) else inputs
 
     def export(self) -> nn.Module:
-        """A plain copy of the student in eval mode, which knows nothing of penult or Lightning.
+        """Return a copy of the student in eval mode that does not depend on penult or Lightning.
 
-        It makes the logits of ``forward``, in whatever form the student returns its output. With `ActivationLoss`,
-        the projector and the teacher's head are folded into one linear layer: in place of the student's own, or behind
-        a feature extractor, as ``nn.Sequential(student, linear)``.
+        It computes the logits of ``forward``, and returns them in the form of the student's output. With
+        `ActivationLoss`, the projector and the teacher's head are merged into one linear layer, which replaces the
+        student's own head or follows a feature extractor, as ``nn.Sequential(student, linear)``.
 
         Returns:
             The module, with storage of its own.
 
         Raises:
-            RuntimeError: Features were never seen; see `locate`.
-            ValueError: The student's own head is no linear layer that another could stand in for.
+            RuntimeError: The features are not located yet; see `locate`.
+            ValueError: The student's own head is not a linear layer that can be replaced.
         """
         student = copy.deepcopy(_unwrap(self.student))
         if isinstance(self.loss, ActivationLoss):
             if not self._located:
                 raise RuntimeError(
-                    "what the features of the student are is seen on its first batch: train it, or call "
-                    "distiller.locate(images) first"
+                    "the features of the student are not located yet: train it, or call distiller.locate(images) first"
                 )
             layer = copy.deepcopy(self.loss.folded()).to(next(student.parameters(), torch.empty(0)).dtype)
             student = (
@@ -206,41 +211,41 @@ class Distiller(LightningModule):
         return student.eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of a batch (image, label, target)."""
+        """Return the loss of a batch (image, label, target)."""
         if not isinstance(batch, tuple | list) or len(batch) != 3:
             raise ValueError(
-                f"a training batch is {_kind(batch)}; expected (image, label, target), as of "
+                f"a training batch is {_described_batch(batch)}; expected (image, label, target), as from "
                 "penult.distill.TargetDataset(dataset, targets)"
             )
         images, labels, target = batch
-        loss: Tensor = self.loss(self._read(images), labels, target)
+        loss: Tensor = self.loss(self._loss_inputs(images), labels, target)
         self._log("train_loss", loss, len(images))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The accuracy on a batch (image, label, ...)."""
+        """Update the accuracy with a batch (image, label, ...)."""
         if not isinstance(batch, tuple | list) or len(batch) < 2:
-            raise ValueError(f"a validation batch is {_kind(batch)}; expected (image, label)")
+            raise ValueError(f"a validation batch is {_described_batch(batch)}; expected (image, label)")
         self.val_accuracy(self(batch[0]), batch[1])
         self._log("val_accuracy", self.val_accuracy, len(batch[0]))
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """Logits of a batch of images, alone or with more behind them."""
+        """Return the logits of a batch of images, or of the first element of a tuple or list."""
         logits: Tensor = self(batch[0] if isinstance(batch, tuple | list) else batch)
         return logits
 
     def configure_optimizers(self) -> Any:
-        """The optimiser of all that is to be trained, and its schedule."""
+        """Return the optimizer of the trainable parameters, and its schedule."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.optimizer is not None:
             optimizer = self.optimizer(parameters)
         else:
-            optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=_DECAY)
+            optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=_WEIGHT_DECAY)
             if self.scheduler is None:
                 steps = self.trainer.estimated_stepping_batches
                 if not math.isfinite(steps) or steps < 1:
                     raise ValueError(
-                        "the one-cycle schedule has to know how long the training is: give the Trainer max_epochs or "
+                        "the one-cycle schedule needs the length of the training: give the Trainer max_epochs or "
                         "max_steps, or the Distiller a scheduler of your own"
                     )
                 cycle = OneCycleLR(optimizer, 2 * self.rate, total_steps=int(steps))
@@ -251,15 +256,16 @@ class Distiller(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def setup(self, stage: str) -> None:
-        """Refuse what would fail only once all processes wait for each other."""
+        """Check that features are located before training on several devices."""
+        # Later, the process that fails would leave the others waiting for it.
         if stage == "fit" and not self._located and self.trainer.world_size > 1:
             raise ValueError(
-                "on several devices, what the features of the student are has to be known beforehand: call "
+                "training on several devices needs the location of the student's features: call "
                 "distiller.locate(images) with some images first"
             )
 
     def on_train_start(self) -> None:
-        """Refuse to go on with a schedule that was made for another length."""
+        """Check that a resumed schedule was made for a training of this length."""
         schedule = self.lr_schedulers() if self.optimizer is None and self.scheduler is None else None
         if isinstance(schedule, OneCycleLR) and schedule.total_steps != self.trainer.estimated_stepping_batches:
             raise ValueError(
@@ -269,47 +275,51 @@ class Distiller(LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        """Keep the figures of the epoch."""
+        """Append the metrics of the epoch to the history."""
         logged = self.trainer.callback_metrics
-        figures: dict[str, float] = {"epoch": self.current_epoch + 1}
-        names = ("train_loss", "val_accuracy") if self._validated else ("train_loss",)  # Lightning keeps old figures
-        figures |= {name: float(logged[name]) for name in names if name in logged}
+        metrics: dict[str, float] = {"epoch": self.current_epoch + 1}
+        # In an epoch without validation, Lightning still has the accuracy of an earlier one.
+        names = ("train_loss", "val_accuracy") if self._validated else ("train_loss",)
+        metrics |= {name: float(logged[name]) for name in names if name in logged}
         self._validated = False
-        self.history.append(figures)
+        self.history.append(metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Note that the accuracy is of this epoch."""
+        """Record that this epoch was validated."""
         self._validated = not self.trainer.sanity_checking
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the student's head is, and the history: plain numbers and words."""
+        """Add the location of the student's head and the history, as plain numbers and strings."""
         checkpoint[_RECORD] = {
             "located": self._located,
             "certificate": None if self.certificate is None else dataclasses.asdict(self.certificate),
-            "history": [dict(figures) for figures in self.history],
+            "history": [dict(metrics) for metrics in self.history],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read them back."""
+        """Restore the location of the student's head and the history."""
         record = checkpoint.get(_RECORD)
         if record is None:
             return
-        found = record["certificate"]
+        certificate = record["certificate"]
         self._located = record["located"]
-        self.certificate = None if found is None else HeadCertificate(**found)
-        self.history = [dict(figures) for figures in record["history"]]
+        self.certificate = None if certificate is None else HeadCertificate(**certificate)
+        self.history = [dict(metrics) for metrics in record["history"]]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Where DistributedDataParallel looks: the student's own head gets no gradient, and is not waited for."""
+        """Names of the parameters of the student's own head, which get no gradient.
+
+        DistributedDataParallel reads this attribute, and would wait for their gradients otherwise.
+        """
         if self.certificate is None or not self.certificate.path:
             return []
         head = _unwrap(self.student).get_submodule(self.certificate.path)
         paths = [path for path, module in self.named_modules() if module is head]
         return [f"{path}.{name}" for path in paths for name, _ in head.named_parameters()]
 
-    def _read(self, x: Tensor) -> Tensor:
-        """What the loss reads: features of the student, or its logits."""
+    def _loss_inputs(self, x: Tensor) -> Tensor:
+        """Return the features of the student for an `ActivationLoss`, its logits for other losses."""
         if not isinstance(self.loss, ActivationLoss):
             return _logits_of(self.student(x))
         if not self._located:
@@ -324,26 +334,27 @@ class Distiller(LightningModule):
 
 
 def _with_head(student: nn.Module, certificate: HeadCertificate, layer: nn.Module) -> nn.Module:
-    """The student with another layer at all places of its own head."""
+    """Replace the head of the student by another layer, at all its paths."""
     head = student.get_submodule(certificate.path)
-    plain = isinstance(head, nn.Linear) and (head.out_features, head.in_features) == certificate.shape
-    alone = certificate.scale == 1 and not certificate.shifted and not certificate.log_softmax
-    if not plain or not alone or certificate.positions != "same" or certificate.forward_call not in (0, None):
+    is_linear = isinstance(head, nn.Linear) and (head.out_features, head.in_features) == certificate.shape
+    outputs_logits = certificate.scale == 1 and not certificate.shifted and not certificate.log_softmax
+    called_once = certificate.positions == "same" and certificate.forward_call in (0, None)
+    if not (is_linear and outputs_logits and called_once):
         raise ValueError(
-            f"the student's head, {certificate.kind} at {certificate.path!r} in a {type(head).__name__}, is no linear "
-            "layer whose output is the logits, so that none can be put in its place. Train a feature extractor, with "
-            "images to features (B, in_features), and export gives nn.Sequential(extractor, linear)"
+            f"the student's head is {certificate.kind} at {certificate.path!r} in a {type(head).__name__}; expected a "
+            "linear layer whose output is the logits. Train a feature extractor, from images to features "
+            "(B, in_features): its export is nn.Sequential(extractor, linear)"
         )
     if head is student:
         return layer
-    places = [path for path, module in student.named_modules(remove_duplicate=False) if module is head]
-    for path in places:
+    paths = [path for path, module in student.named_modules(remove_duplicate=False) if module is head]
+    for path in paths:
         parent, _, name = path.rpartition(".")
         setattr(student.get_submodule(parent), name, layer)
     return student
 
 
-def _kind(batch: Any) -> str:
+def _described_batch(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"a tensor of shape {tuple(batch.shape)}"
     return f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")

@@ -1,4 +1,4 @@
-"""How far a teacher is believed on an image that it was not trained for."""
+"""Gates: how far the teacher is trusted on each image."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult._checks import check_labels
+from penult._checks import check_between, check_not_negative, integer_labels
 from penult.activations import Activations, _ActivationSource
-from penult.distill._span_head import Canonical
+from penult.distill._span_head import SpanHead
 from penult.pair import GenerativePair
 
-__all__ = ["ClassTrust", "Gate", "GateSummary", "answers", "labels_of"]
+__all__ = ["ClassTrust", "Gate", "GateSummary", "predicted_classes"]
 
-_TAIL = 0.1  # a cosine above this quantile of the class's own law is trusted in full
+# Cosines above this quantile of the distribution of their class get full trust.
+_TAIL = 0.1
 
 
 @final
@@ -26,8 +27,8 @@ class ClassTrust:
 
     Attributes:
         name: Its name, or its number.
-        rows: How many images.
-        accuracy: Share of them that the teacher gets right; None without labels.
+        rows: Number of its images.
+        accuracy: Accuracy of the teacher on them; None without labels.
         belief: Mean of the gate over them.
     """
 
@@ -40,16 +41,16 @@ class ClassTrust:
 @final
 @dataclass(frozen=True)
 class GateSummary:
-    """How far a teacher is believed on the images that a gate was fitted to; ``print`` shows a table.
+    """Trust in a teacher on the images that a gate was fitted to; ``print`` shows a table.
 
     Attributes:
-        rows: How many images.
-        labelled: Whether their labels were known; otherwise they are what the teacher says.
-        accuracy: Share that the teacher gets right; None without labels.
+        rows: Number of images.
+        labelled: Whether their labels were known; otherwise they are the predictions of the teacher.
+        accuracy: Accuracy of the teacher; None without labels.
         trust: ρ, the factor that all images share.
-        typical: Share of images whose cosine to the row of their label is above the τ-quantile F_y of that class.
+        typical: Fraction of images whose cosine to the row of their label is above the τ-quantile of F_y.
         belief: Mean of the gate.
-        classes: The same by class, where there are images of it.
+        classes: The same for each class that has images.
     """
 
     rows: int
@@ -61,61 +62,61 @@ class GateSummary:
     classes: tuple[ClassTrust, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain numbers, for JSON."""
+        """Return everything as plain numbers, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """The table."""
-        right = "unknown" if self.accuracy is None else f"{self.accuracy:.1%}"
+        """Return the table."""
+        accuracy = "unknown" if self.accuracy is None else f"{self.accuracy:.1%}"
         labels = "labelled" if self.labelled else "labelled by the teacher itself"
         lines = [
-            f"{self.rows} images, {labels}: teacher accuracy {right}, trust {self.trust:.2f}, "
+            f"{self.rows} images, {labels}: teacher accuracy {accuracy}, trust {self.trust:.2f}, "
             f"typical {self.typical:.1%}; believed {self.belief:.1%} on average"
         ]
-        width = max(len("class"), *(len(each.name) for each in self.classes))
+        width = max(len("class"), *(len(row.name) for row in self.classes))
         lines.append(f"{'class'.ljust(width)}  images  accuracy  believed")
-        for each in self.classes:
-            share = "-" if each.accuracy is None else f"{each.accuracy:.1%}"
-            lines.append(f"{each.name.ljust(width)}  {each.rows:6d}  {share:>8}  {each.belief:8.1%}")
+        for row in self.classes:
+            accuracy = "-" if row.accuracy is None else f"{row.accuracy:.1%}"
+            lines.append(f"{row.name.ljust(width)}  {row.rows:6d}  {accuracy:>8}  {row.belief:8.1%}")
         return "\n".join(lines)
 
 
 @final
 class Gate(nn.Module):
-    r"""How far the teacher is believed, image by image, from 0 (not at all) to 1.
+    r"""Trust in the teacher on each image, from 0 (none) to 1 (full).
 
     .. math:: g_i = \rho^s \cdot [\operatorname{argmax}_k z_k(h_i) = y_i] \cdot
               \min(1, F_{y_i}(\cos(h_i, w_{y_i})) / \tau)
 
-    with three factors. ρ = max(0, (a − 1/K) / (1 − 1/K)) is the teacher's accuracy a
-    on the labelled images, set against guessing. The second asks whether the teacher is right on the image at hand. In
-    the third, F_y is the law of the cosine between an activation and the row of its class: von Mises-Fisher in span(W)
-    with concentration r‖w_y‖, where r is the mean norm of the pair's activations there. For a round sphere in span(W)
-    this is what the pair implies; for other bases it is near to that. An activation that lies farther from its row than
-    all but a share τ of those of the class is believed in proportion.
+    There are three factors. ρ = max(0, (a − 1/K) / (1 − 1/K)) is the accuracy a of the teacher on the labelled images,
+    rescaled to be 0 for guessing. The second factor is 1 if the teacher is right on the image, else 0. In the third,
+    F_y is the distribution function of the cosine between an activation and the row of its class: von Mises-Fisher in
+    span(W) with concentration r‖w_y‖, where r is the mean norm of activations of the pair in span(W). This is exact for
+    a round sphere in span(W), and an approximation for other bases. If the cosine is below the τ-quantile of its class,
+    trust is reduced in proportion to F_y.
 
-    Without labels the teacher's own predictions take their place. Then the second factor is 1, and ρ, which cannot be
-    measured, is how many of the cosines lie above the τ-quantile, in proportion to the 1 − τ that would without a
-    shift. That is much weaker than labels.
+    Without labels the predictions of the teacher are used as labels. Then the second factor is 1, and ρ, which cannot
+    be measured, is the fraction of cosines above the τ-quantile divided by 1 − τ, the fraction without a shift. This
+    works much worse than labels.
 
-    Most of the work is done by the second factor; see the guide for what each adds. The sharpness s says how much less
-    than in proportion a teacher is believed that is often wrong: where it is right on such images, what it says of the
-    other classes is worth little.
+    The second factor has the largest effect; see the guide for the effect of each. A sharpness s above 1 reduces the
+    trust in a teacher that is often wrong: even where it is right on such images, its probabilities of the other
+    classes are of little use.
 
     Args:
         pair: The pair of the teacher's head.
         trust: ρ in [0, 1].
         tail: τ in (0, 1).
-        sharpness: s, at least 0; at 0 the teacher's accuracy does not count.
+        sharpness: s, at least 0; at 0 the accuracy of the teacher has no effect.
 
     Attributes:
         trust: ρ, ().
         tail: τ.
         sharpness: s.
-        summary: What `fit` saw, a `GateSummary`; None for a gate that was not fitted.
+        summary: `GateSummary` of the images that the gate was fitted to; None for a gate that was not fitted.
 
     Raises:
-        TypeError: `pair` is no pair.
+        TypeError: `pair` is not a pair, or another argument is not a number.
         ValueError: `trust`, `tail` or `sharpness` is out of range.
 
     Example:
@@ -130,7 +131,8 @@ class Gate(nn.Module):
         0         100     94.0%     83.7%
         1         100     92.0%     81.0%
         2         100     93.0%     81.4%
-        >>> gate(torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([0, 1]))  # right, wrong
+        >>> # The teacher is right on the first image and wrong on the second.
+        >>> gate(torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([0, 1]))
         tensor([0.8950, 0.0000])
     """
 
@@ -138,13 +140,10 @@ class Gate(nn.Module):
 
     def __init__(self, pair: GenerativePair, trust: float = 1.0, tail: float = _TAIL, sharpness: float = 1.0) -> None:
         super().__init__()
-        if not 0 <= trust <= 1:
-            raise ValueError(f"trust is {trust}; it must lie between 0 and 1")
-        if not 0 < tail < 1:
-            raise ValueError(f"tail is {tail}; it must lie between 0 and 1, and be neither")
-        if not 0 <= sharpness < float("inf"):
-            raise ValueError(f"sharpness is {sharpness}; it must be finite and not negative")
-        self.canonical = Canonical.of(pair)
+        check_between("trust", trust, inclusive=True)
+        check_between("tail", tail)
+        check_not_negative("sharpness", sharpness)
+        self.canonical = SpanHead.of(pair)
         self.pair = pair
         self.tail, self.sharpness = float(tail), float(sharpness)
         self.summary: GateSummary | None = None
@@ -162,61 +161,70 @@ class Gate(nn.Module):
         sharpness: float = 1.0,
         class_names: Sequence[str] | None = None,
     ) -> Gate:
-        """A gate for the images that a student will be trained on.
+        """Fit a gate to the images that a student will be trained on.
 
         Args:
-            pair: The pair of the teacher's head; a base fitted to activations of the teacher's own domain makes the
-                radius a measured one.
+            pair: The pair of the teacher's head. Its base should be fitted to activations of the teacher's own domain,
+                so that the radius is measured.
             activations: The teacher's activations (N, d) of these images, N ≥ 2, as a tensor or as `Activations`.
-            labels: (N,) integers in 0..K−1. Those of `Activations` when left out; of images without labels, the
-                teacher's predictions take their place, see above.
+            labels: Integer labels (N,) in 0..K−1. Default: those of `Activations`; if there are none, the predictions
+                of the teacher, see above.
             tail: τ in (0, 1).
             sharpness: s.
-            class_names: K names for the summary; those of `Activations` when left out.
+            class_names: K names for the summary. Default: those of `Activations`.
 
         Returns:
             The gate, with its summary.
 
         Raises:
-            TypeError: `activations` are neither a floating tensor nor `Activations`, or labels are no integers.
-            ValueError: Wrong shapes, a label outside the head, or activations that are not finite.
+            TypeError: `activations` are neither a floating tensor nor `Activations`, or labels are not integers.
+            ValueError: A shape is wrong, a label is out of range, or activations are not finite.
         """
         gate = cls(pair, 1.0, tail, sharpness)
         if isinstance(activations, Activations):
             class_names = activations.class_names if class_names is None else class_names
-        source, given = (
-            _ActivationSource(activations, pair.head, min_rows=2),
-            labels_of(activations, labels, pair.head.num_classes),
-        )
-        predicted, typical = gate._look(source, given)
-        labels = predicted if given is None else given.to(predicted)
-        right = predicted == labels
-        full = float((typical >= 1).double().mean())
         k = pair.head.num_classes
-        accuracy = None if given is None else float(right.double().mean())
-        trust = min(1.0, full / (1 - tail))
-        if accuracy is not None:
+        source, known_labels = gate._read(activations, labels)
+        predicted, typicality = gate._predictions_and_typicality(source, known_labels)
+        labels = predicted if known_labels is None else known_labels.to(predicted)
+        correct = predicted == labels
+        typical_fraction = float((typicality >= 1).double().mean())
+        if known_labels is None:
+            accuracy, trust = None, min(1.0, typical_fraction / (1 - tail))
+        else:
+            accuracy = float(correct.double().mean())
             trust = max(0.0, (accuracy - 1 / k) / (1 - 1 / k))
         gate.trust.fill_(trust)
-        belief = gate.trust**sharpness * right * typical
+        belief = gate.trust**sharpness * correct * typicality
         names = class_names if class_names is not None else [str(y) for y in range(k)]
         if len(names) != k:
             raise ValueError(f"class_names holds {len(names)} names; the head has {k} classes")
         counts = labels.bincount(minlength=k)
-        share = labels.bincount(right.double(), minlength=k) / counts
-        mean = labels.bincount(belief.double(), minlength=k) / counts
+        class_accuracy = labels.bincount(correct.double(), minlength=k) / counts
+        class_belief = labels.bincount(belief.double(), minlength=k) / counts
         classes = tuple(
-            ClassTrust(str(names[y]), int(counts[y]), None if given is None else float(share[y]), float(mean[y]))
+            ClassTrust(
+                str(names[y]),
+                int(counts[y]),
+                None if known_labels is None else float(class_accuracy[y]),
+                float(class_belief[y]),
+            )
             for y in counts.nonzero().flatten().tolist()
         )
         gate.summary = GateSummary(
-            len(source), given is not None, accuracy, trust, full, float(belief.double().mean()), classes
+            rows=len(source),
+            labelled=known_labels is not None,
+            accuracy=accuracy,
+            trust=trust,
+            typical=typical_fraction,
+            belief=float(belief.double().mean()),
+            classes=classes,
         )
         return gate
 
     @torch.no_grad()
     def forward(self, activations: Tensor | Activations, labels: Tensor | None = None) -> Tensor:
-        """The gate of each image.
+        """Return the gate of each image.
 
         Args:
             activations: The teacher's activations (N, d), N ≥ 2, as a tensor or as `Activations`.
@@ -229,14 +237,13 @@ class Gate(nn.Module):
             TypeError: As for `fit`.
             ValueError: As for `fit`.
         """
-        k = self.pair.head.num_classes
-        given = labels_of(activations, labels, k)
-        predicted, typical = self._look(_ActivationSource(activations, self.pair.head, min_rows=2), given)
-        agrees = 1.0 if given is None else predicted == given.to(predicted)
-        return self.trust**self.sharpness * typical * agrees
+        source, known_labels = self._read(activations, labels)
+        predicted, typicality = self._predictions_and_typicality(source, known_labels)
+        correct = 1.0 if known_labels is None else predicted == known_labels.to(predicted)
+        return self.trust**self.sharpness * typicality * correct
 
     def belongs_to(self, pair: GenerativePair) -> bool:
-        """Whether the gate is for the head of a pair: the same rows and biases."""
+        """Return whether the head of a pair has the weight and bias of the gate's head."""
         own, head = self.pair.head, pair.head
         if own.weight.shape != head.weight.shape or own.weight.device != head.weight.device:
             return False
@@ -244,35 +251,37 @@ class Gate(nn.Module):
         return same and torch.equal(own.full_bias, head.full_bias)
 
     def extra_repr(self) -> str:
-        """The part of ``repr(gate)`` between the brackets."""
+        """Return the part of ``repr(gate)`` between the brackets."""
         return f"trust={float(self.trust):.4g}, tail={self.tail:g}, sharpness={self.sharpness:g}"
 
-    def _look(self, source: _ActivationSource, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the teacher predicts (N,), and min(1, F/τ) at the labels, or else at what it predicts (N,)."""
-        own = self.canonical
-        parts, start = [], 0
+    def _read(
+        self, activations: Tensor | Activations, labels: Tensor | None
+    ) -> tuple[_ActivationSource, Tensor | None]:
+        """Check activations, and the labels (N,) that are given or stored with them, if any."""
+        head = self.pair.head
+        source = _ActivationSource(activations, head, min_rows=2)
+        if labels is None and isinstance(activations, Activations):
+            labels = activations.labels
+        return source, None if labels is None else integer_labels(labels, (len(source),), head.num_classes)
+
+    def _predictions_and_typicality(self, source: _ActivationSource, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the predictions (N,) of the teacher, and min(1, F/τ) (N,) at the labels or else at the predictions."""
+        head = self.canonical
+        predictions, typicalities, start = [], [], 0
         for rows in source:
-            predicted = answers(self.pair, rows)
+            predicted = predicted_classes(self.pair, rows)
             y = predicted if labels is None else labels[start : start + len(rows)].to(predicted)
             start += len(rows)
-            below = own.typicality(own.read(rows), y)
-            parts.append((predicted, (below / self.tail).clamp_max(1.0)))
-        return torch.cat([p for p, _ in parts]), torch.cat([t for _, t in parts])
+            predictions.append(predicted)
+            typicalities.append((head.typicality(head.read(rows), y) / self.tail).clamp_max(1.0))
+        return torch.cat(predictions), torch.cat(typicalities)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, *args, **kwargs)
-        self.summary = None  # it told of what was fitted before
+        # The summary describes the images of the earlier fit.
+        self.summary = None
 
 
-def answers(pair: GenerativePair, rows: Tensor) -> Tensor:
-    """The classes (n,) that a head gives activations (n, d), by logits in at least float32."""
+def predicted_classes(pair: GenerativePair, rows: Tensor) -> Tensor:
+    """Return the predictions (n,) of a head for activations (n, d), by logits in at least float32."""
     return pair.head.centered_logits(rows.to(torch.promote_types(rows.dtype, torch.float32))).argmax(-1)
-
-
-def labels_of(activations: Tensor | Activations, labels: Tensor | None, classes: int) -> Tensor | None:
-    """Labels (N,) of activations, as given or their own, after a look at them; None if there are none."""
-    if labels is None:
-        labels = activations.labels if isinstance(activations, Activations) else None
-    if labels is not None:
-        check_labels(labels, torch.Size((len(activations), classes)))
-    return labels

@@ -1,17 +1,16 @@
-"""Losses of a student, for any training loop."""
+"""Losses for students, for any training loop."""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penult._checks import check_labels, check_positive
-from penult.distill._span_head import Canonical
+from penult._checks import check_between, check_integer, check_labels, check_not_negative, check_positive
+from penult.distill._span_head import SpanHead
 from penult.pair import GenerativePair
 
 __all__ = ["ActivationLoss", "SoftTargetLoss"]
@@ -19,81 +18,81 @@ __all__ = ["ActivationLoss", "SoftTargetLoss"]
 
 @final
 class SoftTargetLoss(nn.Module):
-    r"""Cross-entropy with the labels, and with soft targets q at a temperature.
+    r"""Weighted sum of the cross-entropy with labels and the divergence from soft targets q at a temperature.
 
     .. math:: L = (1 - w)\, \mathrm{CE}(z, y) + w\, T^2\, \mathrm{KL}(q \,\|\, \operatorname{softmax}(z / T))
 
-    The student is trained with its own head and nothing is added to it.
+    The student is trained with its own head, and no layer is added. Soft targets are those of `penult.distill.targets`.
 
     References:
-        Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, for the form of the loss;
-        what it is to be trained on are the `targets` of this room.
+        Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, for the form of the loss.
 
     Args:
-        temperature: T, that of the targets.
+        temperature: T, the temperature of the targets.
         weight: w in [0, 1].
 
     Raises:
+        TypeError: `temperature` or `weight` is not a number.
         ValueError: `temperature` or `weight` is out of range.
 
     Example:
         >>> loss = SoftTargetLoss()
         >>> logits = torch.zeros(2, 3, requires_grad=True)
-        >>> loss(logits, torch.tensor([0, 1]), torch.full((2, 3), 1 / 3))  # 0.1 log 3: the targets are met
+        >>> # The student matches the targets, so the loss is the cross-entropy with the labels, 0.1 log 3.
+        >>> loss(logits, torch.tensor([0, 1]), torch.full((2, 3), 1 / 3))
         tensor(0.1099, grad_fn=<AddBackward0>)
     """
 
     def __init__(self, temperature: float = 4.0, weight: float = 0.9) -> None:
         super().__init__()
         check_positive("temperature", temperature)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"weight is {weight}; it must lie between 0 and 1")
+        check_between("weight", weight, inclusive=True)
         self.temperature, self.weight = float(temperature), float(weight)
 
     def forward(self, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-        """The mean loss of a batch, ().
+        """Return the mean loss of a batch, ().
 
         Args:
-            logits: Of the student (B, K).
-            labels: (B,) integers in 0..K−1.
+            logits: Logits of the student (B, K).
+            labels: Integer labels (B,) in 0..K−1.
             target: Soft targets (B, K).
 
         Raises:
-            TypeError: Labels are no integers.
-            ValueError: Shapes that do not fit each other, or a label out of range.
+            TypeError: Labels are not integers.
+            ValueError: Shapes do not fit each other, or a label is out of range.
         """
         if logits.ndim != 2 or target.shape != logits.shape:
             raise ValueError(
-                f"the student gives logits {tuple(logits.shape)}, but the soft targets are {tuple(target.shape)}: "
-                "the student must have the teacher's classes, in their order"
+                f"logits of the student have shape {tuple(logits.shape)}, and soft targets {tuple(target.shape)}; "
+                "expected (B, K) for both. The student must have the teacher's classes, in their order"
             )
-        _check(labels, logits.shape)
+        _check_labels(labels, logits.shape)
         t, w = self.temperature, self.weight
         divergence = F.kl_div((logits / t).log_softmax(-1), target.to(logits), reduction="batchmean")
         return (1 - w) * F.cross_entropy(logits, labels.to(torch.int64)) + w * t * t * divergence
 
     def extra_repr(self) -> str:
-        """The part of ``repr(loss)`` between the brackets."""
+        """Return the part of ``repr(loss)`` between the brackets."""
         return f"temperature={self.temperature:g}, weight={self.weight:g}"
 
 
 @final
 class ActivationLoss(nn.Module):
-    r"""Cross-entropy through the teacher's frozen head, and the distance to target activations.
+    r"""Sum of the cross-entropy through the teacher's frozen head and the distance to target activations.
 
-    A linear projector P takes the student's features f to coordinates u = P f of span(W), where the head is W', b at
+    A linear projector P maps the student's features f to coordinates u = P f of span(W), where the head is W', b at
     its canonical scale. With targets t and the radius r of the pair,
 
     .. math:: L = \mathrm{CE}(W' u + b, y) + \lambda\, \|u - t\|^2 / r^2 .
 
-    At t = r μ_y the second term is (‖u‖/r − 1)² + 2 (‖u‖/r) (1 − cos(u, μ_y)): a penalty of the norm, and up to a
-    constant the negative log-likelihood of a von Mises-Fisher law around μ_y.
+    At t = r μ_y the second term is (‖u‖/r − 1)² + 2 (‖u‖/r) (1 − cos(u, μ_y)): a penalty of the norm and, up to a
+    constant, the negative log-likelihood of a von Mises-Fisher distribution around μ_y.
 
-    With hints of strength η, a second projector Q is taught the teacher's whole activation v, as `targets` of kind
-    ``"hinted"`` bring it behind t: L + η ‖Q f − v‖² / r². It shapes the features, takes no part in predictions and is
-    dropped in the end.
+    With hints of strength η, a second projector Q learns the teacher's whole activation v, which `targets` of kind
+    ``"hinted"`` append to t: L + η ‖Q f − v‖² / r². It only shapes the features: predictions do not use it, and it is
+    discarded after training.
 
-    The student predicts by `predict`; `folded` makes projector and head the one linear layer that they are.
+    The student predicts with `predict`; `folded` merges projector and head into one linear layer.
 
     References:
         Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, for hints.
@@ -102,17 +101,17 @@ class ActivationLoss(nn.Module):
         pair: The pair of the teacher's head.
         in_features: Width of the student's features.
         strength: λ.
-        projector: A module (B, in_features) → (B, q), where q is the rank of the head, in place of a linear layer.
-        hint: η; 0 for none, and 5 was measured.
+        projector: A module (B, in_features) → (B, q), where q is the rank of the head. Default: a linear layer.
+        hint: η; 0 for no hints. The benchmarks use 5.
 
     Attributes:
         projector: P, trained with the student.
-        hint_projector: Q, likewise; None without hints.
-        canonical: The head and r as the student sees them, frozen.
+        hint_projector: Q, trained with the student; None without hints.
+        canonical: The head in coordinates of span(W), and r; frozen.
 
     Raises:
-        TypeError: `pair` is no pair.
-        ValueError: `strength` or `hint` is negative, or the projector of another width.
+        TypeError: `pair` is not a pair, `in_features` not an integer, or `strength` or `hint` not a number.
+        ValueError: `strength` or `hint` is negative, or the projector has the wrong width.
 
     Example:
         >>> from penult import GenerativePair, Head
@@ -132,24 +131,22 @@ class ActivationLoss(nn.Module):
         hint: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("strength", strength), ("hint", hint)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}; it must be finite and not negative")
-        if in_features < 1:
-            raise ValueError(f"in_features is {in_features}; it is the width of the student's features, at least 1")
-        self.canonical = own = Canonical.of(pair)
+        check_not_negative("strength", strength)
+        check_not_negative("hint", hint)
+        check_integer("in_features", in_features)
+        self.canonical = head = SpanHead.of(pair)
         self.strength, self.in_features = float(strength), in_features
-        rank = len(own.span)
+        rank = len(head.span)
         if isinstance(projector, nn.Linear):
-            have = (projector.in_features, projector.out_features)
-            if have != (in_features, rank):
+            widths = (projector.in_features, projector.out_features)
+            if widths != (in_features, rank):
                 raise ValueError(
-                    f"the projector takes {have[0]} features to {have[1]}; it must take in_features = {in_features} "
+                    f"the projector takes {widths[0]} features to {widths[1]}; expected in_features = {in_features} "
                     f"to {rank}, the rank of the head"
                 )
-        self.projector = nn.Linear(in_features, rank).to(own.rows) if projector is None else projector
+        self.projector = nn.Linear(in_features, rank).to(head.rows) if projector is None else projector
         self.hint = float(hint)
-        self.hint_projector = nn.Linear(in_features, own.span.shape[1]).to(own.rows) if hint else None
+        self.hint_projector = nn.Linear(in_features, head.span.shape[1]).to(head.rows) if hint else None
 
     @property
     def num_classes(self) -> int:
@@ -157,19 +154,19 @@ class ActivationLoss(nn.Module):
         return len(self.canonical.rows)
 
     def forward(self, features: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-        """The mean loss of a batch, ().
+        """Return the mean loss of a batch, ().
 
         Args:
-            features: Of the student (B, in_features).
-            labels: (B,) integers in 0..K−1.
-            target: Activations (B, d), of `targets` of kind ``"activation"``; with hints (B, 2d), of ``"hinted"``.
+            features: Features of the student (B, in_features).
+            labels: Integer labels (B,) in 0..K−1.
+            target: `targets` (B, d) of kind ``"activation"``; with hints, (B, 2d) of kind ``"hinted"``.
 
         Raises:
-            TypeError: Labels are no integers.
-            ValueError: Shapes that do not fit each other, or a label out of range.
+            TypeError: Labels are not integers.
+            ValueError: Shapes do not fit each other, or a label is out of range.
         """
         u = self._project(features)
-        own, d = self.canonical, self.canonical.span.shape[1]
+        head, d = self.canonical, self.canonical.span.shape[1]
         width = d if self.hint_projector is None else 2 * d
         if target.shape != (len(u), width):
             kind = "activation" if self.hint_projector is None else "hinted"
@@ -177,26 +174,25 @@ class ActivationLoss(nn.Module):
                 f"targets have shape {tuple(target.shape)}; expected {(len(u), width)}: activations of this teacher, "
                 f"penult.distill.targets(pair, labels, kind={kind!r})"
             )
-        logits = own.logits(u)
-        _check(labels, logits.shape)
+        logits = head.logits(u)
+        _check_labels(labels, logits.shape)
         target = target.to(u)
-        distance = self.strength * (u - F.linear(target[:, :d], own.span.to(u))).square().sum(-1).mean()
+        distance = self.strength * (u - F.linear(target[:, :d], head.span.to(u))).square().sum(-1).mean()
         if self.hint_projector is not None:
-            distance = (
-                distance + self.hint * (_through(self.hint_projector, features) - target[:, d:]).square().sum(-1).mean()
-            )
-        return F.cross_entropy(logits, labels.to(torch.int64)) + distance / own.radius.to(u) ** 2
+            hint = _projected(self.hint_projector, features)
+            distance = distance + self.hint * (hint - target[:, d:]).square().sum(-1).mean()
+        return F.cross_entropy(logits, labels.to(torch.int64)) + distance / head.radius.to(u) ** 2
 
     def predict(self, features: Tensor) -> Tensor:
-        """Logits of the student (B, K), from its features (B, in_features)."""
+        """Return the logits (B, K) of the student for its features (B, in_features)."""
         return self.canonical.logits(self._project(features))
 
     @torch.no_grad()
     def folded(self) -> nn.Linear | nn.Sequential:
-        """Projector and head as one linear layer (in_features → K) with its own storage.
+        """Merge projector and head into one linear layer (in_features → K) with its own storage.
 
         Returns:
-            The layer; for a projector that is not linear, that projector with a linear layer after it.
+            The layer; for a projector that is not linear, the projector followed by a linear layer.
         """
         weight, bias = self.canonical.rows, self.canonical.bias
         if isinstance(self.projector, nn.Linear):
@@ -210,7 +206,7 @@ class ActivationLoss(nn.Module):
         return layer if isinstance(self.projector, nn.Linear) else nn.Sequential(copy.deepcopy(self.projector), layer)
 
     def extra_repr(self) -> str:
-        """The part of ``repr(loss)`` between the brackets."""
+        """Return the part of ``repr(loss)`` between the brackets."""
         text = f"in_features={self.in_features}, num_classes={self.num_classes}, strength={self.strength:g}"
         return text + (f", hint={self.hint:g}" if self.hint else "")
 
@@ -219,22 +215,23 @@ class ActivationLoss(nn.Module):
             raise ValueError(
                 f"the student's features have shape {tuple(features.shape)}; expected (B, {self.in_features})"
             )
-        u = _through(self.projector, features)
+        u = _projected(self.projector, features)
         if u.shape != (len(features), self.canonical.rows.shape[1]):
             raise ValueError(
-                f"the projector gives {tuple(u.shape)}; it must give {(len(features), self.canonical.rows.shape[1])}, "
-                "coordinates in the span of the head"
+                f"the output of the projector has shape {tuple(u.shape)}; expected "
+                f"{(len(features), self.canonical.rows.shape[1])}, coordinates in the span of the head"
             )
         return u
 
 
-def _through(projector: nn.Module, features: Tensor) -> Tensor:
-    """What a projector makes of features, in its own precision, which is that of the teacher's head."""
+def _projected(projector: nn.Module, features: Tensor) -> Tensor:
+    """Apply a projector to features, in its own precision, which is that of the teacher's head."""
     weight = next(projector.parameters(), features)
     projected: Tensor = projector(features.to(weight.dtype))
     return projected
 
 
-def _check(labels: Any, shape: torch.Size) -> None:
+def _check_labels(labels: Any, shape: torch.Size) -> None:
+    # On an accelerator the values would have to be waited for, in every step of the training.
     if not torch.compiler.is_compiling() and not (isinstance(labels, Tensor) and labels.is_cuda):
-        check_labels(labels, shape)  # elsewhere a look at the values would wait for the device
+        check_labels(labels, shape)

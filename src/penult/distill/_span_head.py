@@ -1,4 +1,4 @@
-"""The head of a teacher as its students see it: on the span of its rows, at a scale of its own."""
+"""The head of a teacher in coordinates of the span of its rows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penult import special
+from penult._checks import described
 from penult.pair import GenerativePair
 
-__all__ = ["Canonical", "check_pair"]
+__all__ = ["SpanHead", "check_pair"]
 
-_DRAWS = 4096  # of the pair, for the mean norm of its activations
+# Number of samples of the pair, for the mean norm of its activations.
+_SAMPLES = 4096
 
 
 @final
-class Canonical(nn.Module):
-    """A head in coordinates of span(W), where the mean norm of its rows is 1/√3.
+class SpanHead(nn.Module):
+    """A head in coordinates of span(W), scaled so that the mean norm of its rows is 1/√3.
 
-    The softmax sees span(W) alone, and (W/c, c h) is the same classifier for every c. A student that is trained
-    through the head is not indifferent to c, though: 1/√3 is the norm of a row of a fresh `torch.nn.Linear`.
+    The softmax depends only on the component in span(W), and (W/c, c h) is the same classifier for every c. But c
+    matters for a student that is trained through the head: 1/√3 is the norm of a row of a new `torch.nn.Linear`.
 
     Attributes:
         rows: Centered rows of the head (K, q).
@@ -44,40 +46,47 @@ class Canonical(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, pair: GenerativePair) -> Canonical:
-        """The head of a pair; its radius is the mean in-span norm of draws of the pair.
+    def of(cls, pair: GenerativePair) -> SpanHead:
+        """Convert the head of a pair; the radius is the mean norm in span(W) of samples of the pair.
 
         Raises:
-            TypeError: `pair` is no pair.
-            ValueError: All rows of the head are equal, or no radius comes of the draws.
+            TypeError: `pair` is not a pair.
+            ValueError: All rows of the head are equal, or the mean norm is 0 or not finite.
         """
         check_pair(pair)
         head = pair.head
         _, scale = head.rescaled()
         span = head.span()
         rows = torch.cat([part.to(span.dtype) @ span.T for _, part in head.centered_blocks()]) / scale
-        drawn, _ = pair.sample((_DRAWS,), generator=torch.Generator(span.device).manual_seed(0))
-        radius = scale * float(torch.linalg.vector_norm(drawn.to(span.dtype) @ span.T, dim=-1).double().mean())
+        h, _ = pair.sample((_SAMPLES,), generator=torch.Generator(span.device).manual_seed(0))
+        radius = scale * float(torch.linalg.vector_norm(h.to(span.dtype) @ span.T, dim=-1).double().mean())
         if not 0 < radius < float("inf"):
-            raise ValueError(f"draws of the pair have the mean norm {radius} in the span of its head; fit another base")
+            raise ValueError(
+                f"the mean norm of samples of the pair in the span of its head is {radius}; expected a positive, "
+                "finite norm. Fit another base"
+            )
         bias = head.full_bias.to(span.dtype, copy=True)
         return cls(rows, bias, span.clone(), rows.new_tensor(scale), rows.new_tensor(radius))
 
     def logits(self, u: Tensor) -> Tensor:
-        """The head's logits (N, K) of coordinates (N, q), in their dtype."""
+        """Return the logits (N, K) of coordinates (N, q), in their dtype."""
         return F.linear(u, self.rows.to(u), self.bias.to(u))
 
     def read(self, h: Tensor) -> Tensor:
-        """Coordinates (N, q) of activations (N, d)."""
+        """Return the coordinates (N, q) of activations (N, d)."""
         coordinates: Tensor = self.scale * (h.to(self.span) @ self.span.T)
         return coordinates
 
     def typicality(self, u: Tensor, y: Tensor) -> Tensor:
-        """P(cos ≤ that of u (N, q) and the row of class y (N,)) for an activation of the class: vMF of κ = r‖w_y‖."""
+        """Return P(C ≤ cos(u, w_y)) (N,) of coordinates u (N, q) and classes y (N,).
+
+        C is the cosine between a von Mises-Fisher direction with κ = r‖w_y‖ and its mean direction.
+        """
         norms = torch.linalg.vector_norm(u, dim=-1)
         cosine = (u * self.directions[y]).sum(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        # In one dimension cosines are −1 or 1, and a rounded 1 − ε would have probability 0.
         if u.shape[-1] == 1:
-            cosine = cosine.sign()  # of which rounding would leave 1 − ε, below all of the law
+            cosine = cosine.sign()
         kappa = self.radius * torch.linalg.vector_norm(self.rows, dim=-1)
         return special.cosine_cdf(u.shape[-1], kappa[y], cosine.clamp(-1, 1))
 
@@ -90,14 +99,14 @@ class Canonical(nn.Module):
 
     @property
     def prototypes(self) -> Tensor:
-        """What a typical activation of each class is, r μ_y (K, q)."""
+        """Typical activation of each class, r μ_y (K, q)."""
         return self.radius * self.directions
 
 
 def check_pair(pair: GenerativePair) -> None:
-    """Refuse what is no pair."""
+    """Raise unless an argument is a pair."""
     if not isinstance(pair, GenerativePair):
         raise TypeError(
-            f"pair must be a penult.GenerativePair, got {type(pair).__name__}: make one of a head with "
+            f"pair is {described(pair)}; expected a penult.GenerativePair. Make one from a head with "
             "penult.GenerativePair(head), or read one with penult.load(path)"
         )
