@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from penult._checks import check_finite, integer_labels
@@ -85,36 +86,78 @@ def _best_biases(logits: Tensor, labels: Tensor, beta: float) -> tuple[float, Te
     Raises:
         ValueError: The best 1/T lies outside of [0.01, 100].
     """
-    scale = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
-    biases = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=True)
     size = max(1, 2**22 // logits.shape[1])
-    optimizer = torch.optim.LBFGS(
-        [scale, biases],
-        max_iter=500,
-        history_size=30,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-14,
-        line_search_fn="strong_wolfe",
-    )
+    blocks = [part.cpu() for part in rows_in_double(logits, size)]
+    targets = labels.cpu().split(size)
+    # One vector of parameters: 1/T first, then the biases.
+    parameters = torch.cat([torch.tensor([beta], dtype=torch.float64), torch.zeros(logits.shape[1]).double()])
 
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        value = biases.square().sum() / (2 * len(logits))
-        value.backward()
-        total = value.detach()
-        for part, label in zip(rows_in_double(logits, size), labels.split(size), strict=True):
-            rows = scale * part.cpu() + biases
-            block = F.cross_entropy(rows, label.cpu(), reduction="sum") / len(logits)
-            block.backward()
-            total += block.detach()
-        return total
+    def scores(part: Tensor, direction: Tensor) -> Tensor:
+        return direction[0] * part + direction[1:]
 
-    with torch.enable_grad():
-        optimizer.step(objective)
-    inverse_temperature = float(scale.detach())
+    def derivatives(at: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return the objective, its gradient, and the diagonal of its second derivative."""
+        value = float(at[1:].square().sum() / 2)
+        gradient, diagonal = at.clone(), torch.ones_like(at)
+        gradient[0] = diagonal[0] = 0
+        for part, label in zip(blocks, targets, strict=True):
+            log_probabilities = scores(part, at).log_softmax(1)
+            value -= float(log_probabilities.gather(1, label[:, None]).sum())
+            probabilities = log_probabilities.exp()
+            mean = (probabilities * part).sum(1, keepdim=True)
+            gradient[0] += (mean - part.gather(1, label[:, None])).sum()
+            gradient[1:] += probabilities.sum(0) - label.bincount(minlength=part.shape[1])
+            diagonal[0] += (probabilities * (part - mean).square()).sum()
+            diagonal[1:] += (probabilities * (1 - probabilities)).sum(0)
+        return value, gradient, diagonal
+
+    def curvature_along(at: Tensor, direction: Tensor) -> Tensor:
+        """Return the product of the second derivative with a direction."""
+        product = direction.clone()
+        product[0] = 0
+        for part in blocks:
+            probabilities = scores(part, at).softmax(1)
+            change = scores(part, direction)
+            change = probabilities * (change - (probabilities * change).sum(1, keepdim=True))
+            product[0] += (change * part).sum()
+            product[1:] += change.sum(0)
+        return product
+
+    value, gradient, diagonal = derivatives(parameters)
+    for _ in range(100):
+        step = _conjugate_gradients(partial(curvature_along, parameters), -gradient, diagonal)
+        slope = float(step @ gradient)
+        # A Newton step changes the objective by half of the slope: below this bound that is rounding.
+        if -slope <= 1e-11 * max(1.0, value):
+            break
+        share = 1.0
+        while (trial := derivatives(parameters + share * step))[0] > value + 1e-4 * share * slope and share > 1e-3:
+            share /= 2
+        parameters = parameters + share * step
+        value, gradient, diagonal = trial
+    inverse_temperature = float(parameters[0])
     if not 0.01 <= inverse_temperature <= 100:
         raise ValueError(
-            f"the best temperature with class biases is {1 / inverse_temperature:.4g}; expected 0.01 to 100. Give more "
-            "held-out data, or calibrate with biases=False"
+            f"1/T with class biases is {inverse_temperature:.4g}; expected 0.01 to 100. Give more held-out data, or "
+            "calibrate with biases=False"
         )
-    return inverse_temperature, biases.detach()
+    return inverse_temperature, parameters[1:]
+
+
+def _conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, diagonal: Tensor) -> Tensor:
+    """Solve H x = target for a positive definite H, given by its product with a vector and its diagonal."""
+    solution, residual = torch.zeros_like(target), target.clone()
+    scaled = residual / diagonal
+    direction, energy = scaled, residual @ scaled
+    first = float(energy)
+    for _ in range(100):
+        if float(energy) <= 1e-8 * first:
+            break
+        image = product(direction)
+        length = energy / (direction @ image)
+        solution = solution + length * direction
+        residual = residual - length * image
+        scaled = residual / diagonal
+        following = residual @ scaled
+        direction, energy = scaled + following / energy * direction, following
+    return solution
