@@ -359,7 +359,7 @@ def test_half_precision_banks_use_single_precision_posteriors():
 
 def test_numbers_out_of_range_are_refused():
     head, h = problem(3, 4)
-    with pytest.raises(ValueError, match="dims must be a positive integer"):
+    with pytest.raises(ValueError, match="dims is 0; expected an integer of at least 1"):
         Marginal.fit(head, h, dims=0)
     with pytest.raises(TypeError, match=r"samples is 100000\.0; expected an integer"):
         Marginal(head, normal(4), samples=1e5)

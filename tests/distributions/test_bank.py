@@ -29,7 +29,7 @@ def test_without_replacement_each_row_comes_once():
     drawn = Bank(x, replacement=False).sample((50,), generator=seeded(1))
     assert torch.equal(drawn[drawn[:, 0].argsort()], x[x[:, 0].argsort()])
     assert not torch.equal(drawn, x)
-    with pytest.raises(ValueError, match="51 draws without replacement"):
+    with pytest.raises(ValueError, match="samples without replacement is 51"):
         Bank(x, replacement=False).sample((51,))
 
 
@@ -93,5 +93,5 @@ def test_bad_input():
         Bank(torch.eye(2).long())
     with pytest.raises(ValueError, match="expected"):
         Bank(torch.zeros(0, 3))
-    with pytest.raises(ValueError, match="1 of 2 activations hold NaN"):
+    with pytest.raises(ValueError, match="1 of 2 rows of activations hold NaN"):
         Bank(torch.tensor([[1.0], [torch.nan]]))

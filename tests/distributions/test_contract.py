@@ -392,10 +392,10 @@ def test_wrong_distributions_are_told_by_the_law_that_they_break(kind, law):
 
 def test_a_mixture_whose_factors_are_ignored_is_told():
     class Round(PrincipalMixture):
-        def _draw(self, count, generator):
+        def _sample_rows(self, count, generator):
             round_ = copy.copy(self)
             round_.scale_tril = torch.eye(self.scale_tril.shape[-1]).expand_as(self.scale_tril) * 1.5
-            return PrincipalMixture._draw(round_, count, generator)
+            return PrincipalMixture._sample_rows(round_, count, generator)
 
     p = mixture()
     with pytest.raises(AssertionError, match="FAIL  sample variance equals variance"):

@@ -242,11 +242,11 @@ def test_bad_parameters(change, message):
 
 def test_bad_types_and_values():
     p = law()
-    with pytest.raises(TypeError, match=r"base must be a PrincipalMixture, got Normal"):
+    with pytest.raises(TypeError, match=r"base is a Normal; expected a PrincipalMixture"):
         NormalizingFlow(p.loc, p.scale, p.knots, torch.distributions.Normal(0.0, 1.0))
-    with pytest.raises(TypeError, match=r"loc must be a tensor of the base's dtype torch\.float64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"loc is a torch\.float32 tensor; expected a torch\.float64 tensor"):
         NormalizingFlow(p.loc.float(), p.scale, p.knots, p.base)
-    with pytest.raises(TypeError, match=r"scale must be a tensor .* got float"):
+    with pytest.raises(TypeError, match=r"scale is a float; expected a .* tensor"):
         NormalizingFlow(p.loc, 1.0, p.knots, p.base)
     with pytest.raises(ValueError, match="NaN"):
         p.log_prob(torch.full((5,), math.nan))
@@ -289,7 +289,7 @@ def test_fit_streams(monkeypatch):
     parts = NormalizingFlow.fit(x.split([0, 1, 199, 300]), **QUICK)
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, parts.state_dict()[name], atol=1e-4), name
-    monkeypatch.setattr("penult.distributions._flow_fit._KEPT", 800)
+    monkeypatch.setattr("penult.distributions._flow_fit._SAMPLE_ELEMENTS", 800)
     monkeypatch.setattr("penult.distributions._flow_fit.ELEMENTS", 100)
     monkeypatch.setattr("penult.distributions._flow_fit._COLUMNS", 3)
     few = NormalizingFlow.fit(x.split(200), **QUICK)  # on 200 rows, but for the mixture
@@ -362,15 +362,13 @@ def test_progress_counts_to_the_end():
     [
         (torch.zeros(4), {}, r"shape \(4,\); expected \(N, d\)"),
         (torch.zeros(1, 4), {}, "at least two"),
-        (torch.ones(10, 4), {}, "all activations are equal"),
+        (torch.ones(10, 4), {}, "all rows of activations are equal"),
         (torch.full((10, 4), math.nan), {}, "NaN"),
         ([torch.randn(3, 4), torch.randn(3, 5)], {}, r"shape \(3, 5\); expected \(n, 4\)"),
-        (torch.eye(4), {"components": 0}, "components must be an integer of at least 1"),
-        (torch.eye(4), {"dims": 1.5}, "dims must be an integer of at least 1, got 1.5"),
-        (torch.eye(4), {"dims": 0}, "dims must be an integer of at least 1"),
-        (torch.eye(4), {"bins": 1}, "bins must be an integer of at least 2"),
-        (torch.eye(4), {"epochs": -1}, "epochs must be an integer of at least 0"),
-        (torch.eye(4), {"iterations": True}, "iterations must be an integer"),
+        (torch.eye(4), {"components": 0}, "components is 0; expected an integer of at least 1"),
+        (torch.eye(4), {"dims": 0}, "dims is 0; expected an integer of at least 1"),
+        (torch.eye(4), {"bins": 1}, "bins is 1; expected an integer of at least 2"),
+        (torch.eye(4), {"epochs": -1}, "epochs is -1; expected an integer of at least 0"),
     ],
 )
 def test_fit_refuses(rows, options, message):
@@ -380,11 +378,14 @@ def test_fit_refuses(rows, options, message):
 
 def test_fit_refuses_types():
     for rows, message in (
-        (torch.eye(4).long(), "floating tensors, got torch.int64"),
+        (torch.eye(4).long(), r"activations is a torch.int64 tensor; expected a floating-point tensor"),
         (iter([torch.eye(4)]), "each time it is iterated"),
     ):
         with pytest.raises(TypeError, match=message):
             NormalizingFlow.fit(rows)
+    for options, message in (({"dims": 1.5}, r"dims is 1\.5"), ({"iterations": True}, "iterations is True")):
+        with pytest.raises(TypeError, match=f"{message}; expected an integer"):
+            NormalizingFlow.fit(torch.eye(4), **options)
 
 
 # --- zuko ---------------------------------------------------------------------------------------------------

@@ -223,10 +223,10 @@ def test_a_component_left_out():
         ({"logits": torch.zeros(())}, "shapes do not agree"),
         ({"means": torch.zeros(3, 3)}, "shapes do not agree"),
         ({"residual_scale": torch.zeros(1)}, "shapes do not agree"),
-        ({"components": 1.01 * torch.eye(2, 5)}, "orthonormal rows.*0.0201"),
+        ({"components": 1.01 * torch.eye(2, 5)}, "0.0201; expected orthonormal rows"),
         ({"loc": torch.full((5,), math.nan)}, "loc holds NaN"),
         ({"means": torch.full((3, 2), math.inf)}, "means holds NaN or infinity"),
-        ({"logits": torch.full((3,), -math.inf)}, "leave every component out"),
+        ({"logits": torch.full((3,), -math.inf)}, "logits are all -inf"),
         ({"logits": torch.full((3,), math.inf)}, "logits holds NaN or infinity"),
         ({"scale_tril": torch.ones(3, 2, 2)}, "scale_tril"),
         ({"scale_tril": torch.zeros(3, 2, 2)}, "scale_tril"),
@@ -242,7 +242,7 @@ def test_bad_parameters(change, message):
 def test_bad_types():
     p = law(dtype=torch.float32)
     given = {name: getattr(p, name) for name in p.arg_constraints}
-    with pytest.raises(TypeError, match="residual_scale must be a floating tensor, got float"):
+    with pytest.raises(TypeError, match="residual_scale is a float; expected a floating-point tensor"):
         PrincipalMixture(**(given | {"residual_scale": 0.5}))
     with pytest.raises(TypeError, match="one dtype"):
         PrincipalMixture(**(given | {"loc": p.loc.double()}))
@@ -314,7 +314,7 @@ def test_batches_equal_the_whole(monkeypatch, keep):
     x = law(10, 4, 6).sample((1000,), generator=seeded())
     whole = PrincipalMixture.fit(x, components=6, dims=4, iterations=20)
     if not keep:
-        monkeypatch.setattr("penult.distributions._principal_components._KEPT", 0)
+        monkeypatch.setattr("penult.distributions._principal_components._KEPT_ELEMENTS", 0)
     batches = Batches(x, [0, 1, 399, 600])
     parts = PrincipalMixture.fit(batches, components=6, dims=4, iterations=20)
     assert (batches.passes == 3) is keep
@@ -325,7 +325,7 @@ def test_batches_equal_the_whole(monkeypatch, keep):
 def test_start_on_a_sample(monkeypatch):
     x = law(10, 4, 6, apart=5.0).sample((3000,), generator=seeded())
     single = PrincipalMixture.fit(x, components=1, dims=4).log_prob(x).mean()
-    monkeypatch.setattr("penult.distributions._mixture_fit._SAMPLE", 300)
+    monkeypatch.setattr("penult.distributions._mixture_fit._START_ROWS", 300)
     p = PrincipalMixture.fit(x.split(700), components=6, dims=4)
     assert float(p.log_prob(x).mean() - single) > 0.5
     assert float((p.mean - x.mean(0)).abs().max()) < 0.01  # all rows took part in the updates
@@ -417,13 +417,12 @@ def test_empty_components_are_left_out():
         (torch.zeros(4), {}, r"shape \(4,\); expected \(N, d\)"),
         (torch.zeros(1, 4), {}, "1 rows.*at least two"),
         ([], {}, "0 rows"),
-        (torch.ones(10, 4), {}, "all activations are equal"),
+        (torch.ones(10, 4), {}, "all rows of activations are equal"),
         (torch.full((10, 4), math.nan), {}, "10 of 10 .* NaN"),
         ([torch.randn(3, 4), torch.randn(3, 5)], {}, r"shape \(3, 5\); expected \(n, 4\)"),
-        (torch.eye(4), {"components": 0}, "components must be a positive integer"),
-        (torch.eye(4), {"dims": 1.5}, "dims must be a positive integer"),
-        (torch.eye(4), {"iterations": 0}, "iterations must be a positive integer"),
-        (torch.eye(4), {"tolerance": math.nan}, "tolerance must be at least 0"),
+        (torch.eye(4), {"components": 0}, "components is 0; expected an integer of at least 1"),
+        (torch.eye(4), {"iterations": 0}, "iterations is 0; expected an integer of at least 1"),
+        (torch.eye(4), {"tolerance": math.nan}, "tolerance is nan; expected a finite number of at least 0"),
     ],
 )
 def test_fit_refuses(rows, options, message):
@@ -433,13 +432,15 @@ def test_fit_refuses(rows, options, message):
 
 def test_fit_refuses_types_and_passes_that_differ():
     for rows, message in (
-        (torch.eye(4).long(), "floating tensors, got torch.int64"),
-        (iter([torch.eye(4)]), "each time it is iterated.*a list of batches does"),
-        (3, "got int"),
-        (["a"], "floating tensors, got str"),
+        (torch.eye(4).long(), r"activations is a torch.int64 tensor; expected a floating-point tensor"),
+        (iter([torch.eye(4)]), "each time it is iterated, such as a list of batches"),
+        (3, "activations is a int"),
+        (["a"], "a batch of activations is a str; expected a floating-point tensor"),
     ):
         with pytest.raises(TypeError, match=message):
             PrincipalMixture.fit(rows)
+    with pytest.raises(TypeError, match=r"dims is 1\.5; expected an integer of at least 1"):
+        PrincipalMixture.fit(torch.eye(4), dims=1.5)
 
     class Shrinking(Batches):
         def __iter__(self):
@@ -514,14 +515,14 @@ def test_rounding_of_half_precision_rows_is_not_their_variance():
 
 def test_positive_bad_input():
     rows, p = positive()
-    with pytest.raises(ValueError, match=r"not negative; the least of these is -0\.5"):
+    with pytest.raises(ValueError, match=r"smallest value of activations is -0\.5"):
         PrincipalMixture.fit(rows - 0.5, positive=True)
-    with pytest.raises(ValueError, match="rectified or positive, not both"):
+    with pytest.raises(ValueError, match="rectified and positive are both True"):
         PrincipalMixture.fit(rows, positive=True, rectified=True)
     parts = [getattr(p, name) for name in p.arg_constraints]
-    with pytest.raises(ValueError, match="softness must be positive"):
+    with pytest.raises(ValueError, match=r"softness has the value .*expected positive"):
         PrincipalMixture(*parts, softness=torch.zeros(2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="rectified is True and softness is given"):
         PrincipalMixture(*parts, rectified=True, softness=p.softness)
     with pytest.raises(ValueError, match=r"softness \(1,\)"):
         PrincipalMixture(*parts, softness=p.softness[:1])
@@ -559,7 +560,7 @@ def test_from_posterior_leaves_out_what_never_comes():
     rows = torch.randn(300, 3, generator=seeded())
     p = PrincipalMixture.from_posterior(rows, lambda h: torch.tensor([1.0, 0.0]).expand(len(h), 2), dims=3)
     assert len(p.logits) == 1
-    with pytest.raises(ValueError, match=r"posterior gave \(300,\)"):
+    with pytest.raises(ValueError, match=r"posterior has shape \(300,\)"):
         PrincipalMixture.from_posterior(rows, lambda h: h.sum(-1))
-    with pytest.raises(ValueError, match="dims must be a positive integer"):
+    with pytest.raises(ValueError, match="dims is 0; expected an integer of at least 1"):
         PrincipalMixture.from_posterior(rows, lambda h: h, dims=0)

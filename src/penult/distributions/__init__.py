@@ -1,4 +1,4 @@
-"""Distributions of activations, as citizens of torch.distributions."""
+"""Distributions of activations, with the interface of torch.distributions."""
 
 from penult.distributions._positive import NEXT_TO_ZERO
 from penult.distributions._sampling import around, cosine_complement

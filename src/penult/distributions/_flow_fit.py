@@ -1,4 +1,4 @@
-"""How a normalizing flow is fitted to rows: each spline, the mixture, and both together."""
+"""Fit of a normalizing flow to rows: splines, mixture, and both together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penult._checks import check_integer
 from penult.distributions._principal_components import Rows
 from penult.distributions.principal_mixture import PrincipalMixture
 
@@ -25,44 +26,49 @@ __all__ = [
     "zuko",
 ]
 
-# --- Splines of single coordinates over a mixture: the density that a normalizing flow has, and is fitted by ---
+# --- Density of a normalizing flow: splines of single coordinates over a mixture ----------------------------
 
 
-BOUND = 5.0  # standard deviations within which the splines bend; beyond, they are the identity
-SLOPE = 1e-3  # the least of a spline, and the inverse of the greatest
-ELEMENTS = 1 << 18  # of values handled at a time; a spline makes some tens of numbers of each
-PARTS = ("loc", "components", "logits", "means", "scale_tril", "residual_scale")  # of the mixture
+# Standard deviations within which the splines are not linear; beyond, they are the identity.
+BOUND = 5.0
+# Smallest slope of a spline; its inverse is the largest.
+SLOPE = 1e-3
+# Number of values processed at a time; a spline computes some tens of numbers for each value.
+ELEMENTS = 1 << 18
+# Names of the tensors of the mixture.
+PARTS = ("loc", "components", "logits", "means", "scale_tril", "residual_scale")
 
 
 def zuko() -> Any:
-    """Transforms of zuko.
+    """Import and return the transforms of zuko.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: zuko is not installed.
     """
     try:
-        from zuko import transforms  # not by importlib, which torch.compile does not trace
+        # An import statement, because torch.compile does not trace importlib.
+        from zuko import transforms
     except ImportError as error:
         raise ImportError('a NormalizingFlow needs zuko: pip install "penult[flow]"', name=error.name) from error
     return transforms
 
 
 def mixture_of(parts: Iterable[Tensor], validate_args: bool = False) -> PrincipalMixture:
-    """The mixture of `PARTS`."""
+    """Return the mixture with the tensors of `PARTS`, in their order."""
     loc, components, logits, means, scale_tril, residual_scale = parts
     return PrincipalMixture(loc, components, logits, means, scale_tril, residual_scale, validate_args=validate_args)
 
 
 def splines(knots: Tensor) -> Any:
-    """The splines (d,) that unconstrained knots (d, 3·bins − 1) stand for."""
+    """Return the splines (d,) of unconstrained knots (d, 3·bins − 1)."""
     bins = (knots.shape[-1] + 1) // 3
     widths, heights, slopes = knots.split([bins, bins, bins - 1], -1)
-    # bound and slope are part of what the numbers mean, so they don't follow zuko's defaults
+    # Bound and slope are fixed here, because saved knots depend on them and the defaults of zuko may change.
     return zuko().MonotonicRQSTransform(widths, heights, slopes, bound=BOUND, slope=SLOPE)
 
 
 def log_density(rows: Tensor, knots: Tensor, base: PrincipalMixture) -> Tensor:
-    """Log density of scaled rows (n, d), (n,)."""
+    """Return the log density (n,) of scaled rows (n, d)."""
     z, slope = splines(knots).call_and_ladj(rows)
     density: Tensor = base.log_prob(z) + slope.sum(-1)
     return density
@@ -70,12 +76,19 @@ def log_density(rows: Tensor, knots: Tensor, base: PrincipalMixture) -> Tensor:
 
 Progress = Callable[[int, int], None]
 
-_KEPT = 1 << 24  # elements of the random sample that fit keeps for all but expectation maximisation
-_HELD = 4096  # rows held out to stop by, at most, and one in ten
-_FEWEST = 100  # rows that splines are fitted to; with fewer, they stay the identity
-_COLUMNS = 256  # splines fitted at a time
+# --- Fit ----------------------------------------------------------------------------------------------------
+
+# Number of elements of the random sample that all steps but expectation maximisation use.
+_SAMPLE_ELEMENTS = 1 << 24
+# One row in ten is held out for early stopping, at most this many.
+_MAX_HELD_OUT = 4096
+# With fewer rows than this, the splines stay the identity.
+_MIN_ROWS = 100
+# Number of splines fitted at a time.
+_COLUMNS = 256
 _BATCH = 256
-_PATIENCE = 10  # passes without a gain that end the last step
+# Number of passes without a gain after which the last step ends.
+_PATIENCE = 10
 
 
 def fit_flow(
@@ -88,25 +101,22 @@ def fit_flow(
     epochs: int,
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor, Tensor, PrincipalMixture]:
-    """Centres, scales, knots and base of a flow; steps, arguments and errors as `NormalizingFlow.fit`."""
+    """Fit centres, scales, knots and base of a flow; steps, arguments and errors as `NormalizingFlow.fit`."""
     zuko()
-    for name, number, least in (
-        ("components", components, 1),
-        ("dims", 1 if dims is None else dims, 1),
-        ("bins", bins, 2),
-        ("iterations", iterations, 0),
-        ("epochs", epochs, 0),
-    ):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
+    check_integer("components", components)
+    if dims is not None:
+        check_integer("dims", dims)
+    check_integer("bins", bins, 2)
+    check_integer("iterations", iterations, 0)
+    check_integer("epochs", epochs, 0)
     rows = Rows(activations)
     d, dtype = len(rows.mean), torch.promote_types(rows.dtype, torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    kept, held = _sample(rows, generator)
+    sampled, held_out = _sample(rows, generator)
     loc, scale = rows.mean, _spread(rows)
-    fine = bool(iterations or epochs) and int(held.sum()) >= _FEWEST // 10
-    blocks = math.ceil(d / _COLUMNS) if fine and iterations else 0
-    total, done = blocks * iterations + (2 if blocks else 1) + (epochs if fine else 0), 0
+    can_select = bool(iterations or epochs) and int(held_out.sum()) >= _MIN_ROWS // 10
+    blocks = math.ceil(d / _COLUMNS) if can_select and iterations else 0
+    total, done = blocks * iterations + (2 if blocks else 1) + (epochs if can_select else 0), 0
 
     def step() -> None:
         nonlocal done
@@ -114,48 +124,53 @@ def fit_flow(
         if progress is not None:
             progress(done, total)
 
-    index = kept.nonzero().squeeze(-1)
-    some = ((_take(rows, index) - loc) / scale).to(rows.device, torch.float32)
-    out = held[index].to(rows.device)
-    flat = some.new_zeros(d, 3 * bins - 1)
-    bent = flat.clone()
+    index = sampled.nonzero().squeeze(-1)
+    sample = ((_take(rows, index) - loc) / scale).to(rows.device, torch.float32)
+    test = held_out[index].to(rows.device)
+    identity = sample.new_zeros(d, 3 * bins - 1)
+    fitted = identity.clone()
     for begin in range(0, blocks * _COLUMNS, _COLUMNS):
         part = slice(begin, begin + _COLUMNS)
-        bent[part] = _marginal(some[~out, part], some[out, part], flat[part], iterations, generator, step)
+        fitted[part] = _fit_splines(
+            sample[~test, part], sample[test, part], identity[part], iterations, generator, step
+        )
 
-    def mixture(knots: Tensor, left_out: Tensor | None) -> PrincipalMixture:
+    def fit_mixture(knots: Tensor, left_out: Tensor | None) -> PrincipalMixture:
         warped = _Warped(rows, loc, scale, knots.to(rows.work, torch.float64), left_out)
         return PrincipalMixture.fit(warped, components, d if dims is None else dims, seed=seed)
 
     starts = []
-    for knots in (flat, bent) if blocks else (flat,):  # coordinates of two modes are better left as they are
-        base = mixture(knots, held if fine else None)
-        law = mixture_of(getattr(base, name).to(some) for name in PARTS)
-        starts.append((_held_out(some[out], knots, law) if fine and law.has_density else -math.inf, knots, base))
+    # Splines can make coordinates with two modes worse, so the identity is tried as well.
+    for knots in (identity, fitted) if blocks else (identity,):
+        base = fit_mixture(knots, held_out if can_select else None)
+        mixture = mixture_of(getattr(base, name).to(sample) for name in PARTS)
+        usable = can_select and mixture.has_density
+        starts.append((_mean_log_density(sample[test], knots, mixture) if usable else -math.inf, knots, base))
         step()
     quality, knots, base = max(starts, key=lambda start: start[0])
     better = None
     if epochs and quality > -math.inf:
-        better = _polish(some[~out], some[out], knots, base, epochs, generator, step)
+        better = _fit_jointly(sample[~test], sample[test], knots, base, epochs, generator, step)
     if better is not None:
         knots, base = better
-    elif fine:
-        base = mixture(knots, None)  # nothing is left to choose, so that all rows may take part
+    elif can_select:
+        # No further choice is made, so the held-out rows can be used as well.
+        base = fit_mixture(knots, None)
     if progress is not None and done < total:
         progress(total, total)
 
     def cast(part: Tensor) -> Tensor:
         return part.to(rows.device, dtype)
 
-    law = mixture_of(cast(getattr(base, name)) for name in PARTS)
-    return cast(loc), cast(scale), cast(knots), law
+    mixture = mixture_of(cast(getattr(base, name)) for name in PARTS)
+    return cast(loc), cast(scale), cast(knots), mixture
 
 
 class _Warped:
-    """Rows in the coordinates of the splines, without those held out; again at each iteration."""
+    """Rows in the coordinates of the splines, without the held-out rows; can be iterated several times."""
 
-    def __init__(self, rows: Rows, loc: Tensor, scale: Tensor, knots: Tensor, held: Tensor | None) -> None:
-        self._rows, self._loc, self._scale, self._held = rows, loc, scale, held
+    def __init__(self, rows: Rows, loc: Tensor, scale: Tensor, knots: Tensor, held_out: Tensor | None) -> None:
+        self._rows, self._loc, self._scale, self._held_out = rows, loc, scale, held_out
         self._splines = splines(knots)
         self._dtype = torch.promote_types(rows.dtype, torch.float32)
 
@@ -164,20 +179,20 @@ class _Warped:
         for rows in self._rows:
             for some in rows.split(max(1, ELEMENTS // len(self._loc))):
                 begin, last = begin + len(some), begin
-                if self._held is not None:
-                    some = some[~self._held[last:begin].to(some.device)]
-                # float32 at least, and not float64: what is rounding is judged by the dtype
+                if self._held_out is not None:
+                    some = some[~self._held_out[last:begin].to(some.device)]
+                # Not float64, because the fit estimates the rounding error of the rows from their dtype.
                 yield self._splines((some - self._loc) / self._scale).to(self._dtype)
 
 
 @torch.no_grad()
-def _held_out(rows: Tensor, knots: Tensor, base: PrincipalMixture) -> float:
+def _mean_log_density(rows: Tensor, knots: Tensor, base: PrincipalMixture) -> float:
     parts = [log_density(some, knots, base) for some in rows.split(max(1, ELEMENTS // rows.shape[1]))]
     return float(torch.cat(parts).mean())
 
 
 def _spread(rows: Rows) -> Tensor:
-    """Standard deviations (d,), float64, 1 for a coordinate that is constant but for rounding."""
+    """Return the standard deviations (d,), float64, and 1 for coordinates that are constant up to rounding."""
     total = torch.zeros_like(rows.mean)
     for some in rows:
         total += (some - rows.mean).square().sum(0)
@@ -186,17 +201,17 @@ def _spread(rows: Rows) -> Tensor:
 
 
 def _sample(rows: Rows, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Masks (N,) of the rows kept in memory and of those among them that are held out."""
-    size = min(rows.count, max(1, _KEPT // len(rows.mean)))
+    """Return masks (N,) of a random sample of the rows and of the held-out rows in it."""
+    size = min(rows.count, max(1, _SAMPLE_ELEMENTS // len(rows.mean)))
     order = torch.randperm(rows.count, generator=generator)[:size]
-    kept, held = torch.zeros(2, rows.count, dtype=torch.bool)
-    kept[order] = True
-    held[order[: min(_HELD, size // 10)]] = True
-    return kept, held
+    sampled, held_out = torch.zeros(2, rows.count, dtype=torch.bool)
+    sampled[order] = True
+    held_out[order[: min(_MAX_HELD_OUT, size // 10)]] = True
+    return sampled, held_out
 
 
 def _take(rows: Rows, index: Tensor) -> Tensor:
-    """Rows at increasing positions."""
+    """Return the rows at increasing positions."""
     parts, begin = [], 0
     for some in rows:
         here = index[(index >= begin) & (index < begin + len(some))] - begin
@@ -205,48 +220,51 @@ def _take(rows: Rows, index: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _marginal(
-    rows: Tensor, held: Tensor, start: Tensor, steps: int, generator: torch.Generator, step: Callable[[], None]
+def _fit_splines(
+    rows: Tensor, held_out: Tensor, start: Tensor, steps: int, generator: torch.Generator, step: Callable[[], None]
 ) -> Tensor:
-    """Splines (n, 3·bins − 1) that make each column as normal as they can, each the best by the held-out rows.
-
-    Adam works entry by entry, so that each column is fitted as if it were alone.
-    """
+    """Fit splines (n, 3·bins − 1) that make each column standard normal; return the best ones on the held-out rows."""
+    # Adam updates each entry separately, so the columns do not influence each other.
     knots = start.clone().requires_grad_()
-    best, least = start.clone(), _marginal_loss(held, start)
+    best, lowest_loss = start.clone(), _spline_loss(held_out, start)
     optimizer = torch.optim.Adam([knots], lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for i in range(steps):
         batch = torch.randint(len(rows), (_BATCH,), generator=generator).to(rows.device)
         optimizer.zero_grad()
-        _marginal_loss(rows[batch], knots).sum().backward()
+        _spline_loss(rows[batch], knots).sum().backward()
         optimizer.step()
         schedule.step()
         if i % 20 == 19 or i == steps - 1:
             with torch.no_grad():
-                loss = _marginal_loss(held, knots)
-                best[loss < least] = knots[loss < least]
-                least = torch.minimum(least, loss)
+                loss = _spline_loss(held_out, knots)
+                best[loss < lowest_loss] = knots[loss < lowest_loss]
+                lowest_loss = torch.minimum(lowest_loss, loss)
         step()
     return best
 
 
-def _marginal_loss(rows: Tensor, knots: Tensor) -> Tensor:
+def _spline_loss(rows: Tensor, knots: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood of each column, up to a constant."""
     z, slope = splines(knots).call_and_ladj(rows)
     loss: Tensor = (0.5 * z.square() - slope).mean(0)
     return loss
 
 
-def _polish(
+def _fit_jointly(
     rows: Tensor,
-    held: Tensor,
+    held_out: Tensor,
     knots: Tensor,
     base: PrincipalMixture,
     epochs: int,
     generator: torch.Generator,
     step: Callable[[], None],
 ) -> tuple[Tensor, PrincipalMixture] | None:
-    """Splines and mixture by the likelihood of both, the best by the held-out rows; None if that is the start."""
+    """Fit splines and mixture by their common likelihood.
+
+    Returns:
+        The best ones on the held-out rows; None if these are the ones at the start.
+    """
     first = mixture_of(getattr(base, name).to(rows) for name in PARTS)
     diagonal = first.scale_tril.diagonal(dim1=-2, dim2=-1)
     full = first.components.shape[0] == first.components.shape[1]
@@ -254,31 +272,32 @@ def _polish(
     free += [] if full else [first.residual_scale.log()]
     free = [part.detach().clone().requires_grad_() for part in free]
 
-    def law() -> tuple[Tensor, PrincipalMixture]:
+    def current() -> tuple[Tensor, PrincipalMixture]:
         tril = free[3].tril(-1) + torch.diag_embed(free[4].exp())
         across = first.residual_scale if full else free[5].exp()
         return free[0], mixture_of((first.loc, first.components, free[1], free[2], tril, across))
 
-    optimizer = torch.optim.AdamW(free, lr=2e-3, weight_decay=0.0)  # weights here have no zero to decay to
+    # No weight decay, because zero is not a neutral value of these parameters.
+    optimizer = torch.optim.AdamW(free, lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    best, most, since = None, _held_out(held, *law()), 0
+    best, highest, passes_without_gain = None, _mean_log_density(held_out, *current()), 0
     for _ in range(epochs):
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         for batch in order[: max(1, len(rows) // _BATCH) * _BATCH].split(_BATCH):
             optimizer.zero_grad()
-            (-log_density(rows[batch], *law()).mean()).backward()
+            (-log_density(rows[batch], *current()).mean()).backward()
             nn.utils.clip_grad_norm_(free, 5.0)
             optimizer.step()
         schedule.step()
-        since += 1
-        if (now := _held_out(held, *law())) > most:
-            best, most, since = [part.detach().clone() for part in free], now, 0
+        passes_without_gain += 1
+        if (quality := _mean_log_density(held_out, *current())) > highest:
+            best, highest, passes_without_gain = [part.detach().clone() for part in free], quality, 0
         step()
-        if since == _PATIENCE:
+        if passes_without_gain == _PATIENCE:
             break
     if best is None:
         return None
-    for part, found in zip(free, best, strict=True):
-        part.data = found
+    for part, best_part in zip(free, best, strict=True):
+        part.data = best_part
     with torch.no_grad():
-        return law()
+        return current()

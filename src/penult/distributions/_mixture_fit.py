@@ -1,4 +1,4 @@
-"""How a Gaussian mixture in principal components is fitted to rows: by maximisation, or from class probabilities."""
+"""Fit of a Gaussian mixture in principal components: by expectation maximisation, or from class probabilities."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from penult._checks import check_integer, check_not_negative
 from penult.distributions._positive import NEXT_TO_ZERO, unsquare
 from penult.distributions._principal_components import Rows
 from penult.processes import Processes
@@ -27,14 +28,18 @@ __all__ = [
     "start",
 ]
 
-_SAMPLE = 1 << 14  # rows that the start is found on, where there are more
-_SOFTNESS = 0.01  # of the mean of a coordinate; where that is 0, of a hundredth of the mean of all
-_STRENGTH = 0.5  # rows that the prior of a covariance counts for, for each dimension, see PrincipalMixture.fit
-_ROWS = 20  # for each component, at least
+# Number of rows that the start is computed from, at most.
+_START_ROWS = 1 << 14
+# Softness as a fraction of the mean of a coordinate, or of a hundredth of the mean of all coordinates if that is 0.
+_SOFTNESS = 0.01
+# Weight of the prior of a covariance in rows for each dimension, see PrincipalMixture.fit.
+_STRENGTH = 0.5
+# Smallest number of rows for each component.
+_ROWS_PER_COMPONENT = 20
 
 
 class Fitted(NamedTuple):
-    """Parameters of a `PrincipalMixture`, by their names, in the dtype and on the device of a law of the rows."""
+    """Parameters of a `PrincipalMixture` by name, with the device of the rows and their dtype, at least float32."""
 
     loc: Tensor
     components: Tensor
@@ -56,27 +61,27 @@ def by_maximisation(
     tolerance: float,
     group: ProcessGroup | None,
 ) -> Fitted:
-    """Principal components, then expectation maximisation in them; arguments and errors as `PrincipalMixture.fit`."""
-    for name, number in (("components", components), ("dims", dims), ("iterations", iterations)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be a positive integer, got {number!r}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
+    """Fit by expectation maximisation in principal components; arguments and errors as `PrincipalMixture.fit`."""
+    check_integer("components", components)
+    check_integer("dims", dims)
+    check_integer("iterations", iterations)
+    check_not_negative("tolerance", tolerance)
     rows, softness = _read(activations, rectified, positive, Processes(group))
     plane, across = rows.plane(dims)
     generator = torch.Generator().manual_seed(seed)
     sample = torch.arange(rows.count)
-    if rows.count > _SAMPLE:
-        sample = torch.randint(rows.count, (_SAMPLE,), generator=generator).unique()
+    if rows.count > _START_ROWS:
+        sample = torch.randint(rows.count, (_START_ROWS,), generator=generator).unique()
     projected = rows.project(plane)
     first = projected.take(sample)
-    mixture, prior = start(first, min(components, max(1, rows.count // _ROWS)), _STRENGTH * len(plane), generator)
-    # Machines round differently, and a start that differs in the last digit may end elsewhere.
+    components = min(components, max(1, rows.count // _ROWS_PER_COMPONENT))
+    mixture, prior = start(first, components, _STRENGTH * len(plane), generator)
+    # Machines round differently, and starts that differ in the last digit may have different results.
     mixture, prior = rows.processes.first((mixture, prior))
     mixture = Components(*(part.to(rows.work) for part in mixture))
     prior = Prior(prior.covariance.to(rows.work), prior.strength)
     mixture, _ = maximise(mixture, prior, lambda: projected, iterations, tolerance, rows.processes)
-    return _fitted(rows, plane, across, mixture, softness)
+    return _parameters(rows, plane, across, mixture, softness)
 
 
 def by_posterior(
@@ -87,9 +92,8 @@ def by_posterior(
     positive: bool,
     group: ProcessGroup | None,
 ) -> Fitted:
-    """One component a class, in closed form; arguments and errors as `PrincipalMixture.from_posterior`."""
-    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 1:
-        raise ValueError(f"dims must be a positive integer, got {dims!r}")
+    """Fit one component for each class, in closed form; arguments and errors as `PrincipalMixture.from_posterior`."""
+    check_integer("dims", dims)
     rows, softness = _read(activations, rectified, positive, Processes(group))
     plane, across = rows.plane(dims)
 
@@ -97,31 +101,33 @@ def by_posterior(
         for batch in rows.given():
             p = posterior(batch)
             if p.dim() != 2 or len(p) != len(batch):
-                raise ValueError(f"posterior gave {tuple(p.shape)} for {len(batch)} rows; expected (n, C)")
+                raise ValueError(f"posterior has shape {tuple(p.shape)} for {len(batch)} rows; expected (n, C)")
             yield (rows.wide(batch) - rows.mean) @ plane.mT, p.detach().to(plane)
 
     mixture = of_responsibilities(parts(), _STRENGTH * len(plane), rows.processes)
-    return _fitted(rows, plane, across, mixture, softness)
+    return _parameters(rows, plane, across, mixture, softness)
 
 
 def _read(
     activations: Tensor | Iterable[Tensor], rectified: bool, positive: bool, processes: Processes
 ) -> tuple[Rows, Tensor | None]:
-    """The rows x that a law of h = activations is fitted to, and its softness."""
+    """Return the rows x that a distribution of activations h is fitted to, and its softness."""
     rows = Rows(activations, processes=processes)
     if not positive:
         return rows, None
     if rectified:
-        raise ValueError("a law is rectified or positive, not both")
-    least, mean = min((float(batch.min()) for batch in rows.given() if len(batch)), default=math.inf), rows.mean
-    least = processes.least(least)
-    if least < 0 or not bool((mean > 0).any()):
-        raise ValueError(f"positive=True is for activations that are not negative; the least of these is {least:.4g}")
+        raise ValueError("rectified and positive are both True; expected at most one")
+    minimum, mean = min((float(batch.min()) for batch in rows.given() if len(batch)), default=math.inf), rows.mean
+    minimum = processes.least(minimum)
+    if minimum < 0 or not bool((mean > 0).any()):
+        raise ValueError(
+            f"the smallest value of activations is {minimum:.4g}; positive=True expects values of at least 0, not all 0"
+        )
     b = _SOFTNESS * torch.where(mean > 0, mean, 0.01 * mean.mean())
     return Rows(activations, lambda h: unsquare(torch.maximum(h, NEXT_TO_ZERO * b), b)[0], processes), b
 
 
-def _fitted(rows: Rows, plane: Tensor, across: float, mixture: Components, softness: Tensor | None) -> Fitted:
+def _parameters(rows: Rows, plane: Tensor, across: float, mixture: Components, softness: Tensor | None) -> Fitted:
     dtype = torch.promote_types(rows.dtype, torch.float32)
 
     def cast(part: Tensor) -> Tensor:
@@ -140,19 +146,21 @@ def _fitted(rows: Rows, plane: Tensor, across: float, mixture: Components, softn
 
 # --- Maximum a posteriori fit of a Gaussian mixture, as sums over batches -----------------------------------
 # The sufficient statistics of a Gaussian are t(u) = (u_i u_j for i ≥ j, u_i, 1), and its log density is linear in
-# them. So the E-step is one matrix product, t(u) with the natural parameters of all components, and what the M-step
-# needs is another, the responsibilities with t(u). Nothing of size samples × components × dimensions is formed.
-# Products and sums are float64: the quadratic form of a component far from the origin cancels.
+# them. So the E-step is one matrix product, of t(u) with the natural parameters of all components, and the M-step is
+# another, of the responsibilities with t(u). No tensor of size samples × components × dimensions is needed.
+# Products and sums are float64, because of cancellation in the quadratic form of a component far from the origin.
 #
-# The covariances have an inverse-Wishart prior, worth ``strength`` samples of covariance Ψ,
+# The covariances have an inverse-Wishart prior, with the weight of ``strength`` samples of covariance Ψ,
 #
 #     log p(Σ) = −½ ν [log|Σ| + tr(Ψ Σ⁻¹)] + const,  which makes  Σ_c = (S_c + ν Ψ) / (N_c + ν)
 #
 # (Fraley and Raftery, "Bayesian Regularization for Normal Mixture Estimation and Model-Based Clustering", 2007).
 
 
-_ELEMENTS = 1 << 21  # of statistics and responsibilities handled at a time
-_LLOYD = 10  # rounds of k-means before the first M-step
+# Number of elements of statistics and responsibilities processed at a time.
+_ELEMENTS = 1 << 21
+# Iterations of k-means before the first M-step.
+_K_MEANS_ITERATIONS = 10
 
 
 class Components(NamedTuple):
@@ -164,24 +172,24 @@ class Components(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """What the covariances are drawn to: Ψ (m, m), float64, and the number of samples ν it counts for."""
+    """Prior of the covariances: Ψ (m, m), float64, and its weight ν in samples."""
 
     covariance: Tensor
     strength: float
 
 
 def start(points: Tensor, components: int, strength: float, generator: torch.Generator) -> tuple[Components, Prior]:
-    """A first mixture and the prior, from k-means on a sample.
+    """Return a first mixture and the prior, from k-means on a sample.
 
-    The centres start as those of k-means++ (Arthur and Vassilvitskii, "k-means++: The Advantages of Careful
-    Seeding", 2007). Each coordinate is divided by the root of its standard deviation first, half way to equal
-    scales: clusters differ in small coordinates too. The prior's Ψ is the covariance within the clusters, pooled.
+    The centres are initialised as in k-means++ (Arthur and Vassilvitskii, "k-means++: The Advantages of Careful
+    Seeding", 2007). Each coordinate is first divided by the square root of its standard deviation, which makes scales
+    more equal: clusters may differ in small coordinates too. Ψ of the prior is the pooled covariance within clusters.
 
     Args:
         points: A sample (n, m), float64.
-        components: How many components, at most; fewer where fewer points are distinct.
+        components: Number of components, at most; fewer if fewer points are distinct.
         strength: ν of the prior.
-        generator: Of the device of ``points``.
+        generator: Generator of the device of ``points``.
 
     Returns:
         The mixture and its prior.
@@ -190,20 +198,21 @@ def start(points: Tensor, components: int, strength: float, generator: torch.Gen
     scale = spread.clamp_min(1e-12 * spread.max()).pow(0.25)
     scaled = points / scale
     centres = _seeds(scaled, components, generator)
-    for _ in range(_LLOYD):
+    for _ in range(_K_MEANS_ITERATIONS):
         nearest = _nearest(scaled, centres)
         counts = nearest.bincount(minlength=len(centres)).to(points).unsqueeze(-1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, scaled)
         centres = torch.where(counts > 0, sums / counts, centres)
     nearest, centres = _nearest(scaled, centres), centres * scale
-    off = points - centres[nearest]
-    floor = torch.diag(1e-3 * spread.clamp_min(1e-12 * spread.max()))  # for clusters of one point each
-    prior = Prior(off.mT @ off / len(points) + floor, strength)
+    deviations = points - centres[nearest]
+    # If every cluster has one point, the deviations are zero.
+    floor = torch.diag(1e-3 * spread.clamp_min(1e-12 * spread.max()))
+    prior = Prior(deviations.mT @ deviations / len(points) + floor, strength)
     total = points.new_zeros(len(centres), _width(points.shape[-1]))
-    for some, which in zip(
+    for block, cluster in zip(
         _blocks(points, len(centres)), _blocks(nearest, len(centres), points.shape[-1]), strict=True
     ):
-        total += torch.nn.functional.one_hot(which, len(centres)).to(points).mT @ _statistics(some)
+        total += torch.nn.functional.one_hot(cluster, len(centres)).to(points).mT @ _statistics(block)
     return _update(total, centres, prior), prior
 
 
@@ -215,19 +224,19 @@ def maximise(
     tolerance: float,
     processes: Processes,
 ) -> tuple[Components, list[float]]:
-    """Expectation maximisation (Dempster, Laird and Rubin, 1977) of log likelihood plus log prior.
+    """Maximise log likelihood plus log prior by expectation maximisation (Dempster, Laird and Rubin, 1977).
 
     Args:
-        mixture: Where to start.
-        prior: On the covariances.
-        batches: Gives the points again at each call, (n, m) float64 at a time.
-        iterations: Updates, at least one, at most this many.
-        tolerance: An update that gains less than this, per point, is the last.
-        processes: Those whose points these are.
+        mixture: The mixture to start from.
+        prior: Prior of the covariances.
+        batches: Function that returns an iterable over all points, in batches (n, m) of float64.
+        iterations: Largest number of updates, at least one.
+        tolerance: Gain per point below which an update is the last.
+        processes: Processes that share the points.
 
     Returns:
-        The mixture, without the components that hold less than half a point, and the objective per point of the
-        mixture before each update: it never decreases but by rounding.
+        The mixture, without components that hold less than half a point, and the objective per point of the mixture
+        before each update, which decreases only by rounding.
     """
     history: list[float] = []
     counts = mixture.logits.exp()
@@ -253,24 +262,24 @@ def maximise(
 
 
 def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float, processes: Processes) -> Components:
-    """One M-step with given responsibilities, under a prior of the covariance within components, pooled.
+    """Make one M-step with given responsibilities; the prior is the pooled covariance within components.
 
     Args:
-        parts: Points (n, m) and responsibilities (n, C), float64, some at a time.
+        parts: Batches of points (n, m) and responsibilities (n, C), float64.
         strength: ν of the prior.
-        processes: Those whose points these are.
+        processes: Processes that share the points.
 
     Returns:
-        The mixture, without the components that hold less than 1e-6 of a point.
+        The mixture, without components that hold less than 1e-6 of a point.
     """
     total: Tensor | None = None
     for points, responsibilities in parts:
-        for some, theirs in zip(
+        for block, block_responsibilities in zip(
             _blocks(points, responsibilities.shape[-1]),
             _blocks(responsibilities, responsibilities.shape[-1], points.shape[-1]),
             strict=True,
         ):
-            part = theirs.mT @ _statistics(some)
+            part = block_responsibilities.mT @ _statistics(block)
             total = part if total is None else total + part
         dims = points.shape[-1]
     assert total is not None
@@ -279,30 +288,31 @@ def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float,
     counts, means, scatter = _moments(total, total.new_zeros(len(total), dims))
     pooled = scatter.sum(0) / counts.sum()
     variance = pooled.diagonal()
-    # Of collapsed classes what is left within is rounding of sums about the origin.
+    # If all classes have collapsed to points, the variance within them is rounding error of the sums.
     floor = 1e-12 * total[:, : -dims - 1].abs().sum() / counts.sum()
     pooled = pooled + torch.diag(1e-9 * variance.clamp_min(0) + floor)
     return _update(total, means, Prior(pooled, strength))
 
 
 def _width(dims: int) -> int:
+    """Return the number of entries of t(u)."""
     return dims * (dims + 1) // 2 + dims + 1
 
 
 def _blocks(points: Tensor, components: int, dims: int | None = None) -> Sequence[Tensor]:
     width = _width(points.shape[-1] if dims is None else dims)
-    blocks: Sequence[Tensor] = points.split(max(1, _ELEMENTS // (width + 2 * components)))
-    return blocks
+    parts: Sequence[Tensor] = points.split(max(1, _ELEMENTS // (width + 2 * components)))
+    return parts
 
 
 def _statistics(points: Tensor) -> Tensor:
-    """t(u) for points (n, m): (n, m(m+1)/2 + m + 1)."""
+    """Return t(u) for points (n, m): (n, m(m+1)/2 + m + 1)."""
     rows, columns = torch.tril_indices(points.shape[-1], points.shape[-1], device=points.device)
     return torch.cat([points[:, rows] * points[:, columns], points, points.new_ones(len(points), 1)], dim=-1)
 
 
 def _natural(mixture: Components) -> Tensor:
-    """The log density of each component with its weight, as coefficients of t(u): (C, m(m+1)/2 + m + 1)."""
+    """Return the log density of each component times its weight, as coefficients of t(u): (C, m(m+1)/2 + m + 1)."""
     m = mixture.means.shape[-1]
     precision = torch.cholesky_inverse(mixture.scale_tril)
     pulled = (precision @ mixture.means.unsqueeze(-1)).squeeze(-1)
@@ -317,19 +327,19 @@ def _natural(mixture: Components) -> Tensor:
 
 
 def _update(total: Tensor, means: Tensor, prior: Prior) -> Components:
-    """The M-step; a component without points keeps its mean, and has weight 0 and the prior's covariance."""
+    """Make the M-step; a component without points keeps its mean, and has weight 0 and the prior's covariance."""
     counts, means, scatter = _moments(total, means)
     covariance = (scatter + prior.strength * prior.covariance) / (counts + prior.strength)[:, None, None]
     return Components((counts / counts.sum()).log(), means, torch.linalg.cholesky(covariance))
 
 
 def _moments(total: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (C,), means (C, m), those given where there are no points, and scatter about them (C, m, m)."""
+    """Return counts (C,), means (C, m) and scatter about them (C, m, m); empty components keep the given means."""
     m = means.shape[-1]
     counts = total[:, -1]
-    held = (counts > 1e-100).unsqueeze(-1)
-    safe = torch.where(held, counts.unsqueeze(-1), 1.0)
-    means = torch.where(held, total[:, -m - 1 : -1] / safe, means)
+    has_points = (counts > 1e-100).unsqueeze(-1)
+    safe = torch.where(has_points, counts.unsqueeze(-1), 1.0)
+    means = torch.where(has_points, total[:, -m - 1 : -1] / safe, means)
     rows, columns = torch.tril_indices(m, m, device=total.device)
     second = total.new_zeros(len(total), m, m)
     second[:, rows, columns] = total[:, : -m - 1]
@@ -344,6 +354,7 @@ def _log_prior(mixture: Components, prior: Prior) -> float:
 
 
 def _seeds(points: Tensor, components: int, generator: torch.Generator) -> Tensor:
+    """Choose the first centres as in k-means++."""
     chosen = torch.randint(len(points), (1,), generator=generator, device=points.device)
     nearest = (points - points[chosen]).square().sum(-1)
     picks = [chosen]
@@ -354,6 +365,6 @@ def _seeds(points: Tensor, components: int, generator: torch.Generator) -> Tenso
 
 
 def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    """The index of the nearest centre of each point, (n,)."""
+    """Return the index of the nearest centre of each point, (n,)."""
     half = 0.5 * centres.square().sum(-1)
-    return torch.cat([(half - some @ centres.mT).argmin(-1) for some in _blocks(points, len(centres))])
+    return torch.cat([(half - block @ centres.mT).argmin(-1) for block in _blocks(points, len(centres))])

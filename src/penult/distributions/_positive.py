@@ -1,4 +1,4 @@
-"""How the rows x of a Gaussian mixture become activations h that are not negative."""
+"""Maps from the rows x of a Gaussian mixture to non-negative activations h, and their moments."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor
 
 __all__ = ["NEXT_TO_ZERO", "positive_moments", "rectified_moments", "square", "unsquare"]
 
-NEXT_TO_ZERO = 0.09  # of the softness: activations below are moved there before a fit
+# Fraction of the softness to which smaller activations are raised before a fit.
+NEXT_TO_ZERO = 0.09
 
 
 def square(x: Tensor, b: Tensor) -> Tensor:
-    """H = (x + √(x² + 4b))² / 4."""
+    """Return h = (x + √(x² + 4b))² / 4."""
     root = (x.square() + 4 * b).sqrt()
     return torch.where(x > 0, 0.5 * (x + root), 2 * b / (root - x)).square()
 
 
 def unsquare(h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """X = √h − b/√h (*S, d), and Σ log dx/dh = Σ log(1 + b/h) − log(2√h), (*S,); 0 and −∞ where h ≤ 0."""
+    """Return x = √h − b/√h (*S, d) and Σ log dx/dh = Σ log(1 + b/h) − log(2√h), (*S,); 0 and −∞ where h ≤ 0."""
     inside = h > 0
     safe = torch.where(inside, h, 1.0)
     root = safe.sqrt()
@@ -28,9 +29,10 @@ def unsquare(h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rectified_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of max(x, 0) for normal x. The variance is P + a²PQ + aφ(Q − P) − φ² of that of x.
+    """Return the mean and variance of max(x, 0) for normal x.
 
-    With a = μ/σ, P = Φ(a), Q = 1 − P and φ the normal density at a: no term is large where a is.
+    The variance is that of x times P + a²PQ + aφ(Q − P) − φ², with a = μ/σ, P = Φ(a), Q = 1 − P and φ the normal
+    density at a. In this form no term is large for large a.
     """
     random = variance > 0
     scale = torch.where(random, variance, 1.0).sqrt()
@@ -43,9 +45,10 @@ def rectified_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positive_moments(mean: Tensor, variance: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of `square` of normal x, by the trapezoidal rule."""
+    """Return the mean and variance of `square` of normal x, by the trapezoidal rule."""
+    # The integrand is smooth and decays at both ends, so the rule is exact up to rounding.
     first, second, total = torch.zeros_like(mean), torch.zeros_like(mean), 0.0
-    for z in torch.linspace(-8, 8, 257, dtype=torch.float64).tolist():  # smooth, so that the rule is exact
+    for z in torch.linspace(-8, 8, 257, dtype=torch.float64).tolist():
         bell = math.exp(-0.5 * z * z)
         h = square(mean + z * variance.sqrt(), b.to(mean))
         first, second, total = first + bell * h, second + bell * h.square(), total + bell

@@ -1,13 +1,13 @@
-"""Draws on the unit sphere, split in two: the cosine to the mean direction, then the direction around it.
+"""Sampling on the unit sphere in two steps: the cosine to the mean direction, then the direction around it.
 
-The cosine is carried as y = 1 − t, so that concentrated samples keep their distance from the mean. It comes
-from Ulrich's and Wood's rejection scheme (Ulrich 1984, Wood 1994), rewritten so that the test cancels nowhere
-and holds for every κ ≥ 0: with u the first coordinate of a uniform point on the sphere,
+The cosine t is represented by y = 1 − t, so that concentrated samples keep the digits of their distance from the mean.
+It is sampled by Ulrich's and Wood's rejection scheme (Ulrich 1984, Wood 1994), in a form without cancellation that
+holds for every κ ≥ 0: with u the first coordinate of a uniform point on the sphere,
 
     b = m / (2κ + √(4κ² + m²)),  x₀ = (1 − b) / (1 + b),  v = x₀ u,  m = d − 1
     accept iff log U ≤ −m [log(1 + v) − v / (1 + v)],  then y = (1 − x₀)(1 − u) / (1 + v).
 
-The acceptance rate never falls below 0.66.
+The acceptance rate is at least 0.66.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ from penult.special import working_dtype
 
 __all__ = ["around", "cosine_complement"]
 
-_SCALARS = 1 << 15  # proposals handled at a time
-_ELEMENTS = 1 << 18  # vector elements handled at a time: a block stays in cache between its passes
-_ROUNDS = 200  # of rejection; 0.37^200 is zero for every purpose
-_CANCELS = 32  # below this dimension |x|² − (x·μ)² loses digits, and x is projected explicitly
+# Number of proposals processed at a time.
+_SCALARS = 1 << 15
+# Number of vector elements processed at a time: a block stays in the cache between passes.
+_ELEMENTS = 1 << 18
+# Rounds of rejection; the probability 0.37^200 that one is not enough is negligible.
+_ROUNDS = 200
+# Below this dimension |x|² − (x·μ)² loses digits, and x is projected explicitly.
+_CANCELS = 32
 
 
 def cosine_complement(dim: int, kappa: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Draw y = 1 − t, one for each element of ``kappa``.
+    """Sample y = 1 − t for each element of ``kappa``.
 
     Args:
         dim: Dimension of the ambient space, at least 1.
         kappa: Concentrations ≥ 0, any shape (expanded views are fine).
-        dtype: The precision of the vectors that y is for; float64 takes slower, finer normals.
+        dtype: Dtype of the vectors that y is used for; float64 needs slower, more precise normals.
         generator: Source of randomness, or None for torch's default.
 
     Returns:
         Tensor of the shape of ``kappa`` in working precision; NaN where ``kappa`` is.
 
     Raises:
-        RuntimeError: If a proposal is refused 200 times in a row, which only a broken generator can bring about.
+        RuntimeError: A proposal is refused 200 times in a row, which happens with a broken generator only.
     """
     work = working_dtype(kappa.device)
     shape, constant = (
@@ -83,7 +87,7 @@ def cosine_complement(dim: int, kappa: Tensor, dtype: torch.dtype, generator: to
 def _propose(
     dim: int, x0: Tensor, y0: Tensor, n: int, dtype: torch.dtype, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """N proposals of y and whether each is refused; a NaN parameter is never refused, so that loops end."""
+    """Return n proposals of y and whether they are refused; NaN is never refused, so that the rejection ends."""
     device, work = x0.device, x0.dtype
     log_uniform = torch.rand(n, dtype=dtype, device=device, generator=generator).log_()
     if dim == 2:
@@ -93,7 +97,8 @@ def _propose(
         u = 2 * torch.rand(n, dtype=work, device=device, generator=generator) - 1
         bound = torch.zeros_like(u)
     else:
-        # u = N / √(N² + 2G), G ~ Gamma(m/2) by Marsaglia and Tsang (2000), whose own acceptance joins the other
+        # u = N / √(N² + 2G), with G ~ Gamma(m/2) by Marsaglia and Tsang (2000). Their rejection test and the one above
+        # are made at once, with one uniform number.
         normals = torch.randn(2, n, dtype=dtype, device=device, generator=generator)
         first, z = normals[0].to(work), normals[1].to(work)
         shape = (dim - 1) / 2 - 1 / 3
@@ -108,7 +113,7 @@ def _propose(
 
 
 def around(loc: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Unit vectors at cosine 1 − y to their mean directions, uniformly around them.
+    """Sample unit vectors at cosine 1 − y to their mean directions, uniformly around them.
 
     Args:
         loc: Mean directions (*B, d), unit; float32 or float64.
@@ -149,9 +154,9 @@ def around(loc: Tensor, y: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _fill(rows: Tensor, mean: Tensor, t: Tensor, sine: Tensor, step: int, generator: torch.Generator | None) -> None:
     """Fill rows (n, ..., d) in blocks of ``step`` along the first dimension; mean is (d,) or (..., d)."""
-    leading = rows.dim() == mean.dim()  # each row has its own mean
+    own_means = rows.dim() == mean.dim()
     for i in range(0, rows.shape[0], step):
-        x, mu = rows[i : i + step], mean[i : i + step] if leading and mean.dim() > 1 else mean
+        x, mu = rows[i : i + step], mean[i : i + step] if own_means and mean.dim() > 1 else mean
         x.normal_(generator=generator)
         along = torch.mv(x, mu) if mu.dim() == 1 else (x * mu).sum(-1)
         if x.shape[-1] < _CANCELS:

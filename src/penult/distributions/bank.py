@@ -1,4 +1,4 @@
-"""The empirical law of a set of activations, as a citizen of torch.distributions."""
+"""The empirical distribution of a set of activations."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
+from penult._checks import check_floating
 from penult.special import in_double
 
 __all__ = ["Bank"]
 
 
 class Bank(Distribution):
-    r"""Activations kept as they are, each drawn with probability 1/N.
+    r"""The empirical distribution of activations: every row has the probability 1/N.
 
-    It has what no compact law has to the full, such as exact zeros with their correlations, and as many floats as it
-    has rows. Draws are activations of real data: where these must not leave the house, fit a
-    :class:`PrincipalMixture`. It has atoms, hence no density.
+    It has all properties of the activations, such as exact zeros with their correlations, but is as large as they are.
+    Samples are activations of real data: if these must stay private, fit a :class:`PrincipalMixture`. It has atoms,
+    hence no density.
 
     Args:
-        activations: Rows (N, d), held by reference.
-        replacement: Whether a row may be drawn more than once. Without, one call of :meth:`sample` gives each row at
-            most once, so that its draws are not independent: for two-sample tests, which duplicates would mislead.
-        rectified: Whether the rows are pre-activations u, and draws max(u, 0). More can be told from these: a
-            compact law of them has the exact zeros of a ReLU.
-        validate_args: Whether to look for values that are not finite.
+        activations: Rows (N, d); not copied.
+        replacement: Whether a row may be sampled more than once. If False, one call of :meth:`sample` gives a row at
+            most once, so that samples are not independent. This is for two-sample tests, which duplicates would bias.
+        rectified: Whether the rows are pre-activations u, and samples are max(u, 0). A parametric distribution that is
+            fitted to pre-activations has the exact zeros of a ReLU.
+        validate_args: Whether to check that values are finite.
 
     Raises:
-        TypeError: If ``activations`` is no floating tensor.
-        ValueError: If it has a wrong shape, no row, or values that are not finite.
+        TypeError: ``activations`` is not a floating tensor.
+        ValueError: It has a wrong shape, no row, or values that are not finite.
 
     Example:
         >>> bank = Bank(torch.eye(3), replacement=False)
@@ -46,7 +47,8 @@ class Bank(Distribution):
     support = constraints.real_vector
     has_rsample = False
     has_density = False
-    _validate_args = __debug__  # torch.compile switches validation off on torch's own base class, for good
+    # Set here, because torch.compile permanently switches validation off on the base class of torch.
+    _validate_args = __debug__
 
     def __init__(
         self,
@@ -55,15 +57,15 @@ class Bank(Distribution):
         rectified: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(activations, Tensor) or not activations.is_floating_point():
-            kind = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
-            raise TypeError(f"activations must be a floating tensor (N, d), got {kind}")
+        check_floating("activations", activations, "(N, d)")
         if activations.dim() != 2 or 0 in activations.shape:
             raise ValueError(f"activations has shape {tuple(activations.shape)}; expected (N, d) with N, d >= 1")
         validate = self._validate_args if validate_args is None else validate_args
         if validate and not bool(activations.isfinite().all()):
             bad = int((~activations.isfinite().all(-1)).sum())
-            raise ValueError(f"{bad} of {len(activations)} activations hold NaN or infinity; leave them out first")
+            raise ValueError(
+                f"{bad} of {len(activations)} rows of activations hold NaN or infinity; leave them out first"
+            )
         self.activations = activations.detach()
         self.replacement, self.rectified = bool(replacement), bool(rectified)
         super().__init__(Size(), activations.shape[-1:], validate_args=False)
@@ -73,62 +75,63 @@ class Bank(Distribution):
 
     @property
     def rows(self) -> Tensor:
-        """What is drawn from, (N, d): the rows, or their positive part."""
+        """The rows that samples are taken from, (N, d): the activations, or their positive part."""
         return self.activations.clamp_min(0) if self.rectified else self.activations
 
     @property
     def num_parameters(self) -> int:
-        """How many floats the law takes."""
+        """Number of floats."""
         return self.activations.numel()
 
     @property
     def mean(self) -> Tensor:
         """Mean of the rows, shape (*B, d)."""
-        return self._spread(in_double(self.rows).mean(0))
+        return self._expanded(in_double(self.rows).mean(0))
 
     @property
     def variance(self) -> Tensor:
         """Variance of each coordinate over the rows, shape (*B, d)."""
-        return self._spread(in_double(self.rows).var(0, correction=0))
+        return self._expanded(in_double(self.rows).var(0, correction=0))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Bank:
-        """The same law with a batch shape; the rows are shared."""
+        """Return the same distribution with a batch shape; the rows are shared."""
         new: Bank = self._get_checked_instance(Bank, _instance)
         new.activations, new.replacement, new.rectified = self.activations, self.replacement, self.rectified
         super(Bank, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """None: a law of finitely many points has no density.
+        """Raise a ValueError: a distribution on finitely many points has no density.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            "a Bank has no density, and so no log_prob: its mass is on finitely many points; fit a PrincipalMixture"
+            "a Bank has no density, so log_prob is not defined: its mass is on finitely many points. Fit a "
+            "PrincipalMixture"
         )
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw rows of shape (*sample_shape, *B, d), from ``generator`` or torch's default.
+        """Sample rows of shape (*sample_shape, *B, d), with ``generator`` or torch's default generator.
 
         Raises:
-            ValueError: If more rows are asked for than there are, without replacement.
+            ValueError: Without replacement, more samples are requested than there are rows.
         """
         shape = self._extended_shape(Size(sample_shape))
         count, rows, device = shape[:-1].numel(), len(self.activations), self.activations.device
         if self.replacement:
             index = torch.randint(rows, (count,), generator=generator, device=device)
         elif count > rows:
-            raise ValueError(f"{count} draws without replacement were asked of a Bank of {rows} rows")
+            raise ValueError(f"the number of samples without replacement is {count}; expected at most {rows}, the rows")
         else:
             index = torch.randperm(rows, generator=generator, device=device)[:count]
-        drawn = self.activations[index].reshape(shape)
-        return drawn.clamp_min(0) if self.rectified else drawn
+        sampled = self.activations[index].reshape(shape)
+        return sampled.clamp_min(0) if self.rectified else sampled
 
-    def _spread(self, moment: Tensor) -> Tensor:
+    def _expanded(self, moment: Tensor) -> Tensor:
         return moment.to(self.activations).expand(self.batch_shape + self.event_shape)
 
     def __repr__(self) -> str:
-        (n, d), how = self.activations.shape, ", rectified" if self.rectified else ""
-        how += "" if self.replacement else ", without replacement"
-        return f"Bank({n} row{'s' * (n != 1)} of dimension {d}{how})"
+        (n, d), options = self.activations.shape, ", rectified" if self.rectified else ""
+        options += "" if self.replacement else ", without replacement"
+        return f"Bank({n} row{'s' * (n != 1)} of dimension {d}{options})"

@@ -13,7 +13,7 @@ __all__ = ["NormalizeTransform", "sphere"]
 
 
 class _Sphere(constraints.Constraint):
-    """Unit vectors along the last dimension, to the accuracy of their dtype."""
+    """Unit vectors along the last dimension, up to the accuracy of their dtype."""
 
     is_discrete = False
     event_dim = 1
@@ -33,7 +33,7 @@ sphere = _Sphere()
 class NormalizeTransform(Transform):
     """Projection of real vectors onto the unit sphere, x ↦ x / ‖x‖; not bijective.
 
-    ``torch.distributions.transform_to`` finds it for the constraint :data:`sphere`.
+    ``torch.distributions.transform_to`` returns it for the constraint :data:`sphere`.
 
     Example:
         >>> from torch.distributions import transform_to

@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
+from penult._checks import described
 from penult.distributions._flow_fit import (
     BOUND,
     ELEMENTS,
@@ -28,17 +29,16 @@ __all__ = ["NormalizingFlow"]
 
 
 class NormalizingFlow(nn.Module):
-    r"""A spline flow over a Gaussian mixture, optionally rectified: a law of activations with a density.
+    r"""A spline flow over a Gaussian mixture, optionally rectified.
 
     .. math:: x_i = a_i + s_i\,T_i^{-1}(z_i),\qquad z \sim \text{PrincipalMixture},
 
-    with a monotone rational-quadratic spline T_i for each coordinate, and :math:`h = \max(x, 0)` in place of x when
-    ``rectified``. The splines take the skewness and the edges of single coordinates, the mixture the clusters and
-    the correlations. It has the interface of a `PrincipalMixture` and is a module: it moves, and its state is
-    tensors of floats. All of them are buffers.
+    with a monotone rational-quadratic spline T_i for each coordinate, and :math:`h = \max(x, 0)` instead of x when
+    ``rectified``. The splines model the skewness and the edges of single coordinates, the mixture models the clusters
+    and the correlations. It has the interface of a `PrincipalMixture` and is a module, whose tensors are buffers.
 
     Flows of more layers over a normal base (masked autoregressive, coupling) reach the same likelihood, but put mass
-    between the clusters, where a two-sample test finds it.
+    between the clusters, which a two-sample test detects.
 
     It needs zuko: ``pip install "penult[flow]"``.
 
@@ -49,13 +49,13 @@ class NormalizingFlow(nn.Module):
         loc: Centres a (d,).
         scale: Scales s > 0 (d,).
         knots: Widths, heights and slopes of the splines, unconstrained, (d, 3·bins − 1); zeros are the identity.
-        base: The law of z.
+        base: Distribution of z.
         rectified: Whether negative coordinates are set to zero.
 
     Raises:
-        ImportError: If zuko is not installed.
-        TypeError: If ``base`` is no `PrincipalMixture`, or the dtypes differ.
-        ValueError: If shapes do not agree, the base is rectified, or a value is out of range or not finite.
+        ImportError: zuko is not installed.
+        TypeError: ``base`` is not a `PrincipalMixture`, or the dtypes differ.
+        ValueError: Shapes do not agree, the base is rectified, or a value is out of range or not finite.
 
     Example:
         >>> rows = torch.cat([torch.randn(300, 4), torch.randn(300, 4) + 5.0]).exp()
@@ -76,26 +76,26 @@ class NormalizingFlow(nn.Module):
         self, loc: Tensor, scale: Tensor, knots: Tensor, base: PrincipalMixture, rectified: bool = False
     ) -> None:
         super().__init__()
-        zuko()  # here, rather than at the first draw
+        # A missing package is reported here and not only by the first call of sample or log_prob.
+        zuko()
         if not isinstance(base, PrincipalMixture):
-            raise TypeError(f"base must be a PrincipalMixture, got {type(base).__name__}")
-        given = {"loc": loc, "scale": scale, "knots": knots}
-        for name, value in given.items():
+            raise TypeError(f"base is {described(base)}; expected a PrincipalMixture")
+        parameters = {"loc": loc, "scale": scale, "knots": knots}
+        for name, value in parameters.items():
             if not isinstance(value, Tensor) or value.dtype != base.loc.dtype:
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a tensor of the base's dtype {base.loc.dtype}, got {kind}")
+                raise TypeError(f"{name} is {described(value)}; expected a {base.loc.dtype} tensor, as base")
         d = base.event_shape[0]
         if loc.shape != (d,) or scale.shape != (d,) or knots.dim() != 2 or len(knots) != d or knots.shape[1] % 3 != 2:
-            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
+            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in parameters.items())
             raise ValueError(
                 f"the shapes do not agree: {shapes}; expected loc ({d},), scale ({d},), knots ({d}, 3 bins - 1)"
             )
-        if not all(bool(value.isfinite().all()) for value in given.values()) or not bool((scale > 0).all()):
+        if not all(bool(value.isfinite().all()) for value in parameters.values()) or not bool((scale > 0).all()):
             raise ValueError("loc, scale and knots must be finite, and scale positive")
         if base.rectified or base.batch_shape:
             raise ValueError("base must be neither rectified nor expanded; pass rectified=True to the flow itself")
         self.rectified = bool(rectified)
-        for name, value in given.items():
+        for name, value in parameters.items():
             self.register_buffer(name, value.detach().clone())
         for name in PARTS:
             self.register_buffer(f"base_{name}", getattr(base, name).detach().clone())
@@ -115,36 +115,38 @@ class NormalizingFlow(nn.Module):
     ) -> NormalizingFlow:
         """Fit to activations, without labels.
 
-        Three steps: each spline by the likelihood of its coordinate under a standard normal; the mixture by
-        `PrincipalMixture.fit` in the coordinates that they give, and in those of no splines; then the better of the
-        two by the likelihood of splines and mixture together (AdamW, a cosine schedule, clipped gradients). One row
-        in ten, at most 4096, is held out, and chooses at each step; if the last gains nothing, the mixture is fitted
-        again to all rows. With fewer than 100 rows there is nothing to choose by, and the splines are the identity.
+        There are three steps. First, each spline is fitted by the likelihood of its coordinate under a standard
+        normal. Second, the mixture is fitted by `PrincipalMixture.fit`, in the coordinates of these splines and in
+        those without splines. Third, the better of the two is fitted by the common likelihood of splines and mixture
+        (AdamW, a cosine schedule, clipped gradients). One row in ten, at most 4096, is held out to select the best
+        result of each step. If the last step gains nothing, the mixture is fitted again to all rows. With fewer than
+        100 rows nothing is selected, and the splines are the identity.
 
-        Expectation maximisation passes over all activations, so that they need not fit in memory; the other steps
-        use a random sample of at most 2²⁴ numbers, kept in memory. The fit is by likelihood: where rows hold exact
-        zeros, as after a ReLU, fit the rows before it with ``rectified``.
+        Expectation maximisation passes over all activations, so that they need not fit in memory. The other steps
+        use a random sample of at most 2²⁴ numbers, kept in memory. The fit is by likelihood, so rows with exact zeros,
+        as after a ReLU, do not suit it: fit the rows before the ReLU with ``rectified``.
 
         Args:
-            activations: Rows (N, d), or something that can be iterated more than once and gives rows (n, d). For a
-                rectified law these are the rows *before* the rectification, the pre-activations.
-            components: How many components of the mixture, at most.
-            dims: How many principal components of the splines' coordinates the mixture has its own covariances in,
-                at most; None for all. Fewer than d leave an isotropic residual across them.
-            rectified: Whether the law is rectified; the fit is the same.
-            seed: Seed of the sample, the start and the order of rows. The global random state is not touched.
-            bins: Of each spline.
-            iterations: Steps of the splines; 0 leaves them the identity.
-            epochs: Passes of the last step over the sample; 0 leaves it out.
-            progress: Called with the steps done and their number, after each.
+            activations: Rows (N, d), or an iterable of rows (n, d) that can be iterated more than once. For a rectified
+                distribution these are the rows *before* the rectification, the pre-activations.
+            components: Number of components of the mixture, at most.
+            dims: Number of principal components, in the coordinates of the splines, in which the components have their
+                own covariances, at most; None for all. With fewer than d, the residual is isotropic.
+            rectified: Whether the distribution is rectified; the fit is the same.
+            seed: Seed of the sample, the start and the order of rows. The global random state is not changed.
+            bins: Number of bins of each spline.
+            iterations: Number of steps of the splines; 0 leaves them the identity.
+            epochs: Number of passes of the last step over the sample; 0 skips it.
+            progress: Called after each step with the number of steps done and their total.
 
         Returns:
             A flow of the dtype of the rows, at least float32, on their device.
 
         Raises:
-            ImportError: If zuko is not installed.
-            TypeError: If ``activations`` gives no floating tensors, or can be iterated only once.
-            ValueError: If a shape is wrong, rows hold NaN or infinity, all rows are equal, there are fewer than two,
+            ImportError: zuko is not installed.
+            TypeError: ``activations`` gives no floating tensors or can be iterated only once, or a number is not an
+                integer.
+            ValueError: A shape is wrong, rows hold NaN or infinity, all rows are equal, there are fewer than two,
                 passes differ in their number of rows, or a number is out of range.
         """
         loc, scale, knots, base = fit_flow(activations, components, dims, seed, bins, iterations, epochs, progress)
@@ -152,32 +154,35 @@ class NormalizingFlow(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> NormalizingFlow:
-        """The flow whose :meth:`config` and ``state_dict`` these are.
+        """Rebuild a flow from its :meth:`config` and ``state_dict``.
 
         Raises:
-            ValueError: If they belong to no flow, or not to each other.
+            ValueError: They are not those of a flow, or do not belong together.
         """
-        wanted = {"loc", "scale", "knots", *(f"base_{name}" for name in PARTS)}
-        if set(tensors) != wanted or not isinstance(config.get("rectified"), bool):
+        names = {"loc", "scale", "knots", *(f"base_{name}" for name in PARTS)}
+        if set(tensors) != names or not isinstance(config.get("rectified"), bool):
             raise ValueError(
-                f"not the state of a NormalizingFlow: it has {', '.join(sorted(wanted))} and config 'rectified', "
-                f"got {', '.join(sorted(tensors)) or 'no tensors'} and config {dict(config)!r}"
+                f"not the state of a NormalizingFlow: the tensors are {', '.join(sorted(tensors)) or 'none'} and the "
+                f"config is {dict(config)!r}; expected {', '.join(sorted(names))} and a config with 'rectified'"
             )
         base = mixture_of((tensors[f"base_{name}"] for name in PARTS), validate_args=True)
         new = cls(tensors["loc"], tensors["scale"], tensors["knots"], base, config["rectified"])
         if new.config() != dict(config):
-            raise ValueError(f"config {dict(config)!r} and tensors do not belong together; these make {new.config()!r}")
+            raise ValueError(
+                f"config {dict(config)!r} and tensors do not belong together; the config of these tensors is "
+                f"{new.config()!r}"
+            )
         return new
 
     def config(self) -> dict[str, Any]:
-        """What makes this flow again, with its ``state_dict``, by :meth:`from_config`; for JSON."""
+        """Return JSON facts from which, together with the ``state_dict``, :meth:`from_config` rebuilds this flow."""
         (m, d), c = self.base_components.shape, len(self.base_logits)
         spline = {"bins": self._bins, "bound": BOUND, "slope": SLOPE}
         return {"features": d, "components": c, "dims": m, **spline, "rectified": self.rectified}
 
     @property
     def base(self) -> PrincipalMixture:
-        """The law of z; it shares the buffers."""
+        """The distribution of z, which shares the buffers."""
         return mixture_of(getattr(self, f"base_{name}") for name in PARTS)
 
     @property
@@ -204,24 +209,23 @@ class NormalizingFlow(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """How many floats the law takes, with triangles counted as triangles."""
+        """Number of free floats of the distribution; of a triangular matrix only the triangle counts."""
         return self.loc.numel() + self.scale.numel() + self.knots.numel() + self.base.num_parameters
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at (*S, d), shape (*S); computed in at least float32.
+        """Return the log density at (*S, d), shape (*S), computed in at least float32.
 
         Raises:
-            ValueError: If there is no density (see :attr:`has_density`), or values are of a wrong shape or not
-                finite.
+            ValueError: There is no density (see :attr:`has_density`), or values have a wrong shape or are not finite.
         """
         if not self.has_density:
             why = (
-                "a rectified law has atoms at zero; the density of the pre-activations is that of the same "
+                "a rectified distribution has atoms at zero; the density of the pre-activations is that of the same "
                 "parameters with rectified=False"
                 if self.rectified
                 else "it was fitted to rows that lie in a plane"
             )
-            raise ValueError(f"this NormalizingFlow has no density, and so no log_prob: {why}")
+            raise ValueError(f"this NormalizingFlow has no density, so log_prob is not defined: {why}")
         d = len(self.loc)
         if value.dim() < 1 or value.shape[-1] != d:
             raise ValueError(f"value has shape {tuple(value.shape)}; expected (..., {d})")
@@ -237,11 +241,11 @@ class NormalizingFlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw activations of shape (*sample_shape, d), from ``generator`` or torch's default."""
+        """Sample activations of shape (*sample_shape, d), with ``generator`` or torch's default generator."""
         shape, d = Size(sample_shape), len(self.loc)
         _, _, _, base = self._cast(torch.promote_types(self.loc.dtype, torch.float32))
         z = base.sample((shape.numel(),), generator=generator)
-        # the inverse is a root of a quadratic, whose discriminant single precision can make negative
+        # The inverse is a root of a quadratic, whose discriminant could round to a negative number in float32.
         loc, scale, knots, _ = self._cast(working_dtype(self.loc.device))
         inverse = splines(knots).inv
         parts = [loc + scale * inverse(rows.to(loc)) for rows in z.split(max(1, ELEMENTS // d))]
@@ -261,5 +265,5 @@ class NormalizingFlow(nn.Module):
         return (self.knots.shape[1] + 1) // 3
 
     def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, PrincipalMixture]:
-        law = mixture_of(getattr(self, f"base_{name}").to(dtype) for name in PARTS)
-        return self.loc.to(dtype), self.scale.to(dtype), self.knots.to(dtype), law
+        base = mixture_of(getattr(self, f"base_{name}").to(dtype) for name in PARTS)
+        return self.loc.to(dtype), self.scale.to(dtype), self.knots.to(dtype), base

@@ -1,4 +1,4 @@
-"""A Gaussian mixture in the principal components of activations, as a citizen of torch.distributions."""
+"""A Gaussian mixture in the principal components of activations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
+from penult._checks import check_floating
 from penult.distributions._mixture_fit import by_maximisation, by_posterior
 from penult.distributions._positive import positive_moments, rectified_moments, square, unsquare
 from penult.special import in_full, traced, working_dtype
@@ -19,20 +20,28 @@ if TYPE_CHECKING:
 
 __all__ = ["PrincipalMixture", "check_parameters", "check_values"]
 
-# --- What the parameters of a principal mixture have to be, and what is said of others ----------------------
+# --- Checks of the parameters -------------------------------------------------------------------------------
+
+_SHAPES = {
+    "loc": "(d,)",
+    "components": "(m, d)",
+    "logits": "(C,)",
+    "means": "(C, m)",
+    "scale_tril": "(C, m, m)",
+    "residual_scale": "()",
+    "softness": "(d,)",
+}
 
 
-def check_parameters(given: dict[str, Tensor]) -> None:
-    """Raise unless all are floating tensors of one dtype, by a TypeError, and their shapes agree, by a ValueError."""
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating tensor, got {kind}; use torch.tensor(..., dtype=...)")
-    if len({value.dtype for value in given.values()}) > 1:
-        kinds = ", ".join(f"{name} {value.dtype}" for name, value in given.items())
-        raise TypeError(f"the parameters must have one dtype, got {kinds}")
-    m, d = given["components"].shape if given["components"].dim() == 2 else (0, 0)
-    c = len(given["logits"]) if given["logits"].dim() == 1 else 0
+def check_parameters(parameters: dict[str, Tensor]) -> None:
+    """Raise a TypeError unless all are floating tensors of one dtype, a ValueError unless their shapes agree."""
+    for name, value in parameters.items():
+        check_floating(name, value, _SHAPES[name])
+    if len({value.dtype for value in parameters.values()}) > 1:
+        dtypes = ", ".join(f"{name} {value.dtype}" for name, value in parameters.items())
+        raise TypeError(f"the dtypes of the parameters are {dtypes}; expected one dtype")
+    m, d = parameters["components"].shape if parameters["components"].dim() == 2 else (0, 0)
+    c = len(parameters["logits"]) if parameters["logits"].dim() == 1 else 0
     expected = {
         "loc": (d,),
         "components": (m, d),
@@ -42,37 +51,41 @@ def check_parameters(given: dict[str, Tensor]) -> None:
         "residual_scale": (),
         "softness": (d,),
     }
-    if not 1 <= m <= d or c < 1 or any(tuple(value.shape) != expected[name] for name, value in given.items()):
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
+    if not 1 <= m <= d or c < 1 or any(tuple(value.shape) != expected[name] for name, value in parameters.items()):
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in parameters.items())
         raise ValueError(
             f"the shapes do not agree: {shapes}; expected loc (d,), components (m, d), logits (C,), means (C, m), "
             "scale_tril (C, m, m), residual_scale () and softness (d,) with 1 <= m <= d and C >= 1"
         )
 
 
-def check_values(given: dict[str, Tensor]) -> None:
+def check_values(parameters: dict[str, Tensor]) -> None:
     """Raise unless they are finite, some component has a weight, the softness is positive and the plane orthonormal.
 
-    The rest is said by the constraints of torch.distributions.
+    The constraints of torch.distributions check the other properties.
     """
-    for name, value in given.items():
+    for name, value in parameters.items():
         if not bool((value.isfinite() | (value.isneginf() if name == "logits" else False)).all()):
             raise ValueError(f"{name} holds NaN or infinity")
-    if not bool((given["logits"] > -math.inf).any()):
-        raise ValueError("logits leave every component out: all are -inf")
-    if "softness" in given and not bool((given["softness"] > 0).all()):
-        raise ValueError(f"softness must be positive, or None; its least is {float(given['softness'].min()):.4g}")
-    plane = given["components"].detach().to(working_dtype(given["components"].device))
+    if not bool((parameters["logits"] > -math.inf).any()):
+        raise ValueError("logits are all -inf; expected a finite one for at least one component")
+    if "softness" in parameters and not bool((parameters["softness"] > 0).all()):
+        smallest = float(parameters["softness"].min())
+        raise ValueError(f"softness has the value {smallest:.4g}; expected positive values, or None")
+    plane = parameters["components"].detach().to(working_dtype(parameters["components"].device))
     error = float((plane @ plane.mT - torch.eye(len(plane), dtype=plane.dtype, device=plane.device)).abs().max())
-    tolerance = max(1e-6, 20 * torch.finfo(given["components"].dtype).eps)
+    tolerance = max(1e-6, 20 * torch.finfo(parameters["components"].dtype).eps)
     if error > tolerance:
         raise ValueError(
-            f"components must have orthonormal rows; their products differ from the identity by {error:.4g}: "
-            "torch.linalg.qr(components.mT).Q.mT spans the same plane"
+            f"the products of the rows of components differ from the identity by {error:.4g}; expected orthonormal "
+            "rows. torch.linalg.qr(components.mT).Q.mT spans the same plane"
         )
 
 
-_ELEMENTS = 1 << 21  # handled at a time by log_prob
+# --- The distribution ---------------------------------------------------------------------------------------
+
+# Number of elements that log_prob processes at a time.
+_ELEMENTS = 1 << 21
 
 
 class PrincipalMixture(Distribution):
@@ -81,37 +94,37 @@ class PrincipalMixture(Distribution):
     .. math:: x = \mu + V^\top u + s\,(I - V^\top V)\,\varepsilon,\qquad
               u \sim \sum_c \pi_c\, N(m_c, L_c L_c^\top),\quad \varepsilon \sim N(0, I_d),
 
-    and h = x; or :math:`h = \max(x, 0)` when ``rectified``, with exact zeros; or, with a ``softness`` b,
+    and h = x; or :math:`h = \max(x, 0)` if ``rectified``, with exact zeros; or, with a ``softness`` b,
 
     .. math:: h = \tfrac14 \bigl(x + \sqrt{x^2 + 4b}\bigr)^2 > 0, \qquad x = \sqrt h - b / \sqrt h ,
 
-    for rows that are positive, as after ReLU and average pooling: nearly a square root, which takes most of their
-    skewness, and smooth down to zero. It stands for a bank of activations with far fewer numbers: 38 500 for 16
-    components in 64 dimensions. With m = d nothing is left across, and ``residual_scale`` is ignored.
+    for rows that are positive, as after ReLU and average pooling: nearly a square root, which removes most of their
+    skewness, and smooth down to zero. It needs far fewer numbers than a bank of activations: 38 500 for 16 components
+    in 64 dimensions. With m = d there is no residual, and ``residual_scale`` is ignored.
 
-    A density exists unless the law is rectified (which puts atoms on zero) or s = 0 with m < d (which keeps it to
-    a plane): see :attr:`has_density`.
+    A density exists unless the distribution is rectified (it then has atoms at zero) or s = 0 with m < d (it then lies
+    in a plane): see :attr:`has_density`.
 
     References:
-        Tipping and Bishop, "Mixtures of Probabilistic Principal Component Analysers", 1999, of which this is the
-        case of one plane shared by all components.
+        Tipping and Bishop, "Mixtures of Probabilistic Principal Component Analysers", 1999; here all components share
+        one plane.
 
     Args:
-        loc: The centre μ (d,).
+        loc: Centre μ (d,).
         components: Orthonormal rows V (m, d), m ≤ d.
-        logits: Log weights of the mixture (C,), up to a constant; −∞ leaves a component out.
+        logits: Log weights of the mixture (C,), up to a constant; −∞ removes a component.
         means: Means m_c in the plane (C, m), relative to ``loc``.
         scale_tril: Lower Cholesky factors L_c of the covariances in the plane (C, m, m).
         residual_scale: Standard deviation s ≥ 0 across the plane, ().
         rectified: Whether negative coordinates are set to zero.
-        softness: b > 0 (d,), for a positive law; None for none.
+        softness: b > 0 (d,) for a positive distribution, or None.
         validate_args: Whether to check values, as in torch.distributions.
 
     Raises:
-        ValueError: If shapes do not agree, rows of ``components`` are not orthonormal, a factor is not lower
-            triangular with a positive diagonal, ``residual_scale`` is negative, ``softness`` not positive or given
-            for a rectified law, or a value is not finite.
-        TypeError: If a parameter is not a floating tensor, or their dtypes differ.
+        ValueError: Shapes do not agree, rows of ``components`` are not orthonormal, a factor is not lower triangular
+            with a positive diagonal, ``residual_scale`` is negative, ``softness`` is not positive or is given for a
+            rectified distribution, or a value is not finite.
+        TypeError: A parameter is not a floating tensor, or the dtypes differ.
 
     Example:
         >>> p = PrincipalMixture(
@@ -126,6 +139,7 @@ class PrincipalMixture(Distribution):
         (torch.Size([4, 3]), torch.Size([5]))
     """
 
+    # softness is not listed, because it may be None.
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
         "loc": constraints.real_vector,
         "components": constraints.independent(constraints.real, 2),
@@ -133,9 +147,10 @@ class PrincipalMixture(Distribution):
         "means": constraints.independent(constraints.real, 2),
         "scale_tril": constraints.independent(constraints.lower_cholesky, 1),
         "residual_scale": constraints.nonnegative,
-    }  # and softness, which may be None
+    }
     has_rsample = False
-    _validate_args = __debug__  # torch.compile switches validation off on torch's own base class, for good
+    # Set here, because torch.compile permanently switches validation off on the base class of torch.
+    _validate_args = __debug__
 
     def __init__(
         self,
@@ -149,7 +164,7 @@ class PrincipalMixture(Distribution):
         softness: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        given = {
+        parameters = {
             "loc": loc,
             "components": components,
             "logits": logits,
@@ -158,11 +173,11 @@ class PrincipalMixture(Distribution):
             "residual_scale": residual_scale,
         }
         if softness is not None:
-            given["softness"] = softness
-        check_parameters(given)
+            parameters["softness"] = softness
+        check_parameters(parameters)
         validate = self._validate_args if validate_args is None else validate_args
         if validate:
-            check_values(given)
+            check_values(parameters)
         self.loc = loc
         self.components = components
         self.logits = logits
@@ -172,7 +187,7 @@ class PrincipalMixture(Distribution):
         self.rectified = bool(rectified)
         self.softness = softness
         if self.rectified and softness is not None:
-            raise ValueError("a law is rectified, or positive by its softness, not both")
+            raise ValueError("rectified is True and softness is given; expected at most one")
         super().__init__(Size(), loc.shape, validate_args=validate)
 
     @classmethod
@@ -188,37 +203,37 @@ class PrincipalMixture(Distribution):
         tolerance: float = 1e-3,
         group: ProcessGroup | None = None,
     ) -> PrincipalMixture:
-        """Fit to activations, without labels: principal components, then expectation maximisation in them.
+        """Fit to activations, without labels, by expectation maximisation in their principal components.
 
-        Everything is a sum over batches, in float64, so that the activations need not fit in memory: two passes
-        for the principal components, then one for each update, unless the projections are small enough to keep.
-        It starts from k-means on at most 16 384 rows. The covariances have an inverse-Wishart prior, worth m/2 rows
-        of the covariance within the clusters of the start, pooled, and there is at most one component for 20 rows:
-        both by the likelihood of held-out MNIST activations. A component that ends with less than half a row is
-        left out.
+        All steps are sums over batches, in float64, so that the activations need not fit in memory: two passes for the
+        principal components, then one for each update, unless the projections are small enough to keep. The start is
+        k-means on at most 16 384 rows. The covariances have an inverse-Wishart prior with the weight of m/2 rows; its
+        covariance is the pooled covariance within the clusters of the start. There is at most one component for 20
+        rows. Both numbers were chosen by the likelihood of held-out MNIST activations. Components that end with less
+        than half a row are removed.
 
         Args:
-            activations: Rows (N, d), or something that can be iterated more than once and gives rows (n, d). For a
-                rectified law these are the rows *before* the rectification, the pre-activations.
-            components: How many components C, at most.
-            dims: How many principal components m, at most; fewer where d or the rank of the rows is smaller. Rows
-                that lie in a plane of at most so many dimensions leave a residual scale of 0, and so no density
-                unless m = d.
-            rectified: Whether the law is rectified; the fit is the same.
-            positive: Whether the law is positive, with a softness of a hundredth of each coordinate's mean; rows
-                must not be negative, and what is below a thousandth of the mean is moved there.
-            seed: Seed of the start. The global random state is not touched.
-            iterations: Updates, at most.
+            activations: Rows (N, d), or an iterable of rows (n, d) that can be iterated more than once. For a rectified
+                distribution these are the rows *before* the rectification, the pre-activations.
+            components: Number of components C, at most.
+            dims: Number of principal components m, at most; fewer if d or the rank of the rows is smaller. If the rows
+                lie in a plane of at most this dimension, the residual scale is 0, and there is no density unless m = d.
+            rectified: Whether the distribution is rectified; the fit is the same.
+            positive: Whether the distribution is positive, with a softness of a hundredth of each coordinate's mean.
+                Rows must not be negative, and values below a thousandth of the mean are raised to it.
+            seed: Seed of the start. The global random state is not changed.
+            iterations: Number of updates, at most.
             tolerance: Gain of the mean log likelihood, per row and with the prior, below which the updates end.
-            group: Processes of ``torch.distributed`` that share the work. Each gives rows of its own, as a tensor or in
-                at least one batch, be it of no row; all get the same law.
+            group: Processes of ``torch.distributed`` that share the work. Each gives its own rows, as a tensor or in at
+                least one, possibly empty, batch; all get the same distribution.
 
         Returns:
             A distribution of the dtype of the rows, at least float32, on their device.
 
         Raises:
-            TypeError: If ``activations`` gives no floating tensors, or can be iterated only once.
-            ValueError: If a shape is wrong, rows hold NaN or infinity, all rows are equal, there are fewer than two,
+            TypeError: ``activations`` gives no floating tensors or can be iterated only once, or a number has a wrong
+                type.
+            ValueError: A shape is wrong, rows hold NaN or infinity, all rows are equal, there are fewer than two,
                 passes differ in their number of rows, or a number is out of range.
 
         Example:
@@ -240,28 +255,27 @@ class PrincipalMixture(Distribution):
         positive: bool = False,
         group: ProcessGroup | None = None,
     ) -> PrincipalMixture:
-        """One component a class, from class probabilities in place of labels; in closed form.
+        """Fit one component for each class, in closed form, from class probabilities instead of labels.
 
         Weight, mean and covariance of a component are those of the rows, weighted by the probability of its class.
-        The covariances have the prior of :meth:`fit`, with that within classes, pooled, so that a class of few rows
-        is round rather than flat. Classes that hold less than 1e-6 of a row are left out.
+        The covariances have the prior of :meth:`fit`, with the pooled covariance within classes, so that the covariance
+        of a class of few rows is not singular. Classes that hold less than 1e-6 of a row are removed.
 
         Args:
-            activations: Rows (N, d) or batches of them, as for :meth:`fit`; two passes for the principal components,
-                and one more.
-            posterior: Gives class probabilities (n, C) of rows (n, d), as ``lambda h: head(h).softmax(-1)``. For a
-                rectified law the rows are the pre-activations.
-            dims: How many principal components m, at most.
-            rectified: Whether the law is rectified.
-            positive: Whether the law is positive, as for :meth:`fit`; the rows that ``posterior`` gets are h.
+            activations: Rows (N, d) or batches of them, as for :meth:`fit`; they are read in three passes.
+            posterior: Function that returns class probabilities (n, C) of rows (n, d), such as
+                ``lambda h: head(h).softmax(-1)``. For a rectified distribution the rows are the pre-activations.
+            dims: Number of principal components m, at most.
+            rectified: Whether the distribution is rectified.
+            positive: Whether the distribution is positive, as for :meth:`fit`; ``posterior`` gets the rows h.
             group: Processes of ``torch.distributed`` that share the work, as for :meth:`fit`.
 
         Returns:
             A distribution of the dtype of the rows, at least float32, on their device.
 
         Raises:
-            TypeError: If ``activations`` gives no floating tensors, or can be iterated only once.
-            ValueError: As for :meth:`fit`, or if the probabilities have a wrong shape.
+            TypeError: As for :meth:`fit`.
+            ValueError: As for :meth:`fit`, or the probabilities have a wrong shape.
 
         Example:
             >>> rows = torch.cat([torch.randn(500, 8), torch.randn(500, 8) + 6.0])
@@ -273,10 +287,11 @@ class PrincipalMixture(Distribution):
         return cls(**fitted._asdict(), rectified=rectified)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> PrincipalMixture:
-        """The same law with a batch shape; its parameters are shared and keep their shapes."""
+        """Return the same distribution with a batch shape; the parameters are shared and keep their shapes."""
         new: PrincipalMixture = self._get_checked_instance(PrincipalMixture, _instance)
         batch = Size(batch_shape)
-        torch.empty(self.batch_shape, device="meta").expand(batch)  # raises where torch's own distributions do
+        # Raises the same errors as the distributions of torch.
+        torch.empty(self.batch_shape, device="meta").expand(batch)
         for name in (*self.arg_constraints, "rectified", "softness"):
             setattr(new, name, getattr(self, name))
         super(PrincipalMixture, new).__init__(batch, self.event_shape, validate_args=False)
@@ -285,7 +300,7 @@ class PrincipalMixture(Distribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:
-        """Real vectors; the nonnegative orthant when rectified, the positive one with a softness."""
+        """Real vectors; the nonnegative orthant if rectified, the positive orthant with a softness."""
         if self.softness is not None:
             return constraints.independent(constraints.positive, 1)
         if self.rectified:
@@ -299,40 +314,39 @@ class PrincipalMixture(Distribution):
 
     @property
     def num_parameters(self) -> int:
-        """How many floats the law takes, with triangles counted as triangles: 38 481 for C = 16, m = d = 64."""
+        """Number of free floats; of a triangular matrix only the triangle counts. 38 481 for C = 16, m = d = 64."""
         (m, d), c = self.components.shape, len(self.logits)
         return d + m * d + c * (1 + m + m * (m + 1) // 2) + 1 + (0 if self.softness is None else d)
 
     @property
     def mean(self) -> Tensor:
-        """E[h], shape (*B, d); of a rectified law in closed form, of a positive one by the trapezoidal rule."""
+        """E[h], shape (*B, d); in closed form, or by the trapezoidal rule for a positive distribution."""
         weight, centre, _ = self._moments()
-        return self._spread(weight @ centre)
+        return self._expanded(weight @ centre)
 
     @property
     def variance(self) -> Tensor:
-        """Variance of each coordinate, shape (*B, d): within the components, plus that of their means."""
+        """Variance of each coordinate, shape (*B, d): the variance within components plus that of their means."""
         weight, centre, variance = self._moments()
-        return self._spread(weight @ (variance + (centre - weight @ centre).square()))
+        return self._expanded(weight @ (variance + (centre - weight @ centre).square()))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at (*S, *B, d), shape (*S, *B); computed in at least float32.
+        """Return the log density at (*S, *B, d), shape (*S, *B), computed in at least float32.
 
-        Of a positive law it is −∞ where a coordinate is not positive.
+        For a positive distribution it is −∞ where a coordinate is not positive.
 
         Raises:
-            ValueError: If there is no density (see :attr:`has_density`), or values are of a wrong shape or not
-                finite.
+            ValueError: There is no density (see :attr:`has_density`), or values have a wrong shape or are not finite.
         """
         if self.rectified or (not traced(value) and not self.has_density):
             why = (
-                "a rectified law has atoms at zero; pre-activations have one, that of the same parameters with "
-                "rectified=False"
+                "a rectified distribution has atoms at zero; the density of the pre-activations is that of the same "
+                "parameters with rectified=False"
                 if self.rectified
-                else "residual_scale is 0, so that all draws lie in a plane, as the rows that it was fitted to did "
-                "(units that are always 0, or fewer rows than dimensions); give it a positive one"
+                else "residual_scale is 0, so all samples lie in a plane, as the rows that it was fitted to "
+                "(units that are always 0, or fewer rows than dimensions); set a positive residual_scale"
             )
-            raise ValueError(f"this PrincipalMixture has no density, and so no log_prob: {why}")
+            raise ValueError(f"this PrincipalMixture has no density, so log_prob is not defined: {why}")
         if self._validate_args and not traced(value):
             self._validate_sample(value)
         dtype = torch.promote_types(torch.promote_types(value.dtype, self.loc.dtype), torch.float32)
@@ -352,37 +366,38 @@ class PrincipalMixture(Distribution):
         for rows in value.to(dtype).expand(shape).reshape(-1, d).split(max(1, _ELEMENTS // (len(means) * m + d))):
             x, slope = (rows, None) if self.softness is None else unsquare(rows, self.softness.to(dtype))
             with in_full(loc.device):
-                off = x - loc
-                u = off @ plane.mT
+                deviation = x - loc
+                u = deviation @ plane.mT
                 z = (u - means.unsqueeze(-2)) @ whiten.mT  # (C, n, m)
                 part = (constant - 0.5 * z.square().sum(-1).mT).logsumexp(-1)
                 if not self._full:
-                    rest = (off - u @ plane) / self.residual_scale.to(dtype)
-                    part = part - 0.5 * rest.square().sum(-1)
+                    residual = (deviation - u @ plane) / self.residual_scale.to(dtype)
+                    part = part - 0.5 * residual.square().sum(-1)
             parts.append(part if slope is None else part + slope)
         return torch.cat(parts).reshape(shape[:-1]).to(torch.promote_types(value.dtype, self.loc.dtype))
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw activations of shape (*sample_shape, *B, d), from ``generator`` or torch's default."""
+        """Sample activations of shape (*sample_shape, *B, d), with ``generator`` or torch's default generator."""
         shape = self._extended_shape(Size(sample_shape))
         with torch.no_grad(), in_full(self.loc.device):
-            return self._draw(shape[:-1].numel(), generator).to(self.loc.dtype).reshape(shape)
+            return self._sample_rows(shape[:-1].numel(), generator).to(self.loc.dtype).reshape(shape)
 
-    def _draw(self, count: int, generator: torch.Generator | None) -> Tensor:
+    def _sample_rows(self, count: int, generator: torch.Generator | None) -> Tensor:
         dtype, device = torch.promote_types(self.loc.dtype, torch.float32), self.loc.device
         loc, plane, means, tril = (part.to(dtype) for part in (self.loc, self.components, self.means, self.scale_tril))
         m, d = plane.shape
         if count == 0:
             return loc.new_empty(0, d)
         weight = self.logits.to(dtype).softmax(-1)
-        which = torch.multinomial(weight, count, replacement=True, generator=generator)
-        order = which.argsort(stable=True)
+        component = torch.multinomial(weight, count, replacement=True, generator=generator)
+        order = component.argsort(stable=True)
         z = torch.randn(count, m, dtype=dtype, device=device, generator=generator)
         u = torch.empty_like(z)
-        counts = which.bincount(minlength=len(weight)).tolist()
-        for c, (some, places) in enumerate(zip(z.split(counts), order.split(counts), strict=True)):
-            if len(places):  # one product for each component, where a gather would copy a factor for each draw
-                u[places] = torch.addmm(means[c], some, tril[c].mT)
+        counts = component.bincount(minlength=len(weight)).tolist()
+        # One product for each component, since indexing the factors would copy one for each sample.
+        for c, (normals, row_index) in enumerate(zip(z.split(counts), order.split(counts), strict=True)):
+            if len(row_index):
+                u[row_index] = torch.addmm(means[c], normals, tril[c].mT)
         if self._full or not bool(self.residual_scale > 0):
             x = torch.addmm(loc, u, plane)
         else:
@@ -395,16 +410,16 @@ class PrincipalMixture(Distribution):
         return x.clamp_(min=0) if self.rectified else x
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (C,), and mean and variance of each coordinate of h in each component (C, d)."""
-        weight, centre, variance = self._coordinates()
+        """Return weights (C,), and the mean and variance of each coordinate of h in each component (C, d)."""
+        weight, centre, variance = self._moments_of_x()
         if self.rectified:
             return weight, *rectified_moments(centre, variance)
         if self.softness is None:
             return weight, centre, variance
         return weight, *positive_moments(centre, variance, self.softness)
 
-    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (C,), and mean and variance of each coordinate of x in each component (C, d)."""
+    def _moments_of_x(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weights (C,), and the mean and variance of each coordinate of x in each component (C, d)."""
         dtype = working_dtype(self.loc.device)
         plane = self.components.to(dtype)
         centre = self.loc.to(dtype) + self.means.to(dtype) @ plane
@@ -413,7 +428,7 @@ class PrincipalMixture(Distribution):
             variance = variance + self.residual_scale.to(dtype).square() * (1 - plane.square().sum(0)).clamp_min(0)
         return self.logits.to(dtype).softmax(-1), centre, variance
 
-    def _spread(self, moment: Tensor) -> Tensor:
+    def _expanded(self, moment: Tensor) -> Tensor:
         return moment.to(self.loc.dtype).expand(self.batch_shape + self.event_shape)
 
     @property

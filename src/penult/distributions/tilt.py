@@ -14,23 +14,23 @@ __all__ = ["Tilt", "Tiltable"]
 
 
 class Tiltable(Protocol):
-    """What a base measure must offer to be tilted; :class:`penult.bases.Base` does."""
+    """The interface of base measures that can be tilted; :class:`penult.bases.Base` has it."""
 
     def log_mgf(self, weight: Tensor) -> Tensor:
-        """Log M(w) for rows (*B, d): shape (*B,)."""
+        """Return log M(w) for rows (*B, d): shape (*B,)."""
 
     def log_prob(self, h: Tensor) -> Tensor:
-        """Log m(h), shape of ``h`` without its last dimension."""
+        """Return log m(h), with the shape of ``h`` without its last dimension."""
 
     def project(self, h: Tensor) -> Tensor:
-        """The point of the base's support space at which ``h`` is read."""
+        """Return the point in the space of the base to which ``h`` is mapped."""
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One activation from the tilt by weight[i] for each i of ``index`` (N,): (N, d)."""
+        """Sample one activation from the tilt by weight[i] for each i of ``index`` (N,): (N, d)."""
 
 
 class Tilt(Distribution):
-    r"""The law p(h) = exp(w·h) m(h) / M(w) of a base measure m tilted by w.
+    r"""The distribution p(h) = exp(w·h) m(h) / M(w), a base measure m tilted by w.
 
     Args:
         base: The base measure.
@@ -38,7 +38,7 @@ class Tilt(Distribution):
         validate_args: As in torch.distributions.
 
     Raises:
-        ValueError: If ``weight`` has no last dimension or, when validating, is not finite.
+        ValueError: ``weight`` has no last dimension or, if validated, is not finite.
 
     Example:
         >>> import penult
@@ -53,13 +53,13 @@ class Tilt(Distribution):
 
     def __init__(self, base: Tiltable, weight: Tensor, validate_args: bool | None = None) -> None:
         if weight.dim() < 1:
-            raise ValueError("weight must have shape (*B, d); got a scalar")
+            raise ValueError("weight is a scalar; expected a tensor (*B, d)")
         self.base = base
         self.weight = weight
         super().__init__(weight.shape[:-1], weight.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Tilt:
-        """A view of the distribution with a larger batch shape."""
+        """Return a view of the distribution with a larger batch shape."""
         new: Tilt = self._get_checked_instance(Tilt, _instance)
         new.base = self.base
         new.weight = self.weight.expand(Size(batch_shape) + self.event_shape)
@@ -69,7 +69,7 @@ class Tilt(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """E[h] = ∇ log M(w), by automatic differentiation and itself differentiable in w, shape (*B, d)."""
+        """E[h] = ∇ log M(w), shape (*B, d), by automatic differentiation; it is differentiable in w."""
         track = torch.is_grad_enabled() and self.weight.requires_grad
         with torch.inference_mode(False), torch.enable_grad(), in_full(self.weight.device):
             weight = self.weight if track else self.weight.detach().clone().requires_grad_()
@@ -77,7 +77,7 @@ class Tilt(Distribution):
         return gradient
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """w·h + log m(h) − log M(w) at h (*S, *B, d), shape (*S, *B)."""
+        """Return w·h + log m(h) − log M(w) at h (*S, *B, d), shape (*S, *B)."""
         if value.dim() < 1 or value.shape[-1:] != self.event_shape or not value.is_floating_point():
             raise ValueError(
                 f"value is {value.dtype} of shape {tuple(value.shape)}; "
@@ -91,7 +91,7 @@ class Tilt(Distribution):
             return inner + self.base.log_prob(value) - self.base.log_mgf(self.weight)
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw activations of shape (*sample_shape, *B, d)."""
+        """Sample activations of shape (*sample_shape, *B, d)."""
         shape = self._extended_shape(Size(sample_shape))
         rows = self.weight.detach().reshape(-1, shape[-1])
         samples = shape[:-1].numel() // len(rows) if len(rows) else 0
@@ -102,9 +102,11 @@ class Tilt(Distribution):
 
 @register_kl(Tilt, Tilt)
 def _kl_tilt(p: Tilt, q: Tilt) -> Tensor:
-    """(w − w′)·E_p[h] − log M(w) + log M(w′), for tilts of one base."""
+    """Return (w − w′)·E_p[h] − log M(w) + log M(w′), for tilts of the same base."""
     if p.base is not q.base:
-        raise ValueError("the KL divergence of two tilts has a closed form only when both tilt one base object")
+        raise ValueError(
+            "the bases of the two tilts differ; expected the same base object, for a closed form of the KL"
+        )
     with in_full(p.weight.device):
         inner = ((p.weight - q.weight) * p.mean).sum(-1)
         return inner - p.base.log_mgf(p.weight) + p.base.log_mgf(q.weight)

@@ -1,4 +1,4 @@
-"""The von Mises-Fisher distribution as a citizen of torch.distributions."""
+"""The von Mises-Fisher distribution on the unit sphere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.distributions import Distribution, constraints, register_kl
 
 from penult import special
+from penult._checks import check_floating
 from penult.distributions import _sampling
 from penult.distributions.constraints import sphere
 
@@ -22,7 +23,7 @@ class VonMisesFisher(Distribution):
     .. math:: p(x) = C_d(\kappa)\, e^{\kappa\,\mu\cdot x},\qquad
               \log C_d(\kappa) = -\log \mathrm{area}(S^{d-1}) - F_d(\kappa),
 
-    a density with respect to the surface measure. κ = 0 is the uniform law. Densities, entropies and
+    a density with respect to the surface measure. κ = 0 gives the uniform distribution. Densities, entropies and
     divergences are accurate for every dimension and concentration (see :mod:`penult.special`); ``rsample``
     has unbiased pathwise gradients in both parameters (implicit reparameterisation).
 
@@ -32,13 +33,13 @@ class VonMisesFisher(Distribution):
     Args:
         loc: Mean directions μ (*B, d), unit vectors.
         concentration: Concentrations κ ≥ 0, (*B,); broadcast against the batch of ``loc``.
-        validate_args: Whether to check values; by default yes, but under ``python -O`` and inside
+        validate_args: Whether to check values. Default: True, except under ``python -O`` and inside
             ``torch.compile`` or ``torch.func`` transforms.
 
     Raises:
-        ValueError: If d < 2, the batch shapes do not broadcast, a ``loc`` is not a unit vector, or a
-            concentration is negative, infinite or NaN.
-        TypeError: If a parameter is not a floating tensor.
+        ValueError: d < 2, the batch shapes do not broadcast, a ``loc`` is not a unit vector, or a concentration is
+            negative, infinite or NaN.
+        TypeError: A parameter is not a floating tensor.
 
     Example:
         >>> p = VonMisesFisher(torch.tensor([0.0, 0.0, 1.0]), torch.tensor(10.0))
@@ -55,28 +56,28 @@ class VonMisesFisher(Distribution):
     }
     support = sphere
     has_rsample = True
-    _validate_args = __debug__  # torch.compile switches validation off on torch's own base class, for good
+    # Set here, because torch.compile permanently switches validation off on the base class of torch.
+    _validate_args = __debug__
 
     def __init__(self, loc: Tensor, concentration: Tensor, validate_args: bool | None = None) -> None:
-        for name, value in (("loc", loc), ("concentration", concentration)):
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a floating tensor, got {kind}; use torch.tensor(..., dtype=...)")
+        check_floating("loc", loc, "(*B, d)")
+        check_floating("concentration", concentration, "(*B,)")
         if loc.dim() < 1 or loc.shape[-1] < 2:
             raise ValueError(
-                f"loc has shape {tuple(loc.shape)}; the von Mises-Fisher law needs unit vectors (..., d) with "
-                "d >= 2 (in one dimension the sphere is two points: use torch.distributions.Bernoulli)"
+                f"loc has shape {tuple(loc.shape)}; expected unit vectors (*B, d) with d >= 2. In one dimension the "
+                "sphere is two points: use torch.distributions.Bernoulli"
             )
         try:
             batch = torch.broadcast_shapes(loc.shape[:-1], concentration.shape)
         except RuntimeError as error:
             raise ValueError(
                 f"loc {tuple(loc.shape)} and concentration {tuple(concentration.shape)} do not broadcast: "
-                "loc is (*B, d), concentration (*B,)"
+                "expected (*B, d) and (*B,)"
             ) from error
         validate = self._validate_args if validate_args is None else validate_args
         if special.traced(loc, concentration):
-            validate = False  # a transform cannot branch on values
+            # Values are not available inside a transform.
+            validate = False
         if validate:
             _validate(loc, concentration)
         self.loc = loc.expand(*batch, loc.shape[-1])
@@ -85,19 +86,19 @@ class VonMisesFisher(Distribution):
 
     @classmethod
     def fit(cls, x: Tensor, weights: Tensor | None = None) -> VonMisesFisher:
-        """Maximum likelihood from unit vectors, along the first dimension.
+        """Fit to unit vectors by maximum likelihood, along the first dimension.
 
         Args:
             x: Unit vectors (N, *B, d).
-            weights: Non-negative weights (N,) or (N, *B); equal when left out.
+            weights: Non-negative weights (N,) or (N, *B). Default: equal weights.
 
         Returns:
-            A distribution of batch shape (*B,). Samples that all coincide have no finite concentration.
+            A distribution of batch shape (*B,).
 
         Raises:
-            ValueError: If there are no samples, a sample is not a unit vector, a weight is negative or not
-                finite, the weights sum to zero, or all samples coincide.
-            TypeError: If ``x`` is not a floating tensor.
+            ValueError: There are no samples, a sample is not a unit vector, a weight is negative or not finite, the
+                weights sum to zero, or all samples are equal, so that the concentration is infinite.
+            TypeError: ``x`` is not a floating tensor.
 
         Example:
             >>> p = VonMisesFisher(torch.tensor([1.0, 0.0, 0.0]), torch.tensor(50.0))
@@ -105,15 +106,14 @@ class VonMisesFisher(Distribution):
             >>> abs(float(VonMisesFisher.fit(x).concentration) / 50 - 1) < 0.03
             True
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        check_floating("x", x, "(N, *B, d)")
         if x.dim() < 2 or x.shape[0] == 0 or x.shape[-1] < 2:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (N, ..., d) with N >= 1 samples and d >= 2")
         if not bool(sphere.check(x).all()):
             norms = torch.linalg.vector_norm(x, dim=-1)
             raise ValueError(
-                f"x holds vectors of norm {float(norms.min()):.4g} to {float(norms.max()):.4g}; "
-                "normalise them first: torch.nn.functional.normalize(x, dim=-1)"
+                f"x holds vectors of norm {float(norms.min()):.4g} to {float(norms.max()):.4g}; expected unit vectors. "
+                "Normalise them first: torch.nn.functional.normalize(x, dim=-1)"
             )
         work = special.working_dtype(x.device)
         data = x.to(work)
@@ -132,17 +132,19 @@ class VonMisesFisher(Distribution):
         share = (w / total).unsqueeze(-1)
         mean = (share * data).sum(0)
         resultant = torch.linalg.vector_norm(mean, dim=-1)
-        away = torch.zeros_like(mean)
-        away[..., 0] = 1.0  # any direction serves where the mean vanishes: the fit is the uniform law
-        loc = torch.where(resultant.unsqueeze(-1) > 0, mean / resultant.unsqueeze(-1), away)
-        deficit = 0.5 * (share * (data - loc).square()).sum((0, -1))  # 1 − R without cancellation
+        # Where the mean is zero, the fit is the uniform distribution, and its direction is arbitrary.
+        first_axis = torch.zeros_like(mean)
+        first_axis[..., 0] = 1.0
+        loc = torch.where(resultant.unsqueeze(-1) > 0, mean / resultant.unsqueeze(-1), first_axis)
+        # 1 − R without cancellation.
+        deficit = 0.5 * (share * (data - loc).square()).sum((0, -1))
         if bool((deficit <= 0).any()):
             raise ValueError("all samples coincide, so the concentration is infinite; pass at least two directions")
         kappa = special.concentration(x.shape[-1], resultant.clamp_max(1.0), deficit.clamp_max(1.0))
         return cls(torch.nn.functional.normalize(loc.to(x.dtype), dim=-1), kappa.to(x.dtype))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> VonMisesFisher:
-        """A view of the distribution with a larger batch shape."""
+        """Return a view of the distribution with a larger batch shape."""
         new: VonMisesFisher = self._get_checked_instance(VonMisesFisher, _instance)
         batch = Size(batch_shape)
         new.loc = self.loc.expand(batch + self.event_shape)
@@ -158,7 +160,7 @@ class VonMisesFisher(Distribution):
 
     @property
     def mode(self) -> Tensor:
-        """μ, shape (*B, d); for κ = 0 every direction is a mode, and this one is returned."""
+        """μ, shape (*B, d); for κ = 0 every direction is a mode, and μ is one of them."""
         return self.loc
 
     @property
@@ -172,9 +174,9 @@ class VonMisesFisher(Distribution):
         return (along * square + across * (1 - square)).to(self._dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at unit vectors (*S, *B, d) with respect to the surface measure, shape (*S, *B).
+        """Return the log density at unit vectors (*S, *B, d) with respect to the surface measure, shape (*S, *B).
 
-        Computed from ‖x − μ‖²/2 = 1 − x·μ, which keeps its digits where x is close to μ.
+        Computed from ‖x − μ‖²/2 = 1 − x·μ, which is accurate where x is close to μ.
         """
         if self._validate_args and not special.traced(value):
             self._validate_sample(value)
@@ -186,31 +188,32 @@ class VonMisesFisher(Distribution):
         )
 
     def entropy(self) -> Tensor:
-        """Differential entropy with respect to the surface measure, log area + F − κ A, shape (*B,)."""
+        """Return the differential entropy with respect to the surface measure, log area + F − κ A, shape (*B,)."""
         kappa = self.concentration.to(special.working_dtype(self.loc.device))
         growth = special.log_sphere_mgf_deficit(self._dim, kappa)
         spread = kappa * special.mean_resultant_deficit(self._dim, kappa)
         return (special.log_sphere_area(self._dim) - growth + spread).to(self._dtype)
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw unit vectors of shape (*sample_shape, *B, d)."""
+        """Sample unit vectors of shape (*sample_shape, *B, d)."""
         with torch.no_grad():
-            return self._draw(Size(sample_shape), generator)[0].to(self._dtype)
+            return self._sample(Size(sample_shape), generator)[0].to(self._dtype)
 
     def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw as :meth:`sample`, with pathwise gradients in ``loc`` (on the sphere) and ``concentration``.
+        """Sample as :meth:`sample`, with pathwise gradients in ``loc`` (on the sphere) and ``concentration``.
 
         The gradients are of first order: a second backward pass through them is an error.
         """
         with torch.no_grad():
-            x, y = self._draw(Size(sample_shape), generator)
+            x, y = self._sample(Size(sample_shape), generator)
         return torch.as_tensor(_Pathwise.apply(self.loc, self.concentration, x, y)).to(self._dtype)
 
-    def _draw(self, sample_shape: Size, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _sample(self, sample_shape: Size, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Sample unit vectors, and return them with one minus their cosines to μ."""
         if not torch.compiler.is_compiling() and special.traced(self.loc, self.concentration):
             raise RuntimeError(
-                "samples cannot be drawn inside a torch.func transform: the number of rejections depends on values; "
-                "draw a batch outside, which takes many (loc, concentration) at once"
+                "sampling does not work inside a torch.func transform: the number of rejections depends on values. "
+                "Sample outside of it, with a batch of (loc, concentration)"
             )
         dtype = torch.promote_types(self.loc.dtype, torch.float32)
         kappa = self.concentration.detach().expand(sample_shape + self.batch_shape)
@@ -228,10 +231,10 @@ class VonMisesFisher(Distribution):
 
 
 class _Pathwise(Function):
-    """The sample as a function of its parameters, at fixed randomness.
+    """The sample as a function of its parameters, for fixed random numbers.
 
-    In μ the sample turns with the rotation that carries μ along; in κ its cosine moves by dt/dκ at a fixed
-    quantile (Figurnov, Mohamed, Mnih, "Implicit Reparameterization Gradients", NeurIPS 2018).
+    A change of μ rotates the sample with μ; a change of κ moves its cosine by dt/dκ at a fixed quantile (Figurnov,
+    Mohamed, Mnih, "Implicit Reparameterization Gradients", NeurIPS 2018).
     """
 
     @staticmethod
@@ -263,13 +266,13 @@ class _Pathwise(Function):
 
 @register_kl(VonMisesFisher, VonMisesFisher)
 def _kl_von_mises_fisher(p: VonMisesFisher, q: VonMisesFisher) -> Tensor:
-    """KL(p‖q) = [F(κ_q) − F(κ_p) − A(κ_p)(κ_q − κ_p)] + A(κ_p) κ_q |μ_p − μ_q|²/2.
+    """Return KL(p‖q) = [F(κ_q) − F(κ_p) − A(κ_p)(κ_q − κ_p)] + A(κ_p) κ_q |μ_p − μ_q|²/2.
 
-    The bracket is a Bregman divergence: an integral of V when the concentrations are close, a difference of F
-    or of κ − F otherwise, whichever is the smaller.
+    The bracket is a Bregman divergence. It is computed as an integral of V if the concentrations are close, and
+    otherwise as a difference of F or of κ − F, for the smaller rounding error.
     """
     if p.event_shape != q.event_shape:
-        raise ValueError(f"the distributions live on different spheres: {p.event_shape} and {q.event_shape}")
+        raise ValueError(f"the distributions are on different spheres: {p.event_shape} and {q.event_shape}")
     dim, work = p._dim, special.working_dtype(p.loc.device)
     kp, kq = torch.broadcast_tensors(p.concentration.to(work), q.concentration.to(work))
     mean, step = special.mean_resultant_length(dim, kp), kq - kp
@@ -286,8 +289,8 @@ def _kl_von_mises_fisher(p: VonMisesFisher, q: VonMisesFisher) -> Tensor:
     )
     far = torch.where(mean < 0.5, small, large)
     bracket = torch.where(close, near_step * near_step * near, far)
-    apart = 0.5 * (p.loc.to(work) - q.loc.to(work)).square().sum(-1)
-    divergence: Tensor = bracket + mean * kq * apart
+    half_square_distance = 0.5 * (p.loc.to(work) - q.loc.to(work)).square().sum(-1)
+    divergence: Tensor = bracket + mean * kq * half_square_distance
     return divergence.to(torch.promote_types(p._dtype, q._dtype))
 
 
@@ -295,13 +298,13 @@ def _validate(loc: Tensor, concentration: Tensor) -> None:
     if not bool((concentration >= 0).all()) or not bool(concentration.isfinite().all()):
         bad = concentration[~((concentration >= 0) & concentration.isfinite())].flatten()[0]
         raise ValueError(
-            f"concentration must be finite and at least 0 (0 is the uniform law); got {float(bad):.6g} in a "
-            f"tensor of shape {tuple(concentration.shape)}"
+            f"concentration has the value {float(bad):.6g} in a tensor of shape {tuple(concentration.shape)}; expected "
+            "finite values of at least 0 (0 is the uniform distribution)"
         )
     if not bool(sphere.check(loc).all()):
         norms = torch.linalg.vector_norm(loc, dim=-1)
         worst = norms.flatten()[(norms.flatten() - 1).abs().nan_to_num(torch.inf).argmax()]
         raise ValueError(
-            f"loc must hold unit vectors; found norm {float(worst):.6g} in a tensor of shape {tuple(loc.shape)}; "
-            "normalise it: torch.nn.functional.normalize(loc, dim=-1)"
+            f"loc holds a vector of norm {float(worst):.6g} in a tensor of shape {tuple(loc.shape)}; expected unit "
+            "vectors. Normalise them: torch.nn.functional.normalize(loc, dim=-1)"
         )
