@@ -1,8 +1,8 @@
-"""Law checks for distributions, bases and pairs: what proves a base, for penult's own and for yours.
+"""Checks of the laws that distributions, bases and pairs must satisfy, for those of penult and for yours.
 
-That a pair's posterior equals the softmax proves the wiring alone: M cancels in it, so a wrong M passes. What
-a wrong M cannot pass are the laws below. Each check draws with a fixed seed, compares with a stated bar, and
-raises :class:`AssertionError` with the table of laws when one fails.
+A posterior that equals the softmax does not prove that a base is right: M cancels in the posterior, so a wrong M
+passes such a test. A wrong M fails the laws below. Each check samples with a fixed seed, compares with a stated bar,
+and raises :class:`AssertionError` with the table of laws if one fails.
 
 Example:
     >>> import penult

@@ -16,32 +16,35 @@ from penult.testing._laws import Law, LawReport, Z, fact, frequencies, kolmogoro
 
 __all__ = ["check_base", "check_pair"]
 
-_STREAM = 30_000_000  # logits of draws of a marginal law for one class, about
-_P = 1e-4  # the bar on a Kolmogorov-Smirnov p-value
+# Number of logits that sampling one class of a `Marginal` may need, approximately.
+_STREAM = 30_000_000
+# The bar on a Kolmogorov-Smirnov p-value.
+_P = 1e-4
 
 
 def check_base(base: Base, head: Head | None = None, samples: int = 100_000, seed: int = 0) -> LawReport:
     """Check the laws that only a right M satisfies.
 
-    With p(h|y) ∝ exp(w_y·h) m(h): p(h|y) integrates to one (by quadrature where the base offers a rule, else
-    by importance sampling between tilts close to each other); the sample mean is ∇ log M; for joint draws
+    With p(h|y) ∝ exp(w_y·h) m(h): p(h|y) integrates to one (by quadrature if the base has a rule, otherwise by
+    importance sampling between tilts that are close to each other); the sample mean is ∇ log M; for joint samples
     (h, y) the class frequencies agree with softmax(head(h)); the posterior is the softmax; for a
-    :class:`penult.Sphere` the laws of the radius and of the cosine hold too. A :class:`penult.Marginal` knows M at
-    the head's rows alone, so that ratios between tilts of other rows are out; in their place its pair must give back
-    the density that it was made of, and no class more or less than its share of it.
+    :class:`penult.Sphere` the radius and the cosine have the right distributions. A :class:`penult.Marginal` knows M
+    only at the rows of the head, so ratios between tilts of other rows cannot be tested. Instead, its pair must have
+    the density that it was built from, and every class its share of it.
 
     Args:
         base: The base to check, in a precision of at least float32.
-        head: The head whose rows tilt it. A random head of three classes when left out.
-        samples: Draws for the Monte-Carlo laws, fewer where d is so large that they would fill memory.
-        seed: Seed of head and draws.
+        head: The head whose rows tilt it. Default: a random head of three classes.
+        samples: Number of samples for the Monte-Carlo laws; fewer are used if d is so large that they would not fit in
+            memory.
+        seed: Seed of head and samples.
 
     Returns:
         The laws.
 
     Raises:
-        AssertionError: If one fails.
-        ValueError: If no head is given and the base does not say its dimension.
+        AssertionError: A law fails.
+        ValueError: No head is given and the base has no fixed dimension, or the head has half precision.
 
     Example:
         >>> import penult
@@ -52,7 +55,7 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     generator = torch.Generator().manual_seed(seed)
     if head is None:
         if base.in_features is None:
-            raise ValueError("this base fits any dimension: pass a head, which has one")
+            raise ValueError("head is None and this base has no fixed dimension; pass a head")
         kind = next((b.dtype for b in base.buffers() if b.is_floating_point()), torch.get_default_dtype())
         head = Head(torch.randn(3, base.in_features, generator=generator).to(kind))
     samples = min(samples, max(1000, 50_000_000 // head.in_features))
@@ -66,30 +69,31 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     doubt = base.info.mgf_standard_error or 0.0
     for y, row in zip(classes.tolist(), rows, strict=True):
         tilt: Any = base.tilt(row)
-        h = tilt.sample((_affordable(pair, y, samples),), generator=generator)
+        h = tilt.sample((_affordable_samples(pair, y, samples),), generator=generator)
         laws.append(_mean_law(base, row, h, f"mean of p(h|{y}) is the gradient of log M", doubt))
         if base.info.exact_mgf:
-            laws.append(_strong_law(base, row, samples, y, generator))
+            laws.append(_mean_law_of_multiple(base, row, samples, y, generator))
         if base.info.has_density and not isinstance(base, Marginal):
-            laws.append(_neighbour(base, row, h, y, generator))
+            laws.append(_ratio_law(base, row, h, y))
         if isinstance(base, Sphere):
             laws += _sphere_laws(base, row, h, y)
     return LawReport(f"{base.info.name} base with {head}", tuple(laws)).raise_unless_passed()
 
 
 def check_pair(pair: GenerativePair, samples: int = 100_000, seed: int = 0) -> LawReport:
-    """Check a pair by its own joint draws: posterior, class frequencies, and consistency of its densities.
+    """Check a pair by its own joint samples: posterior, class frequencies, and consistency of its densities.
 
     Args:
         pair: The pair.
-        samples: Joint draws.
-        seed: Seed of the draws.
+        samples: Number of joint samples.
+        seed: Seed of the samples.
 
     Returns:
         The laws.
 
     Raises:
-        AssertionError: If one fails.
+        AssertionError: A law fails.
+        ValueError: The head has half precision.
 
     Example:
         >>> import penult
@@ -101,9 +105,10 @@ def check_pair(pair: GenerativePair, samples: int = 100_000, seed: int = 0) -> L
 
 
 def _pair_laws(pair: GenerativePair, samples: int, generator: torch.Generator) -> list[Law]:
+    """Test the posterior, the class frequencies of joint samples, and the densities."""
     k = pair.head.num_classes
     if torch.finfo(pair.head.weight.dtype).bits < 32:
-        raise ValueError(f"laws are checked in at least float32; this head is {pair.head.weight.dtype}: use .float()")
+        raise ValueError(f"the head is {pair.head.weight.dtype}; expected at least float32. Use .float()")
     work = min(samples, max(1000, 20_000_000 // k))
     h, y = pair.sample((work,), generator=generator)
     softmax = pair.head(h).double().softmax(-1)
@@ -121,7 +126,7 @@ def _pair_laws(pair: GenerativePair, samples: int, generator: torch.Generator) -
 
 
 def _density_laws(pair: GenerativePair, h: Tensor, y: Tensor, softmax: Tensor, tight: float) -> list[Law]:
-    """The densities of a pair agree with each other, at its own draws."""
+    """Test that the densities of a pair agree with each other, at its own samples."""
     joint = pair.log_joint(h)
     scale = float(joint.abs().max())
     bayes_error = float((joint.double().softmax(-1) - softmax).abs().max())
@@ -130,7 +135,8 @@ def _density_laws(pair: GenerativePair, h: Tensor, y: Tensor, softmax: Tensor, t
     gap = float((bayes - joint[few].gather(-1, classes.unsqueeze(-1)).squeeze(-1)).abs().max()) / max(1.0, scale)
     total = float((joint.double().logsumexp(-1) - pair.log_prob(h).double()).abs().max()) / max(1.0, scale)
     loose = 1e-12 if h.dtype == torch.float64 else 1e-6
-    rounded = max(tight, 2 * torch.finfo(joint.dtype).eps * scale)  # log densities can be in the thousands
+    # Log densities can be in the thousands, so their rounding errors can be large.
+    rounded = max(tight, 2 * torch.finfo(joint.dtype).eps * scale)
     return [
         fact("log_prob is finite on the pair's own draws", bool(joint.isfinite().all())),
         Law("softmax of log_joint is the softmax", bayes_error, f"<= {rounded:.1g}", bayes_error <= rounded),
@@ -140,9 +146,11 @@ def _density_laws(pair: GenerativePair, h: Tensor, y: Tensor, softmax: Tensor, t
 
 
 def _normalisation(base: Base, rows: Tensor) -> list[Law]:
+    """Test by quadrature that p(h|y) integrates to one; no law if the base has no rule."""
     tilt = base.tilt(rows)
     error, before = math.inf, math.inf
-    for nodes in (64, 128, 256, 512, 1024):  # until the rule itself has converged
+    # The number of nodes grows until the rule has converged.
+    for nodes in (64, 128, 256, 512, 1024):
         rule = base.quadrature(nodes)
         if rule is None:
             return []
@@ -155,8 +163,8 @@ def _normalisation(base: Base, rows: Tensor) -> list[Law]:
     return [Law("p(h|y) integrates to one", error, f"<= {bar:g}", error <= bar)]
 
 
-def _neighbour(base: Base, row: Tensor, h: Tensor, y: int, generator: torch.Generator) -> Law:
-    """E_{p(h|w)}[p(h|w') / p(h|w)] = 1 for a w' close enough that the ratio has a small variance."""
+def _ratio_law(base: Base, row: Tensor, h: Tensor, y: int) -> Law:
+    """Test E_{p(h|w)}[p(h|w') / p(h|w)] = 1 for a w' close enough to w that the ratio has a small variance."""
     spread = float((h.double() @ row.double()).std())
     nearer = row * (1 - min(0.5, 0.5 / max(spread, 1e-12)))
     ratio = (base.tilt(nearer).log_prob(h).double() - base.tilt(row).log_prob(h).double()).exp()
@@ -164,7 +172,7 @@ def _neighbour(base: Base, row: Tensor, h: Tensor, y: int, generator: torch.Gene
 
 
 def _marginal_laws(pair: GenerativePair, classes: Tensor, samples: int, generator: torch.Generator) -> list[Law]:
-    """What follows from M alone: Z = Σ_y e^{b_y} M(w_y) is one; and p(h|y) / p(h) has mean one under the law p."""
+    """Test that Z = Σ_y e^{b_y} M(w_y) is one, and that p(h|y) / p(h) has mean one under p(h)."""
     base = pair.base
     assert isinstance(base, Marginal)
     bar = 1e-9 if base.log_prior.dtype == pair.head.weight.dtype == torch.float64 else 1e-5
@@ -175,59 +183,64 @@ def _marginal_laws(pair: GenerativePair, classes: Tensor, samples: int, generato
         min(samples, max(1000, 20_000_000 // pair.head.num_classes)), generator, pair.prior.logits.device
     )
     prior = pair.prior.probs.double()
-    known = classes[prior[classes] * len(h) >= 100]  # of a rarer class too few draws tell
+    # For rarer classes there are too few samples.
+    known = classes[prior[classes] * len(h) >= 100]
     if len(known):
         ratio = pair.head(h.to(pair.head.weight)).double().softmax(-1)[:, known] / prior[known]
         laws.append(score("p(h|y) / p(h) has mean one", ratio - 1, base.standard_error[known].double()))
     if base.info.has_density:
         few = h[:1000].to(pair.head.weight)
-        own, theirs = pair.log_prob(few).double(), base.law.log_prob(few).double()
-        off, bar = float((own - theirs).abs().max()), 1e-5 * max(1.0, float(theirs.abs().max()))
+        density, expected = pair.log_prob(few).double(), base.law.log_prob(few).double()
+        off, bar = float((density - expected).abs().max()), 1e-5 * max(1.0, float(expected.abs().max()))
         laws.append(Law("the pair's p(h) is the law's own density", off, f"<= {bar:.1g}", off <= bar))
     return laws
 
 
-def _affordable(pair: GenerativePair, y: int, samples: int) -> int:
-    """Draws of a class; from a marginal law a rare class is dear."""
+def _affordable_samples(pair: GenerativePair, y: int, samples: int) -> int:
+    """Return the number of samples of a class; fewer for rare classes of a `Marginal`, which needs rejection."""
     if not isinstance(pair.base, Marginal):
         return samples
     return max(100, min(samples, int(_STREAM / pair.head.num_classes * float(pair.prior.probs[y]))))
 
 
 def _mean_law(base: Base, row: Tensor, h: Tensor, name: str, doubt: float = 0.0) -> Law:
-    """The sample mean against ∇ log M; where M is known to a relative ``doubt``, so is the mean, in deviations."""
+    """Test that the sample mean is ∇ log M; ``doubt`` is the relative standard error of M."""
     off = h.double() - _gradient(base, row).double()
-    along = (off @ row.double()).unsqueeze(-1)  # where a wrong M shows most
+    # A wrong M changes the mean along the row most.
+    along = (off @ row.double()).unsqueeze(-1)
     off = torch.cat([off, along], dim=-1)
     return score(name, off, doubt * off.std(0))
 
 
-def _strong_law(base: Base, row: Tensor, samples: int, y: int, generator: torch.Generator) -> Law:
-    """The law of the mean for a multiple of the row at which one per cent of log M would be plain to see."""
-    factor, drawn = 1.0, None
+def _mean_law_of_multiple(base: Base, row: Tensor, samples: int, y: int, generator: torch.Generator) -> Law:
+    """Test the sample mean for a multiple of the row that is large enough to detect an error of 1 % of log M."""
+    factor, last = 1.0, None
     while True:
         tilt: Any = base.tilt(factor * row)
         h = tilt.sample((samples,), generator)
         along = h.double() @ row.double()
         away = (along - along.median()).abs() > 1e-9 * along.abs().max()
-        if drawn is not None and int(away.sum()) < 100:
-            break  # too few draws show what varies, such as the far one of two points
-        drawn = factor, h
+        # Too few samples differ from the median, for example those of the rarer of two points.
+        if last is not None and int(away.sum()) < 100:
+            break
+        last = factor, h
         expected = 0.01 * float(along.mean().abs() / (along.std() + 1e-300)) * math.sqrt(samples)
         if expected >= 2 * Z or factor >= 1 << 12:
             break
         factor *= 2
-    factor, h = drawn
+    factor, h = last
     return _mean_law(base, factor * row, h, f"the same for {factor:g} w_{y}")
 
 
 def _gradient(base: Base, row: Tensor) -> Tensor:
+    """Return ∇ log M."""
     w = row.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(base.log_mgf(w), w)
     return gradient
 
 
 def _sphere_laws(base: Sphere, row: Tensor, h: Tensor, y: int) -> list[Law]:
+    """Test the distributions of the radius and of the cosine of a `Sphere`."""
     u = base.read(h.double())
     r = torch.linalg.vector_norm(u, dim=-1)
     m = u.shape[-1]

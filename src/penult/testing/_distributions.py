@@ -1,4 +1,4 @@
-"""The contract of torch.distributions, as a check of any distribution."""
+"""Check of any distribution against the contract of torch.distributions."""
 
 from __future__ import annotations
 
@@ -36,41 +36,41 @@ def check_distribution(
 ) -> LawReport:
     r"""Check a distribution against the contract of torch.distributions.
 
-    What a user of torch relies on, and what can be told from outside:
+    These properties are tested:
 
-    - Shapes of draws and densities over sample and batch shapes; draws in the support, parameters within their
-      constraints; values and parameters that are NaN refused with ``validate_args``; a density that does not depend on
-      what else is evaluated with it.
-    - ``expand``, of an expanded distribution as well: parameters, moments, densities, and draws of their own.
-    - Draws reproduced by ``generator=`` (by the global seed where there is no such argument), and the global random
-      state left alone by it.
-    - Mean, variance and entropy against draws; a density that integrates to one, in up to 8 dimensions, where torch
-      has a bijection to the support: with a normal density q in its coordinates, :math:`E[q(x)/p(x)] = 1`.
-    - ``kl_divergence``, where it is registered: 0 to itself, never negative, the mean of :math:`\log p - \log p'`.
-    - Gradients of densities in parameters and values against differences in float64; those of ``rsample``, per draw,
-      against the gradient of the mean and the second moment.
-    - ``Independent``, ``MixtureSameFamily`` and ``TransformedDistribution`` around it; ``repr``, copies, pickles;
-      single against double precision.
+    - Shapes of samples and densities for sample and batch shapes. Samples are in the support, and parameters satisfy
+      their constraints. Values and parameters that are NaN are refused with ``validate_args``. The density of a value
+      does not depend on the other values in the call.
+    - ``expand``, also of an expanded distribution: parameters, moments, densities, and independent samples.
+    - ``generator=`` (or the global seed, if there is no such argument) reproduces samples, and leaves the global random
+      state unchanged.
+    - Mean, variance and entropy agree with samples. The density integrates to one, in up to 8 dimensions, if torch has
+      a bijection to the support: with a normal density q in its coordinates, :math:`E[q(x)/p(x)] = 1`.
+    - ``kl_divergence``, if it is registered: 0 to itself, never negative, the mean of :math:`\log p - \log p'`.
+    - Gradients of densities in parameters and values agree with finite differences in float64; gradients of
+      ``rsample``, of each sample, agree with the gradient of the mean and the second moment.
+    - ``Independent``, ``MixtureSameFamily`` and ``TransformedDistribution`` accept it. ``repr``, copies and pickles
+      work. Single precision agrees with double precision.
 
-    Laws that compare with draws have the bar \|z\| < 4, somewhat more where many numbers are compared at once. What a
-    distribution does not have, such as an entropy, is left out.
+    Laws that compare with samples have the bar \|z\| < 4, or slightly more if many numbers are compared at once.
+    Properties that a distribution does not have, such as an entropy, are not tested.
 
     Args:
-        distribution: Any distribution. One that has no density says so by an attribute ``has_density``. Gradients,
-            divergences and precisions are looked at where its class makes it again from its ``arg_constraints`` and
-            other arguments of their names.
-        samples: Draws per batch entry.
-        seed: Seed of the draws.
-        gradients: Whether to check those of ``rsample``, where the distribution has it, and of densities.
-        without: Names of laws that are left out, such as that of the variance for torch's VonMises, whose variance is
-            one of angles on purpose.
+        distribution: Any distribution. If it has no density, it must have an attribute ``has_density`` that is False.
+            Gradients, divergences and precisions are tested if its class can be rebuilt from the attributes in its
+            ``arg_constraints`` and from attributes that have the names of its other arguments.
+        samples: Number of samples for each batch entry.
+        seed: Seed of the samples.
+        gradients: Whether to test the gradients of densities and of ``rsample``, if the distribution has it.
+        without: Names of laws to leave out, for example that of the variance for torch's VonMises, whose variance is
+            by definition a circular one.
 
     Returns:
         The laws.
 
     Raises:
-        AssertionError: If one fails; the message is the table of all laws, those that fail marked. A law whose
-            computation raises an error fails with it.
+        AssertionError: A law fails; the message is the table of all laws, in which failures are marked. A law whose
+            computation raises an error counts as failed.
 
     Example:
         >>> import penult
@@ -86,10 +86,10 @@ def check_distribution(
     subject = Subject(distribution, seed)
     state = torch.random.get_rng_state()
     x = subject.draw((samples,))
-    kept = torch.equal(state, torch.random.get_rng_state())
+    unchanged = torch.equal(state, torch.random.get_rng_state())
     laws = [
         fact("a generator reproduces samples", torch.equal(x, subject.draw((samples,)))),
-        fact("a generator leaves the global state", kept),
+        fact("a generator leaves the global state", unchanged),
     ]
     groups: dict[str, Callable[[], Iterator[Law]]] = {
         "shapes": lambda: _shapes(subject, x),
@@ -103,9 +103,10 @@ def check_distribution(
     for name, group in groups.items():
         try:
             laws += group()
-        except Exception as error:  # a law that cannot be looked at is broken, and the others are still told
-            said = str(error).split("\n")[0][:200]
-            laws.append(Law(f"{name} can be computed", float("nan"), f"{type(error).__name__}: {said}", False))
+        # A law that cannot be computed fails, and the other laws are still reported.
+        except Exception as error:
+            message = str(error).split("\n")[0][:200]
+            laws.append(Law(f"{name} can be computed", float("nan"), f"{type(error).__name__}: {message}", False))
     kept_laws = tuple(law for law in laws if law.name not in without)
     return LawReport(repr(distribution), kept_laws).raise_unless_passed()
 
@@ -121,8 +122,9 @@ def _shapes(subject: Subject, x: Tensor) -> Iterator[Law]:
         try:
             drawn = subject.draw(shape)
         except RuntimeError:
+            # torch's own Categorical raises an error for no samples.
             if shape == (0,):
-                continue  # torch's own Categorical cannot
+                continue
             raise
         yield fact(name, drawn.shape == Size(shape) + batch + event)
         if law.has_rsample:
@@ -136,7 +138,7 @@ def _shapes(subject: Subject, x: Tensor) -> Iterator[Law]:
 
 
 def _unrelated(name: str, rows: Tensor) -> Law:
-    """Correlations of the first coordinates of entries (N, B, ...) of a batch with those of the first entry."""
+    """Test that the first coordinates of entries (N, B, ...) of a batch do not correlate with those of the first."""
     first = rows[:, :, 0] - rows[:, :, 0].mean(0)
     first = first / first.std(0).clamp_min(1e-300)
     return score(name, first[:, 1:] * first[:, :1])
@@ -145,12 +147,12 @@ def _unrelated(name: str, rows: Tensor) -> Law:
 def _constraints(subject: Subject, x: Tensor) -> Iterator[Law]:
     law: Any = subject.law
     yield fact("samples lie in the support", bool(law.support.check(x).all()))
-    held = all(
+    satisfied = all(
         bool(constraint.check(getattr(law, name)).all())
         for name, constraint in law.arg_constraints.items()
         if not constraints.is_dependent(constraint) and isinstance(getattr(law, name, None), Tensor)
     )
-    yield fact("parameters satisfy arg_constraints", held)
+    yield fact("parameters satisfy arg_constraints", satisfied)
     for name, value in subject.parameters.items():
         if value.is_floating_point():
             wrong = torch.full_like(value, torch.nan)
@@ -165,6 +167,7 @@ def _constraints(subject: Subject, x: Tensor) -> Iterator[Law]:
 
 
 def _refuses(call: Callable[[], object]) -> bool:
+    """Whether a call raises a ValueError or RuntimeError."""
     try:
         call()
     except (ValueError, RuntimeError):
@@ -179,35 +182,37 @@ def _expanded(subject: Subject, x: Tensor) -> Iterator[Law]:
     kept = type(wide) is type(law) and wide.event_shape == law.event_shape and wide.batch_shape == Size((2,)) + batch
     yield fact("expand keeps class and event shape", kept and wider.batch_shape == Size((3, 2)) + batch)
     for name in ("mean", "variance", "stddev", "mode", "entropy"):
-        own = _asked(law, name)
+        own = _statistic(law, name)
         if own is not None:
-            theirs = (_asked(wide, name), _asked(wider, name))
-            same = all(each is not None and _agree(each, own.expand(each.shape)) for each in theirs)
-            shaped = theirs[0] is not None and theirs[0].shape == Size((2,)) + own.shape
+            once, twice = _statistic(wide, name), _statistic(wider, name)
+            same = all(value is not None and _agree(value, own.expand(value.shape)) for value in (once, twice))
+            shaped = once is not None and once.shape == Size((2,)) + own.shape
             yield fact(f"expand keeps {name}", same and shaped)
     for name, value in subject.parameters.items():
-        found = getattr(wide, name)
-        grown = found.shape == Size((2,)) + value.shape  # others are shared by the whole batch
-        yield fact(f"expand keeps {name}", _agree(found, value.expand(found.shape) if grown else value))
+        expanded = getattr(wide, name)
+        # Parameters that the whole batch shares keep their shape.
+        has_batch = expanded.shape == Size((2,)) + value.shape
+        yield fact(f"expand keeps {name}", _agree(expanded, value.expand(expanded.shape) if has_batch else value))
     if subject.dense:
         density = law.log_prob(x[:3])
-        once, twice = wide.log_prob(x[:3].unsqueeze(1)), wider.log_prob(x[:3, None, None])
-        same = _agree(once, density.unsqueeze(1).expand(once.shape))
-        yield fact("expand keeps the law", same and _agree(twice, density[:, None, None].expand(twice.shape)))
+        wide_density, wider_density = wide.log_prob(x[:3].unsqueeze(1)), wider.log_prob(x[:3, None, None])
+        same = _agree(wide_density, density.unsqueeze(1).expand(wide_density.shape))
+        same = same and _agree(wider_density, density[:, None, None].expand(wider_density.shape))
+        yield fact("expand keeps the law", same)
     drawn = subject.draw((1000,), wider)
     yield fact("an expanded law has its sample shape", drawn.shape == Size((1000, 3, 2)) + batch + law.event_shape)
     yield fact("expanded entries have draws of their own", not torch.equal(drawn[:, 0, 0], drawn[:, 0, 1]))
     yield fact("draws of an expanded law lie in the support", bool(wider.support.check(drawn).all()))
-    mean = _asked(law, "mean")
+    mean = _statistic(law, "mean")
     if mean is not None and bool(mean.isfinite().all()):
         yield score("expanded draws have the mean", drawn.double().mean((1, 2)) - mean.double())
 
 
-def _asked(law: Distribution, name: str) -> Tensor | None:
-    """A property or an entropy, if it has it."""
+def _statistic(law: Distribution, name: str) -> Tensor | None:
+    """Return a property such as the mean, or the entropy, if the distribution has it."""
     try:
-        found = getattr(law, name)
-        value: Tensor = found() if callable(found) else found
+        attribute = getattr(law, name)
+        value: Tensor = attribute() if callable(attribute) else attribute
     except (NotImplementedError, AttributeError):
         return None
     return value
@@ -224,7 +229,7 @@ def _densities(subject: Subject, x: Tensor) -> Iterator[Law]:
     log_prob = law.log_prob(x)
     yield fact("log_prob shape is sample + batch", log_prob.shape == x.shape[:1] + batch)
     yield fact("log_prob is finite on samples", bool(log_prob.isfinite().all()))
-    alone = torch.stack([law.log_prob(each) for each in x[:4]])
+    alone = torch.stack([law.log_prob(value) for value in x[:4]])
     yield fact("log_prob of a value is the same alone", _agree(alone, log_prob[:4]))
     one = x[0][(0,) * len(batch)]
     spread = one.expand(batch + event)
@@ -253,11 +258,11 @@ def _copies(subject: Subject, x: Tensor) -> Iterator[Law]:
         yield Law("single precision agrees with double", error, "< 1e-3", error < 1e-3)
 
 
-# --- A distribution inside of torch's own -------------------------------------------------------------------
+# --- A distribution inside torch's own ----------------------------------------------------------------------
 
 
 def wrapped(subject: Subject, x: Tensor) -> Iterator[Law]:
-    """Independent, MixtureSameFamily and TransformedDistribution, where they take it."""
+    """Test Independent, MixtureSameFamily and TransformedDistribution of a distribution, if they accept it."""
     law: Any = subject.law
     if not law.batch_shape:
         law, x = law.expand(Size((3,))), x[: len(x) // 3 * 3].reshape(-1, 3, *law.event_shape)
@@ -276,9 +281,9 @@ def wrapped(subject: Subject, x: Tensor) -> Iterator[Law]:
     logits = torch.linspace(-1, 1, last, dtype=density.dtype, device=density.device).expand(law.batch_shape)
     mixture = MixtureSameFamily(Categorical(logits=logits), law, validate_args=False)
     one = x.select(-1 - len(event), 0)
-    each = law.log_prob(one.unsqueeze(-1 - len(event)))
+    densities = law.log_prob(one.unsqueeze(-1 - len(event)))
     yield _close(
-        "MixtureSameFamily mixes densities", mixture.log_prob(one), (each + logits.log_softmax(-1)).logsumexp(-1)
+        "MixtureSameFamily mixes densities", mixture.log_prob(one), (densities + logits.log_softmax(-1)).logsumexp(-1)
     )
     with torch.random.fork_rng():
         drawn = mixture.sample((4,))
@@ -292,8 +297,9 @@ def wrapped(subject: Subject, x: Tensor) -> Iterator[Law]:
         yield _close("TransformedDistribution moves densities", moved.log_prob(1 + 2 * x), expected)
 
 
-def _close(name: str, found: Tensor, expected: Tensor) -> Law:
-    if found.shape != expected.shape:
+def _close(name: str, value: Tensor, expected: Tensor) -> Law:
+    """Test that two tensors agree up to a relative error of 1e-4."""
+    if value.shape != expected.shape:
         return fact(name, False)
-    error = float(((found - expected).abs() / expected.abs().clamp_min(1)).max())
+    error = float(((value - expected).abs() / expected.abs().clamp_min(1)).max())
     return Law(name, error, "<= 1e-4", error <= 1e-4)

@@ -1,4 +1,4 @@
-"""Laws of distributions that are told from draws, and from differences."""
+"""Laws of distributions that are tested by samples and by finite differences."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from penult.testing._laws import Law, fact, score
 
 __all__ = ["Subject", "estimates", "takes_generator"]
 
-_LEBESGUE = "Lebesgue measure"  # what other densities refer to is for check_base
-_DIMS = 8  # in which a normal density next to a law is told from it by draws
-_STEP = 1e-6  # of differences, in float64
-_PATHS = 4000  # draws whose gradients are looked at
+# Densities with respect to other measures are tested by check_base.
+_LEBESGUE = "Lebesgue measure"
+# Largest dimension in which samples can show that a density integrates to one.
+_DIMS = 8
+# Step of finite differences, in float64.
+_STEP = 1e-6
+# Number of samples whose gradients are tested.
+_PATHS = 4000
 
 
 def estimates(subject: Subject, x: Tensor, gradients: bool) -> Iterator[Law]:
-    """Moments, entropy, normalisation, divergences and gradients."""
+    """Test moments, entropy, normalisation, divergences and gradients."""
     yield from _moments(subject, x)
     if subject.dense:
         yield from _entropy(subject, x)
@@ -50,7 +54,7 @@ def _moments(subject: Subject, x: Tensor) -> Iterator[Law]:
 
 
 def _moment(law: Any, name: str) -> Tensor | None:
-    """In float64, if the law has it and it is finite."""
+    """Return a moment in float64, if the distribution has it and it is finite."""
     try:
         value: Tensor = getattr(law, name).double()
     except (NotImplementedError, AttributeError):
@@ -67,7 +71,7 @@ def _entropy(subject: Subject, x: Tensor) -> Iterator[Law]:
 
 
 def _normalisation(subject: Subject, x: Tensor) -> Iterator[Law]:
-    """E_p[q / p] = 1 for a density q that is narrower than p, so that the ratio has a variance."""
+    """Test E_p[q / p] = 1 for a density q that is narrower than p, so that the ratio has a finite variance."""
     law: Any = subject.law
     dims = law.event_shape.numel()
     known = not isinstance(law, Tilt) or not isinstance(law.base, Base) or law.base.info.reference == _LEBESGUE
@@ -83,7 +87,8 @@ def _normalisation(subject: Subject, x: Tensor) -> Iterator[Law]:
     if not bool(flat.isfinite().all()):
         return
     middle = flat.median(0).values
-    spread = (flat - middle).abs().median(0).values.clamp_min(1e-12)  # of the bulk, whatever the tails
+    # The median, because tails may be heavy.
+    spread = (flat - middle).abs().median(0).values.clamp_min(1e-12)
     scale = torch.diag_embed(0.7 * spread)
     q = MultivariateNormal(middle, scale_tril=scale, validate_args=False).log_prob(flat)
     extra = stretch.dim() - (1 + len(law.batch_shape))
@@ -111,19 +116,19 @@ def _divergence(subject: Subject, x: Tensor) -> Iterator[Law]:
     for p, q, name in ((here, other, "to"), (other, here, "from")):
         divergence = kl_divergence(p, q).double()
         yield fact(f"the divergence {name} another law is not negative", bool((divergence >= -1e-9).all()))
-        drawn = value if p is here else subject.draw((len(x),), other)
-        difference = (p.log_prob(drawn) - q.log_prob(drawn)).double()
+        samples = value if p is here else subject.draw((len(x),), other)
+        difference = (p.log_prob(samples) - q.log_prob(samples)).double()
         yield score(f"the divergence {name} another law is the mean of log p - log q", difference - divergence)
 
 
 def _log_prob_gradients(subject: Subject, x: Tensor) -> Iterator[Law]:
-    """Against central differences, along one direction of all free parameters at once, and one of the value."""
+    """Test gradients by central differences, along one direction of all free parameters and one of the value."""
     value = x[:50].double()
     step = torch.zeros((), dtype=torch.float64, device=x.device, requires_grad=True)
-    found = _derivative(subject.moved(step).log_prob(value).sum(), step)
+    slope = _derivative(subject.moved(step).log_prob(value).sum(), step)
     with torch.no_grad():
         above, below = (subject.moved(s).log_prob(value).sum() for s in (_STEP, -_STEP))
-    yield _slope("the gradient of log_prob in the parameters is that of differences", found, above, below)
+    yield _slope("the gradient of log_prob in the parameters is that of differences", slope, above, below)
     law = subject.moved(0.0)
     try:
         move = transform_to(law.support)
@@ -133,28 +138,32 @@ def _log_prob_gradients(subject: Subject, x: Tensor) -> Iterator[Law]:
     along = subject.normal(start.shape, seed=3)
     if not torch.allclose(move(start), value, rtol=1e-6, atol=1e-9):
         return
-    found = _derivative(law.log_prob(move(start + step * along)).sum(), step)
+    slope = _derivative(law.log_prob(move(start + step * along)).sum(), step)
     above, below = (law.log_prob(move(start + s * along)).sum() for s in (_STEP, -_STEP))
-    yield _slope("the gradient of log_prob in the value is that of differences", found, above.detach(), below.detach())
+    yield _slope("the gradient of log_prob in the value is that of differences", slope, above.detach(), below.detach())
 
 
 def _derivative(value: Tensor, at: Tensor) -> Tensor | None:
-    """None where the value does not depend on it, as far as autograd knows."""
+    """Return the derivative by autograd, or None if the value does not depend on `at`."""
     if not value.requires_grad:
         return None
     return torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)[0]
 
 
-def _slope(name: str, found: Tensor | None, above: Tensor, below: Tensor) -> Law:
+def _slope(name: str, slope: Tensor | None, above: Tensor, below: Tensor) -> Law:
+    """Test a derivative by the central difference of two values."""
     expected = float(above - below) / (2 * _STEP)
     rounding = 1e-15 * max(abs(float(above)), 1.0) / _STEP
-    off = math.inf if found is None else abs(float(found) - expected)
+    off = math.inf if slope is None else abs(float(slope) - expected)
     bar = 1e-4 * max(1.0, abs(expected)) + 10 * rounding
     return Law(name, off, f"<= {bar:.1g}", off <= bar)
 
 
 def _paths(subject: Subject) -> Iterator[Law]:
-    """Each of many draws has its own copy of the parameters, so that the gradient of each is known."""
+    """Test the gradients of rsample by those of the moments.
+
+    Each sample has its own copy of the parameters, so that its gradient is known.
+    """
     law = subject.law
     paths = max(200, min(_PATHS, 4_000_000 // max(1, (law.batch_shape + law.event_shape).numel())))
     steps = torch.zeros(paths, dtype=torch.float64, device=subject.device, requires_grad=True)
@@ -164,16 +173,16 @@ def _paths(subject: Subject) -> Iterator[Law]:
         expected = _moment_slope(subject, weights, power)
         if expected is None:
             continue
-        found = _derivative((x.pow(power) * weights).sum(), steps)
-        if found is None:
+        slopes = _derivative((x.pow(power) * weights).sum(), steps)
+        if slopes is None:
             yield Law(f"rsample gradients are those of {name}", math.inf, "there are none", False)
             continue
-        yield fact(f"rsample gradients of {name} are finite", bool(found.isfinite().all()))
-        yield score(f"rsample gradients are those of {name}", (found - expected).unsqueeze(-1))
+        yield fact(f"rsample gradients of {name} are finite", bool(slopes.isfinite().all()))
+        yield score(f"rsample gradients are those of {name}", (slopes - expected).unsqueeze(-1))
 
 
 def _moment_slope(subject: Subject, weights: Tensor, power: int) -> float | None:
-    """By differences: what a law says of its moments need not have a gradient."""
+    """Return the derivative of a moment by finite differences, because moments need not be differentiable."""
     values = []
     for step in (1e-4, -1e-4):
         law = subject.moved(step)
@@ -185,25 +194,25 @@ def _moment_slope(subject: Subject, weights: Tensor, power: int) -> float | None
     return (values[0] - values[1]) / 2e-4
 
 
-# --- What a check needs of any distribution: seeded draws, and the same law of other parameters -------------
+# --- Seeded samples of any distribution, and the same distribution with other parameters --------------------
 
 
 def takes_generator(distribution: Distribution) -> bool:
-    """Whether it draws from a generator, as penult's do; torch's own know the global random state alone."""
+    """Whether `sample` takes a generator, as in penult; torch's own distributions use the global random state."""
     return "generator" in inspect.signature(distribution.sample).parameters
 
 
 class Subject:
-    """A distribution under a check.
+    """A distribution that is checked.
 
     Args:
         distribution: The distribution.
-        seed: Seed of its draws.
+        seed: Seed of its samples.
     """
 
     def __init__(self, distribution: Distribution, seed: int) -> None:
         self.law, self._seed = distribution, seed
-        # Before anything is asked of it: torch's keep what they compute among their attributes.
+        # Read before any property is computed, because torch's distributions cache these as attributes.
         given = [name for name in distribution.arg_constraints if isinstance(vars(distribution).get(name), Tensor)]
         self.device = next((vars(distribution)[name].device for name in given), torch.device("cpu"))
         self._arguments, self.parameters = self._recipe(given)
@@ -211,38 +220,41 @@ class Subject:
         self.dense = bool(getattr(distribution, "has_density", True))
 
     def draw(self, shape: tuple[int, ...], law: Any = None, *, path: bool = False, seed: int | None = None) -> Tensor:
-        """Draws of this law, or of another, always from the same seed; by ``rsample`` on a ``path`` of gradients."""
+        """Sample this distribution, or another, from the same seed; by ``rsample`` if ``path``."""
         law, seed = self.law if law is None else law, self._seed if seed is None else seed
         method = law.rsample if path else law.sample
         if takes_generator(law):
-            drawn: Tensor = method(Size(shape), generator=torch.Generator(self.device).manual_seed(seed))
-            return drawn
+            samples: Tensor = method(Size(shape), generator=torch.Generator(self.device).manual_seed(seed))
+            return samples
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            drawn = method(Size(shape))
-        return drawn
+            samples = method(Size(shape))
+        return samples
 
     def normal(self, shape: Size, seed: int = 1) -> Tensor:
-        """Standard normal numbers in float64, which are the check's own."""
+        """Return standard normal numbers in float64, independent of those of the distribution."""
         generator = torch.Generator().manual_seed(self._seed + seed)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device)
 
     def rebuilt(self, parameters: Mapping[str, Tensor], validate_args: bool = False) -> Any:
-        """The law of its class with other parameters, the rest of its arguments as they are."""
+        """Return a distribution of the same class with other parameters and the same other arguments."""
         dtype = next((value.dtype for value in parameters.values() if value.is_floating_point()), None)
-        rest = {  # tensors that are no parameters, in the dtype of those that are
+        # Tensors that are not parameters get the dtype of the parameters.
+        arguments = {
             name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype else value
             for name, value in self._arguments.items()
         }
         kind: Any = type(self.law)
-        return kind(**{**rest, **parameters}, validate_args=validate_args)
+        return kind(**{**arguments, **parameters}, validate_args=validate_args)
 
     def free(self) -> dict[str, tuple[Any, Tensor]]:
-        """Parameters that can move: by name, the map from free numbers to them, and those that give what it has.
+        """Return the parameters that can be varied.
 
-        In float64. Left out are those at an end of their range, such as a concentration of 0.
+        Returns:
+            For each name, the map from unconstrained numbers to the parameter, and the numbers (float64) that give its
+            value. Parameters at an end of their range, such as a concentration of 0, are left out.
         """
-        found: dict[str, tuple[Any, Tensor]] = {}
+        free: dict[str, tuple[Any, Tensor]] = {}
         for name, value in self.parameters.items():
             constraint = self.law.arg_constraints[name]
             if constraints.is_dependent(constraint) or constraint.is_discrete or not value.is_floating_point():
@@ -254,25 +266,25 @@ class Subject:
             except (NotImplementedError, RuntimeError):
                 continue
             if kept and bool(start.isfinite().all()):
-                found[name] = move, start
-        return found
+                free[name] = move, start
+        return free
 
     def moved(self, step: float | Tensor) -> Any:
-        """The law, its free parameters moved along one random direction; where the step has a batch (N,), so has it."""
+        """Return the distribution with its free parameters moved by a step, or steps (N,), in a random direction."""
         free = self.free()
         along = {name: self.normal(start.shape, seed=7 + i) for i, (name, (_, start)) in enumerate(free.items())}
 
         def at(name: str) -> Tensor:
             move, start = free[name]
-            pace = torch.as_tensor(step, dtype=torch.float64, device=start.device)
-            value: Tensor = move(start + pace.reshape(pace.shape + (1,) * start.dim()) * along[name])
+            steps = torch.as_tensor(step, dtype=torch.float64, device=start.device)
+            value: Tensor = move(start + steps.reshape(steps.shape + (1,) * start.dim()) * along[name])
             return value
 
-        rest = {name: value.detach().double() for name, value in self.parameters.items() if value.is_floating_point()}
-        return self.rebuilt({**rest, **{name: at(name) for name in free}})
+        fixed = {name: value.detach().double() for name, value in self.parameters.items() if value.is_floating_point()}
+        return self.rebuilt({**fixed, **{name: at(name) for name in free}})
 
     def _recipe(self, given: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Arguments that make this law again, and those among them that are parameters; none where that fails."""
+        """Return arguments that rebuild the distribution, and the parameters among them; empty if that fails."""
         accepted = [
             n for n in inspect.signature(type(self.law).__init__).parameters if n not in ("self", "validate_args")
         ]
@@ -280,7 +292,8 @@ class Subject:
             n: getattr(self.law, n) for n in accepted if n not in self.law.arg_constraints and hasattr(self.law, n)
         }
         names = [name for name in given if name in accepted]
-        for count in range(len(names), -1, -1):  # of equivalent ones, such as probs and logits, there may be several
+        # Some parameters are equivalent, such as probs and logits, and a class accepts only one of them.
+        for count in range(len(names), -1, -1):
             for some in itertools.combinations(names, count):
                 parameters = {name: vars(self.law)[name] for name in some}
                 try:

@@ -1,4 +1,4 @@
-"""Laws, the report of them, and the statistics that they are held by."""
+"""Laws, reports of laws, and the statistics that test them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor
 
 __all__ = ["Law", "LawReport", "Z", "fact", "frequencies", "kolmogorov", "score", "uniform"]
 
-Z = 4.0  # the bar on a z-score: one true law in 16,000 fails it by chance, and seeds are fixed
+# The bar on a z-score. One true law in 16,000 exceeds it by chance, but seeds are fixed, so results do not vary.
+Z = 4.0
 
 
 @dataclass(frozen=True)
 class Law:
-    """One law and how well it holds.
+    """One law and its test.
 
     Attributes:
-        name: What must hold.
+        name: The law.
         value: The measured statistic.
-        bar: What it is held against.
+        bar: The condition on the statistic.
         passed: Whether it holds.
     """
 
@@ -32,7 +33,7 @@ class Law:
 
 @dataclass(frozen=True)
 class LawReport:
-    """The laws that a check looked at; prints as a table."""
+    """The laws that a check tested; prints as a table."""
 
     subject: str
     laws: tuple[Law, ...]
@@ -51,37 +52,46 @@ class LawReport:
         return "\n".join([self.subject, *rows])
 
     def raise_unless_passed(self) -> LawReport:
-        """Itself, or an AssertionError with the table where a law fails."""
+        """Return the report, or raise an AssertionError with the table if a law fails."""
         if not self.passed:
             raise AssertionError(str(self))
         return self
 
 
 def fact(name: str, holds: bool) -> Law:
-    """What holds or does not."""
+    """Return a law that holds or does not, without a statistic."""
     return Law(name, float(holds), "holds", holds)
 
 
 def score(name: str, deviations: Tensor, doubt: Tensor | float = 0.0) -> Law:
-    """The largest |z| of the column means of ``deviations`` (N, ...), each against zero known to ``doubt``."""
+    """Test that the column means of ``deviations`` (N, ...) are zero, by the largest |z|.
+
+    Args:
+        name: Name of the law.
+        deviations: Deviations from the expected value.
+        doubt: Standard error of the expected value.
+    """
     flat = deviations.double().reshape(len(deviations), -1)
     error = (flat.var(0) / len(flat) + torch.as_tensor(doubt, dtype=torch.float64).square()).sqrt()
-    floor = 1e-7 * max(1.0, float(flat.abs().max())) + 1e-300  # rounding, where a column does not vary
+    # For columns that vary by rounding only.
+    floor = 1e-7 * max(1.0, float(flat.abs().max())) + 1e-300
     z = float((flat.mean(0).abs() / (error + floor)).max())
-    bar = max(Z, math.sqrt(2 * math.log(max(flat.shape[1], 1))) + 2)  # the largest of many is larger
+    # The largest of many z-scores is larger.
+    bar = max(Z, math.sqrt(2 * math.log(max(flat.shape[1], 1))) + 2)
     return Law(name, z, f"|z| < {bar:.2g}", z < bar)
 
 
 def frequencies(name: str, y: Tensor, p: Tensor, doubt: float = 0.0) -> Law:
-    """The largest |z| of Σ 1[y ≤ k] − P(Y ≤ k) and Σ 1[y = k] − P(Y = k) over classes seen often enough.
+    """Test class frequencies by the largest |z| of Σ 1[y ≤ k] − P(Y ≤ k) and Σ 1[y = k] − P(Y = k).
 
-    Shares of classes that are known to a relative ``doubt`` may be off by as much.
+    Classes that occur too rarely are ignored. ``doubt`` is the relative standard error of the probabilities.
     """
     hits = torch.nn.functional.one_hot(y, p.shape[-1]).to(p)
     off = torch.cat([hits - p, (hits - p).cumsum(-1)], dim=-1).sum(0)
     upto = p.cumsum(-1)
     variance = torch.cat([p * (1 - p), upto * (1 - upto)], dim=-1).sum(0)
-    known = variance >= 25  # below, a count is not normal
+    # A smaller count is not approximately normal.
+    known = variance >= 25
     variance = variance + (doubt * torch.cat([p, upto * (1 - upto)], dim=-1).sum(0)).square()
     z = float((off[known].abs() / variance[known].sqrt()).max()) if bool(known.any()) else 0.0
     bar = max(Z, math.sqrt(2 * math.log(max(int(known.sum()), 1))) + 2)
@@ -89,7 +99,7 @@ def frequencies(name: str, y: Tensor, p: Tensor, doubt: float = 0.0) -> Law:
 
 
 def uniform(values: Tensor) -> float:
-    """Kolmogorov-Smirnov p-value of values (N,) against the uniform law."""
+    """Return the Kolmogorov-Smirnov p-value of values (N,) for the uniform distribution."""
     ordered, n = values.sort().values, len(values)
     steps = torch.arange(n, dtype=ordered.dtype) / n
     largest = float(torch.maximum((ordered - steps).max(), (steps + 1 / n - ordered).max()))
@@ -97,7 +107,7 @@ def uniform(values: Tensor) -> float:
 
 
 def kolmogorov(x: float) -> float:
-    """P(K > x) of the Kolmogorov law."""
+    """Return P(K > x) of the Kolmogorov distribution."""
     if x < 0.2:
         return 1.0
     total = math.fsum((1 if i % 2 else -1) * math.exp(-2 * i * i * x * x) for i in range(1, 101))
