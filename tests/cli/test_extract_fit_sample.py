@@ -298,7 +298,7 @@ def test_a_folder_that_another_process_writes_to(refused, here):
             "--base auto compares bases with",
         ),
         (["sample", "gone.safetensors", "--out", "x"], "does not exist"),
-        (["sample", "digits.safetensors", "--class", "10", "--out", "x"], "label 10 is out of range"),
+        (["sample", "digits.safetensors", "--class", "10", "--out", "x"], "is 10, out of range"),
         (["sample", "digits.safetensors", "--out", "acts"], "acts"),
         (["sample", "digits.safetensors", "--out", "d.npz"], "expected a folder, a name without .npz"),
         (["sample", "acts", "--out", "x"], "is a folder; a pair is a file"),

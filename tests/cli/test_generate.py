@@ -432,7 +432,7 @@ def test_bad_input_to_draw_from(refused, place):
     assert "net.penult.safetensors holds no generator" in refused("draw", "net.penult.safetensors", "-o", "x.png")
     assert "gone does not exist" in refused("draw", "gone", "-o", "x.png")
     for arguments, words in (
-        (("--class", "10"), "label 10 is out of range: the head has 10 classes"),
+        (("--class", "10"), "is 10, out of range"),
         (("--confident", "1"), "confident must be a probability"),
         (("--class", "1"), "images have 2 channels; expected 1 or 3"),
         (("--class", "1", "-n", "100000"), "images have 2 channels"),

@@ -95,7 +95,7 @@ def test_labels_that_do_not_fit():
         with pytest.raises(TypeError, match=r"labels of zeros is a torch\..* tensor; expected a tensor of integer"):
             ImageDataset(source, wrong)
     assert ImageDataset(source, torch.zeros(3, dtype=torch.uint8)).labels.dtype == torch.int64
-    with pytest.raises(ValueError, match=r"image 1 of zeros has label 2; expected 0 to 1, as there are 2 class names"):
+    with pytest.raises(ValueError, match=r"image 1 of zeros has label 2; expected 0 to 1 for 2 class names"):
         ImageDataset(source, torch.tensor([0, 2, 1]), ["a", "b"])
 
 

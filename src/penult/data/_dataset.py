@@ -176,7 +176,7 @@ def _checked(labels: Tensor, source: Source, names: tuple[str, ...] | None) -> T
             f"{int((labels == -1).sum())} of {len(labels)} images have no label (-1 or null), the first of them "
             f"{source.where(i)}; expected a label for all images or for none"
         )
-    want = "a label of at least 0" if names is None else f"0 to {len(names) - 1}, as there are {len(names)} class names"
+    want = "a label of at least 0" if names is None else f"0 to {len(names) - 1} for {len(names)} class names"
     raise ValueError(f"{source.where(i)} has label {int(labels[i])}; expected {want}")
 
 

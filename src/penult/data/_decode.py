@@ -55,7 +55,7 @@ def _pixels(image: Image.Image, mode: str | None, size: tuple[int, int] | None) 
 
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of an unknown range; save it with 8 or 16 bits")
-    # These modes have 16 bits, or 32 bits of which 16 are used.
+    # These modes have 16 bits, or 32 bits with 16 in use.
     deep = image.mode.startswith("I")
     if deep:
         image = image.convert("I")

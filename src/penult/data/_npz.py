@@ -166,7 +166,7 @@ def _partner(images: str, keys: list[str]) -> str | None:
 
 
 def _images(array: Any, channels: str | None, name: str) -> Tensor:
-    """Return the array as (N, C, H, W), uint8 or float32; `name` is what messages call it."""
+    """Return the array as (N, C, H, W), uint8 or float32; `name` is its name in messages."""
     if array.dtype == bool or array.dtype.kind == "f":
         if not ((array >= 0) & (array <= 1)).all():
             raise ValueError(

@@ -131,7 +131,7 @@ def shift(
         images: (N, C, H, W), floating, in [0, 1].
         kind: One of `SHIFTS`.
         severity: Number from 0 to 1.
-        seed: Seed of the random numbers, of which the last 32 bits are used.
+        seed: Seed of the random numbers; only its last 32 bits are used.
         first: Number of the first image.
         textures: (M, C, h, w) in [0, 1], at least as large as the images, with their number of channels or one. For
             ``"texture"`` only.
