@@ -397,6 +397,8 @@ def test_radii_histograms_merge():
         ),
         ({"radius": 1.0, "subspace": torch.zeros(0, 3)}, "all equal span no subspace"),
         ({"radius": 1.0, "loc": torch.zeros(2, 2)}, r"loc has shape \(2, 2\); expected \(d,\)"),
+        ({"radius": 1.0, "loc": torch.tensor(1.0)}, r"loc has shape \(\); expected \(d,\)"),
+        ({"radius": 1.0, "scale_tril": torch.tensor(1.0)}, r"scale_tril has shape \(\); expected \(m, m\)"),
         ({"radius": 1.0, "subspace": torch.ones(1, 3)}, "expected orthonormal rows"),
         ({"radius": 1.0, "subspace": torch.eye(4)[:, :3]}, "m <= d"),
         ({"radius": 1.0, "subspace": torch.eye(3)[:2], "loc": torch.zeros(4)}, "loc has dimension 4"),

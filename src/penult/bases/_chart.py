@@ -40,19 +40,19 @@ class Chart(NamedTuple):
 
     def _check(self) -> None:
         loc, tril, rows = self
-        for name, part in self._asdict().items():
+        for name, part, shape in (("loc", loc, "(d,)"), ("scale_tril", tril, "(m, m)"), ("subspace", rows, "(m, d)")):
             if part is None:
                 continue
+            if part.dim() != (1 if name == "loc" else 2):
+                raise ValueError(f"{name} has shape {tuple(part.shape)}; expected {shape}")
             if part.numel() == 0:
                 raise ValueError(
                     f"{name} has shape {tuple(part.shape)}, which is empty; expected at least one value. The rows of a "
                     "head that are all equal span no subspace"
                 )
             check_finite(name, part)
-        if loc is not None and loc.dim() != 1:
-            raise ValueError(f"loc has shape {tuple(loc.shape)}; expected (d,)")
         if rows is not None:
-            if rows.dim() != 2 or not 1 <= rows.shape[0] <= rows.shape[1]:
+            if rows.shape[0] > rows.shape[1]:
                 raise ValueError(f"subspace has shape {tuple(rows.shape)}; expected (m, d) with m <= d")
             if loc is not None and loc.shape[0] != rows.shape[1]:
                 raise ValueError(f"loc has dimension {loc.shape[0]}; expected {rows.shape[1]}, that of subspace")
