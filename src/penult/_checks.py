@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,12 +32,38 @@ __all__ = [
     "described",
     "integer_labels",
     "is_chance_level",
+    "with_remedy",
 ]
+
+_Error = TypeVar("_Error", bound=Exception)
 
 
 def described(value: Any) -> str:
     """Describe a value of a wrong type for a message: by the dtype of a tensor, or by the name of the type."""
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """The parameter that avoids an error, as data for callers whose users know it by another name.
+
+    Attributes:
+        reason: The message without the parameter.
+        parameter: Name of the parameter, which is a flag.
+        purpose: The effect of the parameter, such as "start again".
+    """
+
+    reason: str
+    parameter: str
+    purpose: str
+
+
+def with_remedy(error: _Error, parameter: str, purpose: str) -> _Error:
+    """Append ", or pass PARAMETER=True to PURPOSE" to a message, and keep the parts as the attribute ``remedy``."""
+    reason = str(error)
+    vars(error)["remedy"] = Remedy(reason, parameter, purpose)
+    error.args = (f"{reason}, or pass {parameter}=True to {purpose}",)
+    return error
 
 
 # --- numbers ------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -7,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 import penult
+from penult._checks import with_remedy
 from penult.cli import app, main
-from penult.cli._console import RichReporter, tell
+from penult.cli._console import RichReporter, fail, tell
 
 
 def test_version_and_help():
@@ -81,6 +83,17 @@ def test_a_missing_extra_names_the_remedy(tmp_path):
     )
     assert done.returncode == 2
     assert 'pip install "penult[data]"' in done.stderr
+
+
+def test_the_remedy_of_an_error_is_named_as_the_option(capsys):
+    error = with_remedy(ValueError("runs/overwrite=True holds others; give\n another"), "overwrite", "start again")
+    assert str(error).endswith("another, or pass overwrite=True to start again")
+    fail(error)
+    fail(OSError(errno.EACCES, "Permission denied", "out/x"))
+    assert capsys.readouterr().err.splitlines() == [
+        "penult: runs/overwrite=True holds others; give another, or pass --overwrite to start again",
+        "penult: Permission denied: 'out/x'; check the permissions there, or give another path",
+    ]
 
 
 def test_no_character_of_a_name_is_obeyed_by_a_terminal(capsys):

@@ -251,7 +251,7 @@ def test_what_is_there_is_not_replaced(penult_json, refused, here):
     penult.GenerativePair(penult.Head(torch.eye(3)), penult.Sphere(2.0)).save("toy.safetensors")
     penult_json("sample", "toy.safetensors", "-n", "5", "--out", "x")
     line = refused("sample", "toy.safetensors", "-n", "5", "--out", "x")
-    assert "or --overwrite to replace them" in line
+    assert "or pass --overwrite to replace them" in line
 
 
 def test_a_head_of_its_own(penult_json, here, activations):

@@ -382,6 +382,10 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ((*DATA, "--class", "3", "-n", "2"), "--class, --count go with drawing"),
         ((*DATA, "--judge-weights", "net.safetensors"), "--judge-weights goes with --judge"),
         ((*DATA, "--judge", "gennets:gone"), "--judge 'gennets:gone'"),
+        (
+            (*DATA, "--judge", "gennets:MODEL_B"),
+            "'gennets' has no attribute 'MODEL_B'",
+        ),
         ((*DATA, "--judge", "gennets:seven"), "--judge gennets:seven has 7 classes; expected 10"),
         ((*DATA, "--judge", "gennets:net", "--judge-weights", "gone"), "--judge-weights gone does not exist"),
         ((*DATA, "--confident", "2"), "confident must be a probability"),

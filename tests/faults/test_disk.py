@@ -157,7 +157,7 @@ def test_what_cannot_be_written_to_is_said_in_one_line(runner, disk, command, na
     if command in (fit, report):
         out.write_text("before")
     disk.read_only()
-    refused(runner, command(out), out, "Read-only file system", "give another place")
+    refused(runner, command(out), out, "Read-only file system", "give another path")
     assert [path.name for path in disk.path.iterdir()] == ([name] if command in (fit, report) else [])
 
 

@@ -105,7 +105,7 @@ def test_a_stopped_run_of_several_processes_is_not_gone_on_with_by_one(together,
     folder, facts = together
     for path in (folder / "acts").glob("activations-*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=rf"a run of {len(facts)} processes .* there are 1 now.*overwrite=True"):
+    with pytest.raises(ValueError, match=rf"a run of {len(facts)} processes .*expected 1 processes.*overwrite=True"):
         extract(tap, worker.loader(data), tmp_path, shard_size=300)
     same(extract(tap, worker.loader(data), tmp_path, shard_size=300, overwrite=True), alone[2])
 

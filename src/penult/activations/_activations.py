@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from penult._checks import check_floating, check_integer, check_labels, check_shares
+from penult._checks import check_floating, check_integer, check_labels, check_shares, with_remedy
 from penult.activations._blocks import Block, Memory, Shard, load, one
 from penult.activations._folder import finished, shards_in, unfinished, writing
 from penult.activations._writer import SHARD_SIZE, Writer, write_index
@@ -353,9 +353,8 @@ class Activations:
         facts = self._rows.facts
         with writing(folder, Processes(), overwrite) as own_part:
             if shards_in(folder):
-                raise FileExistsError(
-                    f"{folder} already contains activations; choose another folder, or replace them by overwrite=True"
-                )
+                error = FileExistsError(f"{folder} already contains activations; choose another folder")
+                raise with_remedy(error, "overwrite", "replace them")
             more = {"class_names": self.class_names, "pre_activation": self.pre_activation}
             writer = Writer(folder, own_part, unfinished(folder, own_part), shard_size, **more)
             for part in self.batches(-(-shard_size // facts.row_bytes)) if len(self) else [self]:

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from penult import io
+from penult._checks import with_remedy
 from penult.activations._blocks import KIND, Facts, Shard
 from penult.processes import Processes
 
@@ -20,7 +21,6 @@ __all__ = ["Part", "Stored", "finished", "name_of", "record_of", "shards_in", "u
 
 _SHARD_NAME = re.compile(r"activations-(?:(\d{5,})-of-(\d{5,})-)?(\d{5,})\.safetensors")
 _LOCK_NAME = re.compile(r"\.activations(?:-\d{5,}-of-\d{5,})?\.lock")
-_OVERWRITE = "pass overwrite=True to start again"
 _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -124,12 +124,13 @@ def finished(folder: Path) -> Stored:
         count = len(shards_in(folder))
         if not count:
             raise io.FileFormatError(f"{folder} contains no activations: it has neither an {io.INDEX_NAME} nor a shard")
-        raise io.FileFormatError(
+        error = io.FileFormatError(
             f"{folder} is incomplete: it has {count} whole shards but no {io.INDEX_NAME}, so its writer was killed or "
-            "is still running. The same penult.extract into this folder resumes; save(..., overwrite=True) starts again"
+            "is still running. Run the same penult.extract into this folder, which then resumes"
         )
+        raise with_remedy(error, "overwrite", "start again")
     index = io.read_index(folder, KIND)
-    with _as_format_error(folder / io.INDEX_NAME, "write the folder again"):
+    with _as_format_error(folder / io.INDEX_NAME):
         counts = {name: facts["rows"] for name, facts in index.shards.items()}
         return _stored(folder, index.metadata["facts"], counts, index.metadata["batches"])
 
@@ -146,7 +147,7 @@ def unfinished(folder: Path, part: Part) -> Stored:
     counts: dict[str, int] = {}
     batches = 0
     for number, name in enumerate(names):
-        with _as_format_error(folder / name, _OVERWRITE):
+        with _as_format_error(folder / name, writing=True):
             facts = io.read(folder / name, KIND).metadata["facts"]
             if name != part.shard_name(number) or facts != (record or facts):
                 raise ValueError(f"it does not follow {names[number - 1]}" if number else "it is not the first shard")
@@ -154,28 +155,31 @@ def unfinished(folder: Path, part: Part) -> Stored:
             record, counts[name], batches = facts, sum(rows), batches + len(rows)
     if not names:
         return Stored([], {}, 0)
-    with _as_format_error(folder, _OVERWRITE):
+    with _as_format_error(folder, writing=True):
         return _stored(folder, record, counts, batches)
 
 
 @contextmanager
-def _as_format_error(path: Path, remedy: str) -> Iterator[None]:
-    """Turn errors about the contents of a file into a FileFormatError that names the file."""
+def _as_format_error(path: Path, writing: bool = False) -> Iterator[None]:
+    """Turn errors about the contents of a file into a FileFormatError that names the file and a remedy."""
     try:
         yield
     except io.FileFormatError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise io.FileFormatError(
-            f"{path} is not a record of activations by penult ({type(error).__name__}: {error}); {remedy}"
-        ) from error
+        reason = f"{path} is not a record of activations by penult ({type(error).__name__}: {error}); "
+        if not writing:
+            raise io.FileFormatError(reason + "write the folder again") from error
+        refused = io.FileFormatError(reason + "choose another folder")
+        raise with_remedy(refused, "overwrite", "start again") from error
 
 
 def _batches_in(path: Path) -> list[int]:
     """Return the number of rows of each batch in a shard."""
     rows = io.read(path, KIND).metadata.get("batches")
     if not isinstance(rows, list) or not rows or not all(isinstance(count, int) and count >= 0 for count in rows):
-        raise io.FileFormatError(f"{path} does not say which batches it contains; {_OVERWRITE}")
+        refused = io.FileFormatError(f"{path} does not say which batches it contains; choose another folder")
+        raise with_remedy(refused, "overwrite", "start again")
     return rows
 
 
@@ -272,10 +276,11 @@ def _clear(folder: Path, part: Part, overwrite: bool) -> None:
             (folder / name).unlink(missing_ok=True)
     for name in [] if (folder / io.INDEX_NAME).exists() else shards_in(folder):
         if (count := _part_of(name).size) != part.size:
-            raise ValueError(
+            refused = ValueError(
                 f"{folder} contains shards of a run of {count} processes that was stopped; expected {part.size} "
-                f"processes. Resume with {count} processes, or start again with overwrite=True"
+                f"processes. Resume with {count} processes"
             )
+            raise with_remedy(refused, "overwrite", "start again")
 
 
 def shards_in(folder: Path, part: Part | None = None) -> list[str]:

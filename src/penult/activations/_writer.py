@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from penult import io
+from penult._checks import with_remedy
 from penult._row_blocks import blocks
 from penult.activations._blocks import KIND, Block, Memory, load
 from penult.activations._folder import Part, Stored, record_of
@@ -119,10 +120,11 @@ def checksum(head: Head) -> str:
 
 def refusal(folder: Path, reason: str) -> ValueError:
     """Return the error for a folder with activations of another call."""
-    return ValueError(
+    error = ValueError(
         f"{folder} contains activations that this call would not give: {reason}. To resume, use the same model, "
-        "arguments and loader (shuffle=False). Otherwise choose another folder, or pass overwrite=True to start again"
+        "arguments and loader (shuffle=False). Otherwise choose another folder"
     )
+    return with_remedy(error, "overwrite", "start again")
 
 
 def check_record(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What commands print, and how."""
+"""Output of commands: lines, tables, progress, warnings and errors."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = ["RichReporter", "fail", "quiet", "show_cursor", "tell", "warnings_as_
 
 _T = TypeVar("_T")
 
-_REMEDIES = {  # of what the system says, which says none
-    errno.ENOSPC: "free some space, then give the same command again: what was there before is as it was",
-    errno.EDQUOT: "free some space, then give the same command again: what was there before is as it was",
-    errno.EROFS: "nothing can be written there; give another place",
-    errno.EACCES: "see who may read and write there, or give another place",
-    errno.EPERM: "see who may read and write there, or give another place",
+# The messages of the system name no remedy.
+_REMEDIES = {
+    errno.ENOSPC: "free some space, then give the same command again: files that were there are unchanged",
+    errno.EDQUOT: "free some space, then give the same command again: files that were there are unchanged",
+    errno.EROFS: "nothing can be written there; give another path",
+    errno.EACCES: "check the permissions there, or give another path",
+    errno.EPERM: "check the permissions there, or give another path",
 }
 
-
-# A class name may hold what would move the cursor or write to the clipboard.
+# Control characters of a class name, for example, could move the cursor or write to the clipboard.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def _text(value: Any, style: str = "") -> Text:
-    """Text without markup, and with no character that a terminal obeys or cannot encode."""
+    """Return text without markup, control characters, and characters that cannot be encoded."""
     return Text(str(value).encode("utf-8", "backslashreplace").decode().translate(_CONTROLS), style=style)
 
 
@@ -41,24 +41,24 @@ class RichReporter:
     """A reporter on the terminal, with progress bars; plain lines where the output is no terminal.
 
     Args:
-        stderr: Whether to leave stdout to others.
-        silent: Whether to print nothing, as of all processes but the first.
+        stderr: Whether to print on stderr rather than stdout.
+        silent: Whether to print nothing, for all processes but the first.
     """
 
     def __init__(self, stderr: bool = False, silent: bool = False) -> None:
         self.console = Console(stderr=stderr, highlight=False, quiet=silent)
 
     def heading(self, text: str) -> None:
-        """A new part begins."""
+        """Print the title of a new part."""
         self.console.print()
         self.console.print(_text(text, "bold"))
 
     def line(self, text: str) -> None:
-        """One line, or a block that keeps its line breaks."""
+        """Print a line, or a block with its line breaks."""
         self.console.print(_text(text), soft_wrap=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A small table, numbers at the right."""
+        """Print a table whose first column is aligned left, the others right."""
         table = Table(box=None, pad_edge=False)
         for i, column in enumerate(columns):
             table.add_column(_text(column), justify="left" if i == 0 else "right")
@@ -67,14 +67,14 @@ class RichReporter:
         self.console.print(table)
 
     def track(self, items: Sequence[_T], description: str) -> Iterable[_T]:
-        """The items, with a progress bar while they are consumed."""
+        """Yield items with a progress bar."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
             yield from progress.track(items, description=description)
 
     @contextmanager
     def steps(self, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A progress bar, moved by calling what it gives with the number of steps done and what to say of them."""
+        """Show a progress bar; yield a function that takes the number of steps done and a description."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("", total=total)
@@ -82,7 +82,7 @@ class RichReporter:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Say on stderr what is being done while it takes its time: a line that stays where that is no terminal."""
+        """Show on stderr that work is going on; where that is no terminal, print one line."""
         console = Console(stderr=True, highlight=False, quiet=self.console.quiet)
         if not console.is_terminal:
             console.print(_text(f"{text} ..."), soft_wrap=True)
@@ -91,16 +91,21 @@ class RichReporter:
 
 
 def fail(error: BaseException) -> None:
-    """Print a reason and remedy in one line; the whole traceback if PENULT_TRACEBACK is set."""
+    """Print reason and remedy of an error in one line; raise it if PENULT_TRACEBACK is set."""
     if os.environ.get("PENULT_TRACEBACK"):
         raise error
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
-        reason = f"{reason.removeprefix(f'[Errno {error.errno}] ')}; {_REMEDIES[error.errno]}"
-    if reason.startswith("DataLoader worker"):  # in torch's words, which know of no command
-        reason += "; where memory is short, give fewer --workers. What is whole is kept: the same command continues"
-    reason = reason.replace("overwrite=True", "--overwrite")  # what the argument is called here
-    tell(reason)
+    reason = str(error) or type(error).__name__
+    remedy = getattr(error, "remedy", None)
+    if remedy is not None:
+        # The library names a parameter, users of a command know the option.
+        reason = f"{remedy.reason}, or pass --{remedy.parameter.replace('_', '-')} to {remedy.purpose}"
+    elif isinstance(error, OSError) and error.errno in _REMEDIES:
+        file = "" if error.filename is None else f": {error.filename!r}"
+        reason = f"{error.strerror}{file}; {_REMEDIES[error.errno]}"
+    elif reason.startswith("DataLoader worker"):
+        # The message is torch's own.
+        reason += "; if memory is short, give fewer --workers. Whole files are kept: the same command continues"
+    tell(" ".join(reason.split()))
 
 
 def tell(text: str) -> None:
@@ -109,29 +114,29 @@ def tell(text: str) -> None:
 
 
 def show_cursor() -> None:
-    """Give back the cursor that a progress bar hides, before a process ends without a word to it."""
+    """Show the cursor that a progress bar hides, for a process that ends at once."""
     if (console := Console(stderr=True)).is_terminal:
         console.show_cursor(True)
 
 
 @contextmanager
 def warnings_as_lines(silent: bool = False) -> Iterator[None]:
-    """Print what penult warns of on stderr, in one line and once, rather than with a line of code.
+    """Print each warning once, as one line on stderr without the line of code.
 
     Args:
-        silent: Whether to print nothing, as of all processes but the first.
+        silent: Whether to print nothing, for all processes but the first.
     """
-    told = set()
+    printed = set()
     with warnings.catch_warnings():
         python = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        def show(message: Warning | str, category: type[Warning], *location: Any, **more: Any) -> None:
             if not issubclass(category, UserWarning):
-                python(message, category, *where, **more)
+                python(message, category, *location, **more)
                 return
             text = " ".join(str(message).split())
-            if text not in told and not silent:
-                told.add(text)
+            if text not in printed and not silent:
+                printed.add(text)
                 tell(f"warning: {text}")
 
         warnings.simplefilter("always", UserWarning)
@@ -141,7 +146,7 @@ def warnings_as_lines(silent: bool = False) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's tips and remarks, which are about its own options."""
+    """Suppress the tips and remarks of Lightning, which are about its own options."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
