@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import time
 from typing import Annotated
@@ -34,7 +36,9 @@ for command in (
     draw.draw,
     demo.demo,
 ):
-    app.command(command.__name__)(command)
+    # Typer keeps the line breaks of a docstring, also where the terminal is narrower than the source.
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
+    app.command(command.__name__, help=text)(command)
 
 
 def _version(value: bool) -> None:
@@ -57,13 +61,15 @@ def main() -> None:
     try:
         app()
     except SystemExit as stop:
-        if stop.code == 130:  # Ctrl-C
-            tell("interrupted; what was written is whole, and extract, distill and generate go on from it")
+        # This code is that of Ctrl-C.
+        if stop.code == 130:
+            tell("interrupted; files are whole, and extract, distill and generate resume from them")
         raise
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if not lost(error):
             fail(error)
         elif own_rank() == 0:
-            time.sleep(1)  # who watches the other processes knows which of them ended, and says so
+            # The thread that watches the other processes ends this one before, with a more precise message.
+            time.sleep(1)
             tell("another process of this run ended; give the same command again to continue")
         sys.exit(2)

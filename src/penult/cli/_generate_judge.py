@@ -1,7 +1,8 @@
-"""How good the images of ``penult generate`` are: who judges them, and what it finds."""
+"""Judging of the images of ``penult generate``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,9 @@ from penult.report.generate import Pictures, pictures_of, seeded
 
 __all__ = ["JUDGED", "evaluator_of", "judged"]
 
-JUDGED = 2000  # images of either side
-_COMPARED = 10_000  # training images that they are compared with
-_EVENLY = 200  # images of all classes together, where no real ones say how many of each
+JUDGED = 2000  # Generated images that are judged, and real ones that they are compared with.
+_TRAINING = 10_000  # Training images that generated ones are searched for copies of.
+_EVENLY = 200  # Generated images of all classes together, where there are no real ones to take labels from.
 
 
 def evaluator_of(
@@ -54,76 +55,80 @@ def evaluator_of(
 def judged(
     generator: ActivationGenerator,
     evaluator: Tap,
-    trained: ImageSubset,
+    training: ImageSubset,
     validation: ImageSubset,
     confident: float | None,
     seed: int,
-    loading: dict[str, Any],
+    loading: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Pictures]:
-    """Figures of quality with what they lack, and pictures for the page.
+    """Measure the quality of generated images, and generate the pictures for the page.
 
     Args:
-        generator: What is judged.
-        evaluator: The judge.
-        trained: Images that it was trained on.
+        generator: The generator.
+        evaluator: The evaluator, from `evaluator_of`.
+        training: Images that the generator was trained on.
         validation: Images to compare with.
-        confident: What p(y|h) has to exceed of draws that are judged as well.
-        seed: Of what is drawn and chosen.
-        loading: Options of a loader.
+        confident: Probability p(y|h) that activations of a second set of generated images exceed, or None.
+        seed: Seed for samples and choices.
+        loading: Options of loaders.
+
+    Returns:
+        Results, in which ``"skipped"`` lists reasons for missing figures; and the pictures.
     """
     k = generator.pair.head.num_classes
     real, labels = validation.load(JUDGED, seed, loading)
-    known, known_labels = trained.load(_COMPARED, seed, loading)
-    facts: dict[str, Any] = {"labels": "given" if labels is not None else "judge", "skipped": []}
-    labels = _read(evaluator, real) if labels is None else labels
-    known_labels = _read(evaluator, known) if known_labels is None else known_labels
+    known, known_labels = training.load(_TRAINING, seed, loading)
+    skipped: list[str] = []
+    results: dict[str, Any] = {"labels": "given" if labels is not None else "judge", "skipped": skipped}
+    labels = _predict(evaluator, real) if labels is None else labels
+    known_labels = _predict(evaluator, known) if known_labels is None else known_labels
 
     single = labels.bincount(minlength=k) == 1
     if bool(single.any()):
-        facts["skipped"].append(
-            f"classes {single.nonzero().flatten().tolist()} are not judged: there is one image of each to judge by"
+        skipped.append(
+            f"classes {single.nonzero().flatten().tolist()} are not judged: each has a single image to judge by"
         )
     kept = ~single[labels]
-    enough = bool((known_labels.bincount(minlength=k)[labels[kept]] >= 2).all())
-    if not bool(kept.any()):
-        judge = None
-        facts["skipped"].append("there is nothing but accuracy: too few images are left to judge by")
-    else:
+    judge = None
+    if bool(kept.any()):
+        enough = bool((known_labels.bincount(minlength=k)[labels[kept]] >= 2).all())
         try:
             judge = Judge(evaluator, (real[kept], labels[kept]), (known, known_labels) if enough else known, seed=seed)
         except ValueError as error:
-            judge = None
-            facts["skipped"].append(f"there is nothing but accuracy: {error}")
+            skipped.append(f"nothing but accuracy is measured: {error}")
+    else:
+        skipped.append("nothing but accuracy is measured: there are too few images to judge by")
     y = torch.arange(k).repeat_interleave(max(1, _EVENLY // k)) if judge is None else labels[kept]
-    asked = {"generated": None} | ({} if confident is None else {"confident": confident})
     metrics: dict[str, Any] = {}
-    for name, least in asked.items():
+    for name, threshold in {"generated": None, "confident": confident}.items():
+        if name == "confident" and threshold is None:
+            continue
         try:
-            images = generator.generate(y, least, generator=seeded(generator, seed)).float().cpu()
+            images = generator.generate(y, threshold, generator=seeded(generator, seed)).float().cpu()
             metrics[name] = (
-                {"accuracy": float((_read(evaluator, images) == y).double().mean()), "count": len(y)}
+                {"accuracy": float((_predict(evaluator, images) == y).double().mean()), "count": len(y)}
                 if judge is None
                 else judge(images, y).to_dict()
             )
         except ValueError as error:
-            facts["skipped"].append(f"{name} images are not judged: {error}")
+            skipped.append(f"{name} images are not judged: {error}")
     if judge is not None:
         try:
             metrics["real"] = judge.reference.to_dict()
         except ValueError as error:
-            facts["skipped"].append(f"there are no figures of real images to compare with: {error}")
+            skipped.append(f"figures of real images are missing: {error}")
     for row in metrics.values():
         row.pop("reference", None)
     try:
         pictures = pictures_of(generator, real, labels, seed, confident)
     except ValueError as error:
-        facts["skipped"].append(f"there are no pictures of confident draws: {error}")
+        skipped.append(f"pictures of confident samples are missing: {error}")
         pictures = pictures_of(generator, real, labels, seed, None)
-    return facts | {"metrics": metrics}, pictures
+    return results | {"metrics": metrics}, pictures
 
 
 @torch.no_grad()
-def _read(evaluator: Tap, images: Tensor) -> Tensor:
-    """What the judge takes images for, (N,)."""
+def _predict(evaluator: Tap, images: Tensor) -> Tensor:
+    """Return the classes (N,) that the evaluator predicts."""
     acts = extract(evaluator, list(images.split(500)))
     return acts.logits.argmax(-1).cpu()

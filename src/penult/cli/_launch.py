@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Launch", "lost", "own_rank"]
 
-_LOOK = 0.2  # seconds between two looks at the other processes
-_PATIENCE = timedelta(days=30)  # for a process that has more to do than the others
-_RANKS = "RANK", "LOCAL_RANK", "SLURM_PROCID"  # set by who starts processes
+_INTERVAL = 0.2  # Seconds between two checks of the other processes.
+_TIMEOUT = timedelta(days=30)  # One process may have more to do than the others.
+_RANKS = "RANK", "LOCAL_RANK", "SLURM_PROCID"  # Set by the program that starts the processes.
 
 
 def own_rank() -> int:
-    """The number of this process among those that were started together, as their environment says; 0 for one alone."""
+    """Return the number of this process among those started together, from the environment; 0 for a single one."""
     return max((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), default=0)
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says no more than that another process ended."""
+    """Return whether an error means that another process ended."""
     from torch import distributed
 
     if not isinstance(error, RuntimeError) or not distributed.is_initialized():
@@ -40,51 +40,53 @@ def lost(error: BaseException) -> bool:
 
 
 class Launch:
-    """The processes of a command: as many as are asked for on the command line, or as torchrun has started.
+    """The processes of a command: as many as the command line says, or as torchrun started.
 
     Args:
-        device: A device, or the kind of several.
-        devices: How many on a machine.
-        num_nodes: How many machines.
-        strategy: Lightning's.
+        device: A device, or the type of several devices.
+        devices: Number of devices per machine; None for 1, or as torchrun started.
+        num_nodes: Number of machines; None for 1, or as torchrun started.
+        strategy: Strategy of Lightning.
 
     Attributes:
-        several: Whether there are others.
+        several: Whether there is more than one process.
         rank: The number of this process.
-        device: The one that this process computes on.
-        devices: How many on a machine.
-        num_nodes: How many machines.
-        strategy: Lightning's.
+        device: The device that this process computes on.
+        devices: Number of devices per machine.
+        num_nodes: Number of machines.
+        strategy: Strategy of Lightning.
 
     Raises:
-        ValueError: torchrun has started other numbers than are asked for, or there is no such device.
+        ValueError: torchrun started other numbers of processes, or there is no such device.
     """
 
     def __init__(self, device: str, devices: int | None, num_nodes: int | None, strategy: str) -> None:
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        found = (
+        counts = (
             {"--devices": int(os.environ["LOCAL_WORLD_SIZE"]), "--num-nodes": int(os.environ["GROUP_WORLD_SIZE"])}
             if by_torchrun
             else {"--devices": devices or 1, "--num-nodes": num_nodes or 1}
         )
-        for (flag, count), asked in zip(found.items(), (devices, num_nodes), strict=True):
-            if asked not in (None, count):
-                raise ValueError(f"torchrun says {count} where {flag} says {asked}; leave {flag} out")
-        self.devices, self.num_nodes = found.values()
+        for (option, count), given in zip(counts.items(), (devices, num_nodes), strict=True):
+            if given not in (None, count):
+                raise ValueError(f"{option} is {given}; expected {count}, as torchrun started. Leave {option} out")
+        self.devices, self.num_nodes = counts.values()
         self.strategy = strategy
         self.several = self.devices * self.num_nodes > 1
         self.rank = own_rank() if self.several else 0
-        place = device_of(device)
-        if self.several and place.type != "cpu":
+        own_device = device_of(device)
+        if self.several and own_device.type != "cpu":
             if ":" in device:
-                raise ValueError(f"--device {device} is one device, and there are {self.devices}; give {place.type}")
-            place = device_of(f"{place.type}:{os.environ.get('LOCAL_RANK', 0)}")
-        self.device: torch.device = place
+                raise ValueError(
+                    f"--device is {device}, a single device; expected {own_device.type}, since there are several"
+                )
+            own_device = device_of(f"{own_device.type}:{os.environ.get('LOCAL_RANK', 0)}")
+        self.device: torch.device = own_device
 
     def start(self) -> ProcessGroup | None:
-        """Start the others where Lightning has to, which then run the same command; the group of all, or None for one.
+        """Start the other processes, which run the same command, unless torchrun did; return their group, None for one.
 
-        To be called when all that can be wrong has been looked at: the errors of the first process are said once.
+        Called after all checks of the arguments, so that their errors are printed once, by the first process.
         """
         if not self.several:
             return None
@@ -104,41 +106,45 @@ class Launch:
             fabric.launch()
         self.rank = fabric.global_rank
         if not distributed.is_initialized():
-            raise ValueError(f"--strategy {self.strategy} starts no group of processes; use ddp")
+            raise ValueError(f"--strategy is {self.strategy}, which starts no group of processes; use ddp")
         children = getattr(fabric.strategy.launcher, "procs", [])
         if children:
             _watch(lambda: _ended(children))
         elif "TORCHELASTIC_RUN_ID" not in os.environ and int(os.environ.get("LOCAL_RANK", 0)):
             parent = os.getppid()
             _watch(lambda: "" if os.getppid() != parent else None)
-        # What commands exchange is small, and must wait for the slowest however long that takes.
-        group: ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        # Commands exchange little, and wait for the slowest process as long as it takes.
+        group: ProcessGroup = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
         return group
 
 
 def _ended(children: Sequence[Any]) -> str | None:
-    """What to say where a child ended badly, after all others are ended."""
+    """If a child process failed, kill the others and return the message; else None."""
     for rank, child in enumerate(children, start=1):
         if code := child.poll():
             for other in children:
                 other.kill()
             how = f"was killed (signal {-code})" if code < 0 else f"failed (exit code {code})"
-            return f"process {rank} of {len(children) + 1} {how}, so that the others were ended: give the same command "
+            return (
+                f"process {rank} of {len(children) + 1} {how}, so the others were ended; give the same command again "
+                "to continue"
+            )
     return None
 
 
-def _watch(look: Callable[[], str | None]) -> None:
-    """End this process as soon as a look at the others gives a text, and say it.
+def _watch(check: Callable[[], str | None]) -> None:
+    """Check the other processes in a thread; as soon as that returns a message, print it and end this process.
 
-    At once, since a process that waits for one that is gone cannot be woken. What is on disk is made for that.
+    The process ends without any cleanup, since one that waits for a lost process cannot be woken. Files on disk are
+    written so that they stay whole.
     """
 
     def run() -> None:
-        while (text := look()) is None:
-            time.sleep(_LOOK)
-        if text:
+        while (message := check()) is None:
+            time.sleep(_INTERVAL)
+        if message:
             show_cursor()
-            tell(f"{text}again to continue")
+            tell(message)
         os._exit(2)
 
     threading.Thread(target=run, name="penult-watch", daemon=True).start()

@@ -52,7 +52,9 @@ Network = Annotated[
     str | None, typer.Option("--model", help="Factory of the network that reads images, package.module:factory.")
 ]
 NetworkWeights = Annotated[Path | None, typer.Option("--weights", help="State dict for the network, .safetensors.")]
-HeadPath = Annotated[str | None, typer.Option("--path", help="Name of the head's module. Default: found by a run.")]
+HeadPath = Annotated[
+    str | None, typer.Option("--path", help="Name of the head's module. Default: found by a forward pass.")
+]
 Fold = Annotated[bool, typer.Option(help="Fold a norm layer before the head into the head.")]
 Pair = Annotated[
     str,
@@ -91,11 +93,9 @@ Confident = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed for all random numbers.", min=0)]
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, mps.")]
 Devices = Annotated[
-    int | None, typer.Option(help="Number of devices per machine. [default: 1, or as started by torchrun]", min=1)
+    int | None, typer.Option(help="Number of devices per machine. Default: 1, or as started by torchrun.", min=1)
 ]
-NumNodes = Annotated[
-    int | None, typer.Option(help="Number of machines. [default: 1, or as started by torchrun]", min=1)
-]
+NumNodes = Annotated[int | None, typer.Option(help="Number of machines. Default: 1, or as started by torchrun.", min=1)]
 Strategy = Annotated[str, typer.Option(help="Lightning strategy for several devices, for example ddp.")]
 Precision = Annotated[str, typer.Option(help="Lightning precision, for example bf16-mixed.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")]

@@ -55,7 +55,7 @@ def distill(
     data: Annotated[str, typer.Option(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; a killed run resumes there.")],
     val: Annotated[
-        str | None, typer.Option(help="Labelled images to judge by. [default: a tenth of DATA is held out]")
+        str | None, typer.Option(help="Labelled images to judge by. Default: a tenth of --data, held out.")
     ] = None,
     pair: Annotated[
         Path | None, typer.Option(help="Pair of the teacher's network, with a base fitted to the teacher's domain.")
@@ -87,7 +87,7 @@ def distill(
     precision: Precision = "32-true",
     as_json: AsJson = False,
 ) -> None:
-    """Distil a teacher into a student, with targets that trust the teacher where it deserves trust.
+    """Distil a teacher into a student, which learns the teacher's predictions as far as they can be trusted.
 
     With a file, the head of the teacher is all that is needed: the student learns its outputs on typical activations.
 

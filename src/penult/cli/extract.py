@@ -21,7 +21,6 @@ from penult.cli._options import (
     HeadPath,
     Mean,
     Mode,
-    Model,
     NumNodes,
     Size,
     Std,
@@ -48,7 +47,12 @@ class StorageDtype(str, Enum):
 
 def extract(
     context: typer.Context,
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Factory of the network, package.module:factory, called without arguments."
+        ),
+    ],
     data: Annotated[str, typer.Argument(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
     out: Annotated[Path, typer.Option(help="Folder for the activations; a killed run resumes there.")],
     batch_size: BatchSize = 128,

@@ -105,9 +105,7 @@ def generate(
             "with --condition label only."
         ),
     ] = None,
-    val: Annotated[
-        str | None, typer.Option(help="Images to judge by. [default: a tenth of --images is held out]")
-    ] = None,
+    val: Annotated[str | None, typer.Option(help="Images to judge by. Default: a tenth of --images, held out.")] = None,
     kind: Annotated[Kind, typer.Option(help="Variational autoencoder, or generative adversarial network.")] = Kind.vae,
     condition: Annotated[
         Condition,
@@ -130,8 +128,8 @@ def generate(
     consistency: Annotated[
         float | None,
         typer.Option(
-            help="Weight of the classifier's activations of generated images, in nats per image with vae. "
-            + _default("consistency")
+            help="Weight of the loss between activations that are given and those of the generated images, in nats per "
+            "image with vae. " + _default("consistency")
         ),
     ] = None,
     beta: Annotated[
