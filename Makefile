@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS ?= 2
+# One thread in each process: the tests use small tensors, and JOBS processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test lint docs bench tables clean
+.PHONY: help demo test test-slow test-all lint docs bench tables clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "penult needs Python 3.10 or newer; set PYTHON=...")'
@@ -30,8 +32,14 @@ $(VENV)/.docs: $(VENV)/.core
 demo: $(VENV)/.core  ## the main job on scikit-learn's digits; writes penult-demo/index.html
 	@$(BIN)/penult demo
 
-test: $(VENV)/.dev  ## every test, doctest and README line
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+test: $(VENV)/.dev  ## the tests to run after a change: less than four minutes on two cores
+	@$(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/.dev  ## the slow tests, which `make test` leaves out
+	@$(PYTEST) --tier slow $(ARGS)
+
+test-all: $(VENV)/.dev  ## both
+	@$(PYTEST) --tier all $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	@$(BIN)/ruff check .

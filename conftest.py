@@ -1,6 +1,6 @@
-"""Tests draw from a fixed seed that they do not leave behind; doctests see torch, nn, math and penult.
+"""A fixed seed for every test, names for doctests, and options for the device and dtype of tests/numerics.
 
-``--device`` and ``--dtype`` say on what tests/numerics run; ``--long`` runs what takes longer than it tells, too.
+tests/tiers.py adds ``--tier`` and ``--long``.
 """
 
 import math
@@ -13,10 +13,11 @@ from torch import nn
 
 import penult
 
+pytest_plugins = ("tiers",)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--long``, ``--device`` and ``--dtype``."""
-    parser.addoption("--long", action="store_true", help="run the tests marked long as well")
+    """Add ``--device`` and ``--dtype``."""
     group = parser.getgroup("penult", "what tests/numerics compute on")
     group.addoption("--device", default="cpu", help="a device of torch, such as cpu, cuda, cuda:1 or mps")
     group.addoption("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="of heads and rows")
@@ -24,16 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse a device that is not there before any test runs."""
-    config.addinivalue_line("markers", "long: more of what shorter tests show, left out without --long")
     _device(config)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is long, unless asked for."""
-    if not config.getoption("--long"):
-        left_out = [item for item in items if item.get_closest_marker("long")]
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=left_out)
 
 
 def _device(config: pytest.Config) -> torch.device:
@@ -72,6 +64,13 @@ def _seed() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Load torch.compile, which takes seconds and is no part of the first test that needs it."""
+    x = torch.ones(1, requires_grad=True)
+    torch.compile(lambda x: x.sin(), backend="aot_eager")(x).sum().backward()
 
 
 @pytest.fixture(autouse=True)

@@ -159,6 +159,7 @@ def given():
     return {"torch": torch, "penult": penult, "tap": tap, "loader": list(images.split(64))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, PYTHON)], ids=name_of)
 def test_python_of_pages_runs(page, tmp_path, monkeypatch, as_found):
     monkeypatch.chdir(tmp_path)
@@ -307,6 +308,7 @@ def parquet(path, pixels):
     pyarrow.parquet.write_table(pyarrow.table({"image": encoded, "label": labels}), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if any(w[0] == "penult" for w in lines(p))], ids=name_of)
 def test_commands_of_pages_run(page, place, monkeypatch, as_found):
     """In the order of the page, on small data; results of a command are there for the next one."""

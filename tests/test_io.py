@@ -131,6 +131,7 @@ def test_an_exception_in_the_middle_leaves_the_old_file(tmp_path, monkeypatch, w
     assert io.read(path).metadata == {"old": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_killed_writer_leaves_the_old_file(tmp_path, where):
     path = tmp_path / "a"

@@ -1,6 +1,7 @@
 """The walls: imports run downwards, private modules stay in their room, heavy packages load lazily."""
 
 import ast
+import functools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -32,7 +33,11 @@ EXTRAS = {
 MOST_FILES = 160
 MOST_LINES = 480
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
 
 
 def room_of(path):
@@ -64,6 +69,7 @@ def imports(tree, module_level_only=False):
                 yield node.module
 
 
+@functools.cache
 def file_of(name):
     """The file of the package that an imported name stands in, or None for another package."""
     parts = name.split(".")
@@ -77,9 +83,10 @@ def file_of(name):
     return PACKAGE / "__init__.py"
 
 
+@functools.cache
 def own_imports(path, module_level_only=False):
     """Files of the package that a file imports."""
-    found = (file_of(name) for name in imports(TREES[path], module_level_only))
+    found = (file_of(name) for name in imports(tree_of(path), module_level_only))
     return {file for file in found if file is not None and file != path}
 
 
@@ -132,7 +139,7 @@ def test_heavy_packages_load_lazily():
     heavy = {}
     for path in FILES:
         allowed = CORE | EXTRAS.get(room_of(path), set())
-        if names := {name.split(".")[0] for name in imports(TREES[path], module_level_only=True)} - allowed:
+        if names := {name.split(".")[0] for name in imports(tree_of(path), module_level_only=True)} - allowed:
             heavy[name_of(path)] = names
     assert not heavy
 

@@ -224,6 +224,7 @@ def test_says_so_when_the_weights_change():
     GenerativePair(Head(layer.weight, layer.bias), Sphere(2.0)).log_prob(h)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_moves_state_dict_and_compile():
     pair = GenerativePair(random_head(4, 8), sphere())
     h = torch.randn(5, 8, generator=seeded(), dtype=torch.float64)
@@ -260,6 +261,7 @@ def test_a_changed_base_changes_the_prior():
     assert torch.allclose(pair.prior.probs, fresh.prior.probs)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiles_whole():
     torch._dynamo.reset()
     pair = GenerativePair(random_head(4, 8), sphere())
@@ -399,6 +401,7 @@ def test_files_that_are_no_pair(tmp_path):
         penult.load(tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "a.penult.safetensors"
     old = GenerativePair(Head(torch.eye(3)), Sphere(2.0))

@@ -26,6 +26,8 @@ def test_the_readme_has_code():
 @pytest.mark.parametrize("code", blocks())
 def test_every_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("penult.realism._two_sample._STEPS", 3)
+    monkeypatch.setattr("penult.realism._compare._POOL", 300)
     model = DigitsNet().eval()  # which gives its own labels, since it is not trained
     data = digits()
     labels = model(data.images[:300]).argmax(-1)

@@ -48,6 +48,7 @@ def test_broken_distributions_fail(kind, law):
         check_distribution(kind(torch.eye(3), torch.tensor(3.0)))
 
 
+@pytest.mark.slow
 def test_a_base_without_dimension_needs_a_head():
     with pytest.raises(ValueError, match="pass a head"):
         check_base(Sphere(1.0))

@@ -477,6 +477,7 @@ def test_memory_is_that_of_the_layers_alive():
     assert 1 <= max(kept) <= 2
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compilation_is_refused_and_compiled_parts_run_as_written():
     torch._dynamo.reset()
     tap = tapped(mlp(nn.ReLU()), VECTORS)

@@ -112,6 +112,7 @@ WHOLE = {"in the loader": 3, "before a shard has its name": 2, "before the index
 RUN = {"in the loader": 1 + 5, "before a shard has its name": 1 + 7, "before the index": 1}  # of the model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KILLS)
 def test_a_killed_run_resumes_to_the_same_bytes(name, counting, tmp_path):
     extract(counting.tap, batches(), tmp_path / "whole", shard_size=SHARD)
@@ -356,6 +357,7 @@ def failing_after(loader, at):
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_data(tmp_path):
     script = """

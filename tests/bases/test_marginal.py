@@ -42,6 +42,7 @@ class Coin:
         return torch.randn(*sample_shape, 3).sign() + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixture", "class", "bank"])
 @pytest.mark.parametrize(("k", "d"), [(2, 2), (3, 3), (10, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,6 +51,7 @@ def test_laws(kind, k, d, dtype):
     check_base(Marginal.fit(head, h, kind=kind, components=10, dims=4), head, samples=20_000)
 
 
+@pytest.mark.slow
 def test_laws_of_many_classes():
     head, h = problem(300, 16, n=10_000, scale=3.0)
     check_base(Marginal.fit(head, h, kind="bank"), head, samples=3_000)
@@ -132,6 +134,7 @@ def test_bank_without_replacement_repeats_no_row_of_a_class():
         base.tilt(head.centered_weight(torch.tensor(0))).sample((500,))
 
 
+@pytest.mark.slow
 def test_class_draws_follow_the_joint_stream():
     """E[f(h) | y] of class draws against E_p[softmax_y f] / E_p[softmax_y], with rare classes among them."""
     head = Head(torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 1.0]]), torch.tensor([0.0, -6.0, 1.0]))
@@ -365,6 +368,7 @@ def test_numbers_out_of_range_are_refused():
         Marginal(head, normal(4), samples=1e5)
 
 
+@pytest.mark.slow
 def test_very_many_classes_have_a_class_law():
     head = Head(torch.randn(12_001, 4, generator=seeded()))
     base = Marginal.fit(head, torch.randn(200, 4, generator=seeded(1)), kind="class")
@@ -390,6 +394,7 @@ def test_torch_distributions_without_log_prob_have_no_density():
     check_base(base, Head(torch.eye(3)), samples=5000)
 
 
+@pytest.mark.slow
 def test_compiled_and_mapped():
     head, h = problem(3, 8)
     pair = GenerativePair(head, Marginal.fit(head, h, components=3, dims=4))
@@ -581,6 +586,7 @@ def test_positive_law_is_saved(tmp_path):
     assert copy.deepcopy(pair).double().base.distribution.softness.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_flow(tmp_path):
     pytest.importorskip("zuko")
     head, h = problem(3, 4)
@@ -594,6 +600,7 @@ def test_flow(tmp_path):
     assert base.num_parameters == base.distribution.num_parameters
 
 
+@pytest.mark.slow
 def test_sizes_by_default():
     head, h = problem(3, 70, n=3000)
     law = Marginal.fit(head, h).distribution

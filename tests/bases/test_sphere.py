@@ -8,6 +8,7 @@ import penult
 from heads import random_head
 from penult import Activations, Gaussian, GenerativePair, Head, Sphere, special
 from penult.testing import check_base
+from tiers import thin
 
 
 def seeded(seed=0):
@@ -35,7 +36,10 @@ def charted(dim, m, seed=0, radii=3, dtype=torch.float64):
 @pytest.mark.parametrize("radii", [1, 3])
 @pytest.mark.parametrize(
     ("dim", "m"),
-    [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (5, 3), (64, 9), pytest.param(1280, 20, marks=pytest.mark.long)],
+    [
+        *thin([(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (5, 3), (64, 9)], keep=[(1, 1), (2, 1), (3, 2)]),
+        pytest.param(1280, 20, marks=pytest.mark.long),
+    ],
 )
 def test_laws_through_every_chart(dim, m, radii):
     report = check_base(
@@ -48,6 +52,7 @@ def test_laws_through_every_chart(dim, m, radii):
     assert ("radii" in names) == (radii > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("classes", "dim"),
     [
@@ -72,6 +77,7 @@ def quiet_from_head(head, **kwargs):
         return Sphere.from_head(head, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["round", "centered", "elliptic"])
 @pytest.mark.parametrize("ambient", [True, False])
 def test_laws_of_fitted_spheres(shape, ambient):
@@ -92,7 +98,7 @@ class Miscounted(Sphere):
 @pytest.mark.parametrize(
     ("classes", "dim"),
     [
-        *((2, 2), (3, 2), (3, 3), (10, 64)),
+        *thin([(2, 2), (3, 2), (3, 3), (10, 64)], keep=[(2, 2), (3, 2), (3, 3)]),
         *(pytest.param(*sizes, marks=pytest.mark.long) for sizes in ((1000, 64), (2, 1280))),
     ],
 )
@@ -113,7 +119,7 @@ class Skewed(Sphere):
 
 def test_a_base_that_draws_from_another_law_fails():
     with pytest.raises(AssertionError, match=r"FAIL.*gradient of log M"):
-        check_base(Skewed(torch.tensor([1.5], dtype=torch.float64)), random_head(3, 8, norm=10.0))
+        check_base(Skewed(torch.tensor([1.5], dtype=torch.float64)), random_head(3, 8, norm=10.0), samples=20_000)
 
 
 def test_log_mgf_is_the_sphere_mgf_and_differentiable():

@@ -1,8 +1,8 @@
 import errno
 import json
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -36,24 +36,45 @@ print("all")
 """
 
 
-def test_help_loads_no_torch():
-    done = subprocess.run([sys.executable, "-c", _HELPS], capture_output=True, text=True, check=False)
-    assert done.stdout == "all\n", done.stderr
+@pytest.fixture
+def helps():
+    """A new process that shows every help text."""
+    return subprocess.run([sys.executable, "-c", _HELPS], capture_output=True, text=True, check=False)
 
 
-def test_demo_prints_and_returns_json(tmp_path, monkeypatch):
+def test_help_loads_no_torch(helps):
+    assert helps.stdout == "all\n", helps.stderr
+
+
+@pytest.fixture
+def short_demo(tmp_path, monkeypatch):
+    """A demo of its first parts alone."""
     from penult import demo
     from penult.demo import classifier
 
-    monkeypatch.setattr(classifier, "_EPOCHS", 8)
-    monkeypatch.setattr(demo, "PARTS", demo.PARTS[:4])
-    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
+    monkeypatch.setattr(classifier, "_EPOCHS", 1)
+    monkeypatch.setattr(demo, "PARTS", demo.PARTS[:3])
+    return ["demo", "--out", str(tmp_path)]
+
+
+def test_demo_returns_json_and_prints(short_demo):
+    done = CliRunner().invoke(app, [*short_demo, "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["identity"]["float64"] < 1e-9
     assert "path=fc" in done.stderr
-    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_demo_prints(short_demo, monkeypatch):
+    from penult import demo
+    from penult.demo import fit
+
+    monkeypatch.setattr(demo, "PARTS", (*demo.PARTS, fit.label_free))
+    done = CliRunner().invoke(app, short_demo)
+    assert done.exit_code == 0, done.output
     assert "max |posterior - softmax|" in done.stdout
     assert "cosine" in done.stdout
+    assert (Path(short_demo[-1]) / "index.html").exists()
 
 
 def test_bad_usage_ends_with_code_2():
@@ -73,16 +94,13 @@ def test_bad_input_ends_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
     assert "file" in error
 
 
-def test_a_missing_extra_names_the_remedy(tmp_path):
-    code = (
-        "import sys; sys.modules['sklearn.datasets'] = None; sys.argv = ['penult', 'demo', '--out', sys.argv[1]]\n"
-        "from penult.cli import main; main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=dict(os.environ), check=False
-    )
-    assert done.returncode == 2
-    assert 'pip install "penult[data]"' in done.stderr
+def test_a_missing_extra_names_the_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr(sys, "argv", ["penult", "demo", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert 'pip install "penult[data]"' in capsys.readouterr().err
 
 
 def test_the_remedy_of_an_error_is_named_as_the_option(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,22 +78,30 @@ def trained():
     return net.eval()
 
 
-@pytest.fixture
-def place(here, trained, monkeypatch):
-    """Also a teacher with its weights and its head's pair, and images with and without labels."""
-    (here / "distillnets.py").write_text(NETS)
-    monkeypatch.delitem(sys.modules, "distillnets", raising=False)
-    save_file(trained.state_dict(), here / "teacher.safetensors")
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, trained):
+    """Weights of the teacher, the pair of its head, and images with and without labels."""
+    folder = tmp_path_factory.mktemp("files")
+    save_file(trained.state_dict(), folder / "teacher.safetensors")
     images = digits()
     pair = penult.GenerativePair(penult.find_head(trained, images.images[:16]))
-    pair.save(here / "teacher.penult.safetensors")
+    pair.save(folder / "teacher.penult.safetensors")
     arrays = {"images": images.images.numpy(), "labels": images.labels.numpy()}
-    numpy.savez(here / "data.npz", **{name: values[1200:1500] for name, values in arrays.items()})
-    numpy.savez(here / "val.npz", **{name: values[1500:] for name, values in arrays.items()})
-    numpy.savez(here / "unlabelled.npz", images=arrays["images"][1200:1500])
+    numpy.savez(folder / "data.npz", **{name: values[1200:1500] for name, values in arrays.items()})
+    numpy.savez(folder / "val.npz", **{name: values[1500:] for name, values in arrays.items()})
+    numpy.savez(folder / "unlabelled.npz", images=arrays["images"][1200:1500])
     wrong = arrays["labels"][1200:1500].copy()
     wrong[3] = 10
-    numpy.savez(here / "outside.npz", images=arrays["images"][1200:1500], labels=wrong)
+    numpy.savez(folder / "outside.npz", images=arrays["images"][1200:1500], labels=wrong)
+    return folder
+
+
+@pytest.fixture
+def place(here, files, monkeypatch):
+    """A folder with networks and these files."""
+    (here / "distillnets.py").write_text(NETS)
+    monkeypatch.delitem(sys.modules, "distillnets", raising=False)
+    shutil.copytree(files, here, dirs_exist_ok=True)
     return here
 
 
@@ -137,6 +146,7 @@ def test_from_a_head_alone(penult_json, place):
     assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")} == times
 
 
+@pytest.mark.slow
 def test_from_a_network(penult_json, place):
     state = torch.get_rng_state()
     facts = penult_json(*NETWORK, "--data", "data.npz", *SMALL, "--out", "run", "--epochs", "3")
@@ -164,6 +174,7 @@ def test_from_a_network(penult_json, place):
         assert words not in done.output
 
 
+@pytest.mark.slow
 def test_with_the_pair_of_its_own_domain(penult_json, refused, place, trained):
     images = digits()
     head = penult.find_head(trained, images.images[:16])
@@ -179,6 +190,7 @@ def test_with_the_pair_of_its_own_domain(penult_json, refused, place, trained):
     assert "is not that of distillnets:teacher" in line
 
 
+@pytest.mark.slow
 def test_activations(penult_json, refused, place):
     command = (*NETWORK, "--data", "data.npz", "--val", "val.npz", "--kind", "activation", "--epochs", "12")
     facts = penult_json(*command, *SMALL, "--out", "run")
@@ -221,6 +233,7 @@ def test_images_without_labels(refused, place):
     assert "give labelled images, or the teacher's network" in line
 
 
+@pytest.mark.slow
 def test_labels_of_other_classes_are_warned_of(place):
     arrays = numpy.load(place / "data.npz")
     numpy.savez(place / "others.npz", images=arrays["images"], labels=(arrays["labels"] + 1) % 10)
@@ -232,6 +245,7 @@ def test_labels_of_other_classes_are_warned_of(place):
 FRAGILE = ("--student", "distillnets:fragile", "--val", "val.npz", "--epochs", "4")  # 5 batches an epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "way"),
     [

@@ -1,5 +1,6 @@
 """The way of a user: from a model and images to activations, a fitted pair, and draws."""
 
+import shutil
 import subprocess
 import sys
 
@@ -12,20 +13,30 @@ import penult
 from penult.cli import app
 
 
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """A folder for the activations that every test here starts from, filled by the first one."""
+    return tmp_path_factory.mktemp("extracted") / "acts"
+
+
 @pytest.fixture
-def activations(penult_json, here):
+def activations(penult_json, here, extracted):
+    if extracted.exists():
+        shutil.copytree(extracted, here / "acts")
+        return here / "acts"
     facts = penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
     assert facts == {
         "out": "acts", "samples": 1797, "features": 64, "classes": 10, "labels": True, "dtype": "float32",
         "pre_activation": False, "resumed_after_shards": 0, "was_complete": False,
     }  # fmt: skip
+    shutil.copytree(here / "acts", extracted)
     return here / "acts"
 
 
 def test_from_model_to_draws(penult_json, here, activations):
     acts = penult.Activations.open(activations)
     assert acts.class_names == tuple(map(str, range(10)))
-    facts = penult_json("fit", activations, "--out", "net.penult.safetensors")
+    facts = penult_json("fit", activations, "--components", "8", "--dims", "8", "--out", "net.penult.safetensors")
     assert facts["base"] == "mixture"
     assert sum(facts["prior"]) == pytest.approx(1, abs=1e-5)
     assert 0 < facts["draws_confidence"] < 1
@@ -69,6 +80,7 @@ def test_bases(here, activations, options, kind):
     assert "implied prior" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_default_is_that_of_the_library_and_the_seed_counts(penult_json, here, activations):
     penult_json("fit", "acts", "--out", "a.safetensors")
     penult_json("fit", "acts", "--out", "b.safetensors", "--seed", "1")
@@ -92,6 +104,7 @@ def few(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_auto_takes_the_recommended_base(penult_json, here, activations, few):
     penult.Activations.open(activations)[::4].save("some")
     command = ("fit", "some", "--head", "acts/head.penult.safetensors", "--base", "auto", "--out", "net.safetensors")
@@ -117,6 +130,7 @@ def test_every_candidate_is_a_base_of_the_command():
     assert set(CANDIDATES) <= {name.value for name in BaseName}
 
 
+@pytest.mark.slow
 def test_a_flow_is_fitted_saved_and_drawn_from(penult_json, here, activations):
     pytest.importorskip("zuko")
     penult_json("sample", "acts/head.penult.safetensors", "-n", "60", "--out", "few")
@@ -144,6 +158,7 @@ def test_the_prior_of_other_activations(penult_json, refused, here):
     assert "does not give the logits stored in alien" in refused(*command, "--prior-from", "alien")
 
 
+@pytest.mark.slow
 def test_extracting_again_returns_what_is_there_and_half_precision(penult_json, here, activations):
     before = {path.name: path.stat().st_mtime_ns for path in activations.glob("activations-*")}
     again = penult_json("extract", "usernets:trained", "digits", "--out", "acts", "--batch-size", "300")
@@ -166,6 +181,7 @@ def mlp():
 """
 
 
+@pytest.mark.slow
 def test_pre_activations(penult_json, refused, here, monkeypatch):
     (here / "rectifiednets.py").write_text(RECTIFIED)
     monkeypatch.delitem(sys.modules, "rectifiednets", raising=False)
@@ -192,6 +208,7 @@ def test_pre_activations(penult_json, refused, here, monkeypatch):
     assert penult_json("fit", "u", "--base", "gaussian", "--out", "u.safetensors")["base"] == "gaussian"
 
 
+@pytest.mark.slow
 def test_activations_after_a_relu_are_warned_of_in_one_line(penult_json, here, few, monkeypatch):
     (here / "rectifiednets.py").write_text(RECTIFIED)
     monkeypatch.delitem(sys.modules, "rectifiednets", raising=False)
@@ -256,7 +273,9 @@ def test_what_is_there_is_not_replaced(penult_json, refused, here):
 
 def test_a_head_of_its_own(penult_json, here, activations):
     penult_json("head", "usernets:trained", "--shape", "1,8,8", "--out", "head.penult.safetensors")
-    penult_json("fit", "acts", "--head", "head.penult.safetensors", "--out", "net.penult.safetensors")
+    penult_json(
+        "fit", "acts", "--head", "head.penult.safetensors", "--base", "sphere", "--out", "net.penult.safetensors"
+    )
     assert penult_json("sample", "digits.safetensors", "-n", "10", "--out", "raw")["samples"] == 10
 
 

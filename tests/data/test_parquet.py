@@ -237,6 +237,7 @@ def test_empty_sets(tmp_path, make):
     assert values(parquet([empty, make.parquet(tmp_path / "b.parquet", [8], [0], NAMES)])) == [8]
 
 
+@pytest.mark.slow
 def test_a_bounded_number_of_bytes_is_kept(tmp_path, make, monkeypatch):
     path = make.parquet(tmp_path / "a.parquet", range(20), [0] * 20, rows=2)
     fetched, fetch = [], rows_module._fetch
@@ -276,7 +277,11 @@ def test_pickles_without_what_is_kept(shards):
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 warns where threads live
 @pytest.mark.parametrize(
-    "context", ["spawn", pytest.param("fork", marks=pytest.mark.skipif(sys.platform == "win32", reason="no fork"))]
+    "context",
+    [
+        pytest.param("spawn", marks=pytest.mark.slow),
+        pytest.param("fork", marks=pytest.mark.skipif(sys.platform == "win32", reason="no fork")),
+    ],
 )
 def test_workers(shards, context):
     dataset = parquet(shards)

@@ -99,6 +99,7 @@ def test_labels_that_do_not_fit():
         ImageDataset(source, torch.tensor([0, 2, 1]), ["a", "b"])
 
 
+@pytest.mark.slow
 def test_the_room_imports_no_extra():
     code = """
 import sys, penult

@@ -15,6 +15,8 @@ import penult
 from penult.data import digits, shift
 from penult.distill import SoftTargetLoss, targets
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (0, 1, 2)
 STEPS, BATCH, EACH, TEMPERATURE = 600, 64, 30, 4.0
 # Half: the right half of the image is covered, so that the teachers get about half of the pool images right. Others lie

@@ -22,6 +22,7 @@ import penult
 from penult.data import digits
 from penult.demo.networks import DigitsNet
 from penult.distill import ActivationLoss, Distiller, SoftTargetLoss, TargetDataset, targets
+from tiers import thin
 
 WIDTH = 16
 
@@ -225,7 +226,10 @@ class Off(Callback):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["one cycle", "own optimiser"])
-@pytest.mark.parametrize(("kind", "make"), [("soft", bare), ("activation", bare), ("activation", extractor)])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    thin([("soft", bare), ("activation", bare), ("activation", extractor)], keep=[("activation", extractor)]),
+)
 def test_a_run_that_was_killed_ends_as_if_nothing_had_happened(pair, images, tmp_path, kind, make, own):
     options = {}
     if own:
@@ -355,6 +359,7 @@ def test_bad_input(pair, images):
         fit(Distiller(bare(), SoftTargetLoss()), loader_of(pair, images, "soft"), DataLoader(images.images, 64))
 
 
+@pytest.mark.slow
 def test_a_missing_extra_names_the_remedy():
     code = (
         "import sys; sys.modules['lightning'] = sys.modules['lightning.pytorch'] = None\n"

@@ -257,6 +257,7 @@ def test_bad_types_and_values():
 # --- fit ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fit_beats_the_mixture_on_skewed_rows():
     x, fresh = ((0.7 * torch.randn(2000, 3, generator=seeded(seed)).cumsum(-1)).exp() for seed in (0, 1))
     plain = PrincipalMixture.fit(x, components=4, dims=3)

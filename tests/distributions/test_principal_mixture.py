@@ -464,6 +464,7 @@ def test_positive_contract():
     check_distribution(positive(dtype=torch.float32)[1])
 
 
+@pytest.mark.slow
 def test_positive_density_integrates_to_one():
     _, p = positive()
     logs = torch.linspace(-18, 4, 2001, dtype=torch.float64)

@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+from tiers import in_default_tier
 
 EXAMPLES = int(os.environ.get("PENULT_FUZZ_EXAMPLES", "0"))
 
@@ -44,14 +47,18 @@ ODD = st.sampled_from(
 
 
 def cases(count: int) -> Callable[[Any], Any]:
-    """So many cases, the same on each run; as many as PENULT_FUZZ_EXAMPLES says, other ones each time, if it is set."""
-    return settings(
-        max_examples=EXAMPLES or count,
+    """Run that many examples, and a tenth of them in the default tier; they are the same in each run.
+
+    With PENULT_FUZZ_EXAMPLES set, run as many as it says, other ones each time.
+    """
+    share = settings(
+        max_examples=EXAMPLES or (count // 10 if in_default_tier() else count),
         derandomize=not EXAMPLES,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+    return lambda test: pytest.mark.examples(share(test))
 
 
 @contextmanager

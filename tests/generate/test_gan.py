@@ -20,6 +20,7 @@ from generators import QUIET, SHAPE, labels, right, seeded
 from penult.generate import ActivationGAN, ActivationVAE, load
 from penult.generate._conditions import draw
 from penult.generate._networks import Bounded, ProjectionDiscriminator, adversaries
+from tiers import in_default_tier
 
 pytestmark = QUIET
 
@@ -47,7 +48,7 @@ def seen(setting):
 
 @pytest.fixture(scope="module")
 def trained(setting, seen):
-    return fit(make(setting), setting.images, seen, epochs=20)
+    return fit(make(setting), setting.images, seen, epochs=10 if in_default_tier() else 20)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ class Scores(nn.Module):
 # --- training -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_digits_of_every_class_without_labels(setting, trained):
     y = labels(40)
     images = trained.generate(y, generator=seeded())

@@ -223,6 +223,7 @@ def test_overlap_of_sampler_that_drops_a_mode():
     assert 0.4 < found.coverage <= 0.5
 
 
+@pytest.mark.slow
 def test_nearest_is_exact_and_passes_over_its_own():
     pool, rows = normal(5000, 6, 1) + 1000, normal(700, 6, 2) + 1000
     truth = (rows[:, None] - pool).square().sum(-1).sqrt().min(1).values
@@ -444,6 +445,7 @@ def test_classes_that_neither_side_has_are_passed_over():
     assert found.class_frechet < 0.01
 
 
+@pytest.mark.slow
 def test_nothing_global_is_touched():
     torch.manual_seed(3)
     random.seed(3)
@@ -538,6 +540,7 @@ def trained():
     return model.eval(), two, real
 
 
+@pytest.mark.slow
 def test_digits(trained):
     model, two, real = trained
     judge = Judge(model, (real.images, real.labels), (two.images, two.labels))

@@ -17,6 +17,7 @@ from generators import QUIET, SHAPE, labels, right, seeded
 from penult.generate import ActivationVAE, load
 from penult.generate._conditions import Standardizer, draw
 from penult.generate._networks import autoencoder
+from tiers import in_default_tier
 
 pytestmark = QUIET
 
@@ -26,7 +27,7 @@ fit = partial(generators.fit, epochs=40)
 
 @pytest.fixture(scope="module")
 def trained(setting):
-    return fit(make(setting), setting.images)
+    return fit(make(setting), setting.images, epochs=8 if in_default_tier() else 40)
 
 
 # --- conditions -----------------------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ def test_confidence_that_no_draw_reaches_is_an_error(setting):
 # --- training -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_digits_of_every_class_without_labels(setting, trained):
     y = labels()
     assert right(setting, trained.generate(y, generator=seeded()), y) > 0.9
@@ -122,6 +124,7 @@ def test_labels_are_not_looked_at_when_conditions_are_activations(setting):
     assert all(torch.equal(a, b) for a, b in zip(one.decoder.parameters(), other.decoder.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_training_on_the_law_of_labels(setting):
     vae = fit(make(setting, condition="label", tap=None), setting.images, setting.labels)
     y = labels()
@@ -146,6 +149,7 @@ def test_the_classifier_is_left_as_it_was(setting):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in setting.model.parameters())
 
 
+@pytest.mark.slow
 def test_consistency_brings_images_nearer_to_their_activations(setting):
     plain = fit(make(setting), setting.images, epochs=10)
     strong = fit(make(setting, consistency=50.0), setting.images, epochs=10)
@@ -184,6 +188,7 @@ def test_the_gaussian_bound_is_a_density_at_the_best_deviation(setting):
     torch.testing.assert_close(figures["divergence"], kl, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_gives_the_same_generator(setting, tmp_path):
     kept = {"enable_checkpointing": True, "default_root_dir": tmp_path}
 
@@ -326,6 +331,7 @@ def test_modes_are_left_as_they_were(trained):
         assert not trained.tap.model.training
 
 
+@pytest.mark.slow
 def test_confident_images_are_clearer(setting):
     half = penult.GenerativePair(setting.head, setting.bank.base)
     vae = fit(make(setting, half), setting.images, epochs=15)
@@ -334,6 +340,7 @@ def test_confident_images_are_clearer(setting):
     assert sure >= plain
 
 
+@pytest.mark.slow
 def test_rejection_leaves_what_the_classifier_agrees_with(trained, setting):
     y = labels(60)
     images = trained.generate(y, reject=True, generator=seeded())
@@ -546,6 +553,7 @@ def test_a_bank_too_small_for_a_mixture_is_named(setting, tmp_path):
     assert load(few.save(tmp_path / "digits.safetensors", store_activations=True)).stored_activations == 39
 
 
+@pytest.mark.slow
 def test_a_saved_generator_draws_in_a_fresh_process(trained, tmp_path):
     path = trained.save(tmp_path / "digits.safetensors", store_activations=True)
     code = (

@@ -385,6 +385,7 @@ def test_repr():
     assert repr(head) == "Head(num_classes=2, in_features=2, bias=False, norm='rms', temperature=1.5)"
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiles_in_one_graph():
     head, h = random_head(), seeded(3, 8, dtype=torch.float64)
     compiled = torch.compile(lambda h: (head(h), head.centered_logits(h)), backend="eager", fullgraph=True)

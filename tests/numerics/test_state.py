@@ -104,6 +104,7 @@ def test_states_that_are_no_threshold_are_refused_and_change_nothing(calibration
     assert torch.equal(threshold.calibration, torch.arange(99.0))
 
 
+@pytest.mark.slow
 def test_other_processes_give_the_same_numbers(problem):
     """Sent to a process that was spawned: no memory of this one, no tensors, no caches."""
     if problem.device.type != "cpu":

@@ -34,6 +34,7 @@ def ranking(truth, real):
         return choose(truth.head, real[:2400], candidates=candidates)
 
 
+@pytest.mark.slow
 def test_the_smallest_law_that_is_as_good_as_any_is_recommended(ranking):
     assert ranking.best == "gaussian"
     assert abs(ranking["gaussian"].worst_auc - 0.5) < 0.07
@@ -72,6 +73,7 @@ def test_a_ranking_is_json(ranking):
     assert facts["rows"][-1]["realism"] is None
 
 
+@pytest.mark.slow
 def test_seeds_reproduce_and_global_state_stays(truth, real, quick):
     def run(seed=0):
         few = {"gaussian": CANDIDATES["gaussian"], "sphere": CANDIDATES["sphere"]}
@@ -130,6 +132,7 @@ def test_the_bank_draws_no_row_twice(truth, real):
     assert all(len(h[y == k].unique(dim=0)) == 20 for k in range(3))
 
 
+@pytest.mark.slow
 def test_every_default_candidate_names_a_base_or_a_reason(truth, real, quick):
     ranking = choose(truth.head, real[:1500], candidates={k: v for k, v in CANDIDATES.items() if k != "flow"})
     assert {row.name for row in ranking.rows} == set(CANDIDATES) - {"flow"}

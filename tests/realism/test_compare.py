@@ -48,6 +48,7 @@ class Shifted(Base):
         return self.rows[picked[index, torch.arange(len(index))]] + self.shift
 
 
+@pytest.mark.slow
 def test_a_pair_is_not_told_apart_from_its_own_draws(own):
     for comparison in (own.by_class, own.pooled, own.real_by_class, own.real_pooled):
         # standard error .013 to .018; cross-validation of what cannot be told apart errs to below 0.5
@@ -62,6 +63,7 @@ def test_a_pair_is_not_told_apart_from_its_own_draws(own):
     assert [each.name for each in own.classes] == ["ant", "bee", "cat"]
 
 
+@pytest.mark.slow
 def test_the_papers_sphere_is_told_apart(paper):
     assert paper.auc["logistic"] > 0.95
     assert paper.worst_auc > 0.95
@@ -155,6 +157,7 @@ def test_results_are_json_and_text(own):
         assert word in text
 
 
+@pytest.mark.slow
 def test_seeds_reproduce_and_global_state_stays(truth, real, quick):
     before = torch.random.get_rng_state(), legacy_state(), list(warnings.filters)
     few = real[:400]
@@ -185,6 +188,7 @@ def test_given_labels_come_before_stored_ones(truth, real, quick):
     assert result.auc["logistic"] > 0.8  # p(h|y) of another class
 
 
+@pytest.mark.slow
 def test_a_reference_takes_the_other_side(truth, real, quick):
     held, fitted = real[:900], real[900:1800]
     result = compare(truth, held, reference=fitted)
@@ -217,6 +221,7 @@ def test_bases_without_a_density_will_do(truth, real, quick):
     assert moved.energy > result.energy + 0.02
 
 
+@pytest.mark.slow
 def test_a_bank_without_replacement_is_compared(truth, real):
     bank = Bank(real.activations[1200:], replacement=False)
     result = compare(GenerativePair(truth.head, Marginal(truth.head, bank)), real[:1200], reference=real[1200:])

@@ -71,6 +71,7 @@ def relu_like(n, seed):
     return (normal(n, 10, seed=seed) @ mix + 0.5 * normal(n, 64, seed=seed + 1000)).relu()
 
 
+@pytest.mark.slow
 def test_equal_laws_are_not_told_apart():
     runs = [two_sample_auc(relu_like(150, 2 * s), relu_like(150, 2 * s + 1), seed=s) for s in range(5)]
     for test in runs[0]:
@@ -114,6 +115,7 @@ def test_constant_coordinates_and_few_rows_are_fine():
     assert all(value == 0.5 for value in zero.values())
 
 
+@pytest.mark.slow
 def test_no_global_state_is_touched():
     before = torch.random.get_rng_state(), legacy_state(), list(warnings.filters)
     one = two_sample_auc(normal(60, 4), normal(60, 4, seed=1))

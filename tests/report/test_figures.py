@@ -180,6 +180,7 @@ def test_the_users_own_style_does_not_show():
         assert figures.svg(line_figure(), alt="a") == plain
 
 
+@pytest.mark.slow
 def test_importing_the_room_leaves_pyplot_alone():
     import subprocess
 

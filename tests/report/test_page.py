@@ -53,6 +53,7 @@ def test_inline_markup():
     assert "<p>second</p>" in page.html()
 
 
+@pytest.mark.slow
 def test_the_same_calls_give_the_same_bytes(sample, build_sample):
     assert sample.html() == sample.html() == build_sample().html()
 
@@ -159,6 +160,7 @@ def test_write_is_atomic(tmp_path, monkeypatch):
         assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_a_missing_extra_says_what_to_install(missing):
     code = f"import sys; sys.modules[{missing!r}] = None\nimport penult\ntry: import penult.report\n"

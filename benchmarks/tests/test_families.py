@@ -9,7 +9,7 @@ import torch
 import families
 import penult
 
-RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "families.json"
+RESULTS = Path(__file__).parent.parent / "results" / "families.json"
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other people's packages warn of is not the subject
 
 
