@@ -6,6 +6,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "src" / "penult"
 
 # Rooms from the ground up; on one floor, only to a room listed above.
@@ -38,6 +40,14 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 @functools.cache
 def tree_of(path):
     return ast.parse(path.read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed():
+    """Parse every file once, which is no part of the first test."""
+    for path in FILES:
+        own_imports(path)
+        own_imports(path, module_level_only=True)
 
 
 def room_of(path):
