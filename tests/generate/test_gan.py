@@ -165,9 +165,9 @@ def test_activations_in_the_batches_stand_for_the_classifier(setting, seen):
     for a, b in zip(one.moving.parameters(), other.moving.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)  # of other batches' rounding
     for wrong in (h[:, :5], h[:, 0], h.unsqueeze(1)):
-        with pytest.raises(ValueError, match=r"activations behind images are of shape \(64.*expected \(64, 32\)"):
+        with pytest.raises(ValueError, match=r"activations of a batch have shape \(64.*expected \(64, 32\)"):
             fit(make(setting), images, wrong)
-    with pytest.raises(ValueError, match=r"there is no classifier to see images with.*penult\.Tap"):
+    with pytest.raises(ValueError, match=r"there is no classifier for the activations.*penult\.Tap"):
         fit(make(setting, consistency=0.0, tap=None), images)
     with pytest.raises(ValueError, match="there is no classifier for feature consistency"):
         fit(make(setting, tap=None), images, h)
@@ -345,9 +345,9 @@ def test_training_on_the_law_of_labels(setting):
     torch.manual_seed(0)
     torch.testing.assert_close(gan.moving.told[-1], gan.standardize(draw(setting.bank, y)))  # the generator draws of it
     for wrong in (y[:, None], y[None]):
-        with pytest.raises(ValueError, match=r"labels are of shape \(.*expected \(64,\)"):
+        with pytest.raises(ValueError, match=r"labels has shape \(.*expected \(64,\)"):
             step(gan, images, wrong)
-    with pytest.raises(ValueError, match="batches are \\(images, labels\\)"):
+    with pytest.raises(ValueError, match="no labels; expected \\(images, labels\\)"):
         step(gan, images)
     quick = fit(make(setting, condition="label", tap=None, consistency=0.0), images, y)
     assert set(quick.history[0]) == {"epoch", "loss", "discriminator_loss"}
@@ -388,7 +388,7 @@ def test_own_networks_and_optimiser(setting, seen, tmp_path):
     close(again.generate(3, generator=seeded()), gan.without_data().generate(3, generator=seeded()))
     with pytest.raises(penult.io.FileFormatError, match="cannot be rebuilt"):
         load(path, generator=nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"\['encoder'\] are no networks of a ActivationGAN"):
+    with pytest.raises(TypeError, match=r"\['encoder'\] are not networks of a ActivationGAN"):
         load(path, encoder=nn.Linear(2, 2))
 
 
@@ -411,9 +411,9 @@ def test_outputs_of_own_networks_are_checked(setting, seen):
             return first.new_zeros(len(first), *self.shape)
 
     batch = setting.images[:64], seen[:64]
-    with pytest.raises(ValueError, match=r"the generator gives \(64, 3, 8, 8\); expected \(64, 1, 8, 8\), logits"):
+    with pytest.raises(ValueError, match=r"generator has shape \(64, 3, 8, 8\); expected \(64, 1, 8, 8\), logits"):
         fit(make(setting, generator=Wrong(3, 8, 8)), *batch)
-    with pytest.raises(ValueError, match=r"the discriminator gives \(64, 1\); expected \(64,\), one an image"):
+    with pytest.raises(ValueError, match=r"discriminator has shape \(64, 1\); expected \(64,\), one score"):
         fit(make(setting, discriminator=Wrong(1)), *batch)
 
 
@@ -582,7 +582,7 @@ def test_images_have_the_shape_of_the_labels_and_lie_in_the_unit_interval(short)
         assert not images.numel() or (images.min() >= 0 and images.max() <= 1)
     with pytest.raises(ValueError, match=r"labels\[1\] is 10, out of range"):
         short.generate(torch.tensor([3, 10]))
-    with pytest.raises(TypeError, match="expected a tensor of integer class indices"):
+    with pytest.raises(TypeError, match="integer"):
         short.generate(torch.tensor([3.0]))
 
 
@@ -677,7 +677,7 @@ def test_a_saved_generator_needs_neither_classifier_nor_data(trained, setting, s
         assert again.tap is None
         assert again.stored_activations == 0
         close(again.generate(y, 0.9, generator=seeded()), drawn)
-        with pytest.raises(ValueError, match=r"there is no classifier to see images with.*penult\.Tap"):
+        with pytest.raises(ValueError, match=r"there is no classifier for the activations.*penult\.Tap"):
             again.edit(setting.test.images[:2], 3)
         with pytest.raises(ValueError, match="there is no classifier to reject"):
             again.generate(3, reject=True)
@@ -770,8 +770,8 @@ def test_settings_come_back(setting, tmp_path):
         ({"image_shape": (28, 28)}, ValueError, "image_shape is"),
         ({"image_shape": (3, 30, 30)}, ValueError, "cannot be halved"),
         ({"image_shape": (1, 5, 5)}, ValueError, "too small for convolutions"),
-        ({"condition": "labels"}, ValueError, "condition must be"),
-        ({"loss": "wasserstein"}, ValueError, "loss must be 'non-saturating' or 'hinge'"),
+        ({"condition": "labels"}, ValueError, "condition is 'labels'; expected"),
+        ({"loss": "wasserstein"}, ValueError, "loss is 'wasserstein'; expected 'non-saturating' or 'hinge'"),
         ({"latent": 0}, ValueError, "latent"),
         ({"width": 0}, ValueError, "width"),
         ({"rate": 0.0}, ValueError, "rate"),
@@ -779,14 +779,14 @@ def test_settings_come_back(setting, tmp_path):
         ({"penalty": float("inf")}, ValueError, "penalty"),
         ({"consistency": -1.0}, ValueError, "consistency"),
         ({"consistency": float("nan")}, ValueError, "consistency"),
-        ({"drawn": 1.1}, ValueError, "drawn must be a share"),
-        ({"drawn": float("nan")}, ValueError, "drawn must be a share"),
-        ({"decay": 1.0}, ValueError, "decay must be"),
-        ({"decay": -0.1}, ValueError, "decay must be"),
+        ({"drawn": 1.1}, ValueError, "drawn is 1.1; expected a number from 0 to 1"),
+        ({"drawn": float("nan")}, ValueError, "drawn is nan"),
+        ({"decay": 1.0}, ValueError, "decay is 1.0; expected a number from 0 to below 1"),
+        ({"decay": -0.1}, ValueError, "decay is -0.1"),
         ({"generator": "network"}, TypeError, "generator is a str"),
         ({"discriminator": torch.relu}, TypeError, "discriminator is a"),
-        ({"tap": nn.Identity()}, TypeError, "not a penult.Tap"),
-        ({"pair": nn.Identity()}, TypeError, "not a penult.GenerativePair"),
+        ({"tap": nn.Identity()}, TypeError, "expected a penult.Tap"),
+        ({"pair": nn.Identity()}, TypeError, "expected a penult.GenerativePair"),
     ],
 )
 def test_wrong_options_are_named(setting, options, error, message):
@@ -798,7 +798,7 @@ def test_wrong_options_are_named(setting, options, error, message):
 def test_wrong_images_are_named(setting):
     for images, message in (
         (setting.images * 255, r"images go from 0 to 255.*preprocess"),
-        (setting.images[:, :, :7], r"expected floats \(B, \*\(1, 8, 8\)\)"),
+        (setting.images[:, :, :7], r"expected \(B, \*\(1, 8, 8\)\)"),
         (setting.images * float("nan"), "images go from nan"),
     ):
         with pytest.raises(ValueError, match=message):

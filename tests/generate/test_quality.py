@@ -140,7 +140,7 @@ def test_frechet_agrees_with_torchmetrics():
 
 def test_frechet_refuses():
     for x, y in ((normal(1, 3), normal(5, 3)), (normal(5, 3), normal(5, 4)), (normal(5, 3)[0], normal(5, 3))):
-        with pytest.raises(ValueError, match="must be rows"):
+        with pytest.raises(ValueError, match=r"expected \(N, d\), \(M, d\)"):
             frechet_distance(x, y)
 
 
@@ -497,7 +497,7 @@ def test_a_user_s_classifier_takes_the_place_of_the_default():
     assert not any(network.training for network in made)  # their accuracy was taken without dropout
     assert all(torch.equal(x, y) for x, y in zip(made[0].parameters(), made[1].parameters(), strict=True))
     wrong = Judge(flat(), blobs(60, 1), classifier=lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 4)))
-    with pytest.raises(ValueError, match=r"logits of shape \(60, 4\) for 60 images; .* must give \(60, 3\)"):
+    with pytest.raises(ValueError, match=r"logits of shape \(60, 4\) for 60 images; expected \(60, 3\)"):
         wrong(*blobs(60, 3))
 
 
@@ -587,21 +587,18 @@ def changed(images, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y: ((255 * x).byte(), y), r"generated images are torch.uint8.*images / 255"),
-        (lambda x, y: (x[:, 0], y), r"generated images have shape \(60, 1, 8\); they must be \(N, C, H, W\)"),
-        (lambda x, y: (x[:0], y[:0]), r"shape \(0, 1, 1, 8\); they must be \(N, C, H, W\), N > 0"),
-        (lambda x, y: (2 * x - 1, y), r"values from -0.\d+ to .*must lie in \[0, 1\].*undo any normalisation"),
-        (lambda x, y: (changed(x, 1.002), y), r"to 1.002; they must lie in"),
+        (lambda x, y: (x[:, 0], y), r"generated images have shape \(60, 1, 8\); expected \(N, C, H, W\)"),
+        (lambda x, y: (x[:0], y[:0]), r"shape \(0, 1, 1, 8\); expected \(N, C, H, W\) with N > 0"),
+        (lambda x, y: (2 * x - 1, y), r"values from -0.\d+ to .*expected values in \[0, 1\].*Undo any normalisation"),
+        (lambda x, y: (changed(x, 1.002), y), r"to 1.002; expected values in"),
         (lambda x, y: (changed(x, torch.nan), y), r"generated images holds? 1 values.*\[3, 0, 0, 1\]"),
         (lambda x, y: (changed(x, torch.inf), y), r"NaN or infinite"),
-        (lambda x, y: (x.reshape(60, 1, 2, 4), y), r"of shape \(1, 2, 4\), real ones \(1, 1, 8\)"),
-        (lambda x, y: (x, y[:50]), r"generated: labels have shape \(50,\).*must have shape \(60,\)"),
-        (lambda x, y: (x, y[:, None]), r"generated: labels have shape \(60, 1\)"),
-        (lambda x, y: (x, y.float()), r"generated: labels are torch.float32.*integer"),
-        (lambda x, y: (x, y.tolist()), r"generated: labels are list"),
+        (lambda x, y: (x.reshape(60, 1, 2, 4), y), r"shape \(1, 2, 4\), and real images \(1, 1, 8\)"),
+        (lambda x, y: (x, y[:50]), r"generated labels has shape \(50,\); expected \(60,\)"),
+        (lambda x, y: (x, y[:, None]), r"generated labels has shape \(60, 1\)"),
         (lambda x, y: (x, None), r"generated has no labels"),
-        (lambda x, y: (x, y - 1), r"labels\[0\] is -1, outside of 0..2"),
-        (lambda x, y: (x, y + 1), r"labels\[2\] is 3, outside of 0..2"),
+        (lambda x, y: (x, y - 1), r"generated labels\[0\] is -1, .*expected 0 to 2"),
+        (lambda x, y: (x, y + 1), r"generated labels\[2\] is 3, .*expected 0 to 2"),
         (lambda x, y: (x[y != 1], y[y != 1]), r"generated has fewer than 2 images of the classes \[1\]"),
         (lambda x, y: (x[:5], y[:5]), r"generated has fewer than 2 images of the classes \[2\]"),
     ],
@@ -611,28 +608,39 @@ def test_generated_images_that_are_refused(judge, change, message):
         judge(*change(*blobs(60, 3)))
 
 
+def test_types_that_are_refused(judge):
+    x, y = blobs(60, 3)
+    with pytest.raises(TypeError, match=r"generated images are torch.uint8.*images / 255"):
+        judge((255 * x).byte(), y)
+    with pytest.raises(TypeError, match=r"generated labels is a torch.float32 tensor; .*integer"):
+        judge(x, y.float())
+    with pytest.raises(TypeError, match=r"label 1 of real is 0.5; expected an integer"):
+        Judge(flat(), [(x[0], 0), (x[1], 0.5)], cas=False)
+    assert judge(x, y.to(torch.uint8)) == judge(x, y.tolist()) == judge(x, y)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda real, **_: {"real": real[0]}, ValueError, "real has no labels"),
-        (lambda real, **_: {"real": (real[0],)}, TypeError, r"real is \(Tensor\); it must be \(images, labels\)"),
-        (lambda real, **_: {"real": 3}, TypeError, "real is a int; it must be"),
-        (lambda real, **_: {"real": []}, ValueError, "real is a data set without a single image"),
-        (lambda real, **_: {"real": [(real[0][0], 0), (real[0][1, :, :, :4], 1)]}, ValueError, "image 1 of real is of"),
+        (lambda real, **_: {"real": (real[0],)}, TypeError, r"real is \(Tensor\); expected \(images, labels\)"),
+        (lambda real, **_: {"real": 3}, TypeError, "real is a int; expected"),
+        (lambda real, **_: {"real": []}, ValueError, "real is a data set without images"),
+        (lambda real, **_: {"real": [(real[0][0], 0), (real[0][1, :, :, :4], 1)]}, ValueError, "image 1 of real has"),
         (lambda real, **_: {"real": (real[0], real[1].clamp(max=1))}, None, ""),
         (lambda real, **_: {"real": [{"image": real[0][0]}]}, TypeError, "a data set of dict"),
-        (lambda real, **_: {"real": (real[0], real[1] + 1)}, ValueError, r"real: labels\[2\] is 3"),
+        (lambda real, **_: {"real": (real[0], real[1] + 1)}, ValueError, r"real labels\[2\] is 3"),
         (lambda real, **_: {"real": (real[0], (real[1] > 0).long() * 2)}, None, ""),
         (lambda real, **_: {"real": (real[0][:4], real[1][:4])}, ValueError, r"real has fewer than 2 .* \[1, 2\]"),
         (lambda real, **_: {"neighbours": 90}, ValueError, "real has 90 images, too few for 90 neighbours"),
         (lambda real, **_: {"neighbours": 0}, ValueError, "neighbours is 0"),
-        (lambda real, **_: {"most": 5}, ValueError, "most is 5; 1 <= neighbours < most"),
+        (lambda real, **_: {"most": 5}, ValueError, "most is 5; expected an integer of at least 6"),
         (lambda real, **_: {"batch_size": 0}, ValueError, "batch_size is 0"),
         (lambda real, **_: {"train": real[0] * 3}, ValueError, "train images have values"),
         (lambda real, **_: {"train": real[0][:1]}, ValueError, "train has 1 images; give at least 2"),
         (lambda real, **_: {"train": (real[0], real[1] * 0)}, ValueError, r"train has fewer than 2 .* \[1, 2\]"),
-        (lambda real, **_: {"train": (real[0], real[1][:3])}, ValueError, "train: labels have shape"),
-        (lambda real, **_: {"evaluator": torch.tanh}, TypeError, "evaluator is a builtin_function_or_method; give"),
+        (lambda real, **_: {"train": (real[0], real[1][:3])}, ValueError, "train labels has shape"),
+        (lambda real, **_: {"evaluator": torch.tanh}, TypeError, "evaluator is a builtin_function_or_method; expected"),
     ],
 )  # fmt: skip
 def test_judges_that_are_refused(change, error, message):
@@ -675,7 +683,7 @@ def test_evaluators_whose_features_are_refused():
             return self.last(x)
 
     model = Pixelwise()
-    with pytest.raises(ValueError, match=r"features of shape .* for 90 images; .* one vector an image"):
+    with pytest.raises(ValueError, match=r"features of shape .* for 90 images; .* one vector for each image"):
         Judge(Tap(model, find_head(model, blobs(90, 1)[0][:8])), blobs(90, 1), cas=False)
 
     class Broken(nn.Module):

@@ -83,10 +83,10 @@ def test_rare_confident_draws_are_found_for_many_rows():
 
 def test_confidence_that_no_draw_reaches_is_an_error(setting):
     pair = penult.GenerativePair(penult.Head(0.01 * torch.eye(4)), penult.Sphere(1.0))
-    with pytest.raises(ValueError, match=r"class 3, 0 have p\(y\|h\) > 0\.99.*the highest was"):
+    with pytest.raises(ValueError, match=r"class 3, 0 have p\(y\|h\) > 0\.99.*the highest is"):
         draw(pair, torch.tensor([3]), 0.99, seeded())
-    for wrong in (1.0, -0.1, "high", float("nan")):
-        with pytest.raises(ValueError, match="confident must be a probability"):
+    for wrong, error in ((1.0, ValueError), (-0.1, ValueError), ("high", TypeError), (float("nan"), ValueError)):
+        with pytest.raises(error, match=r"confident is .*from 0 to below 1"):
             draw(setting.bank, torch.tensor([3]), wrong)
 
 
@@ -112,7 +112,7 @@ def test_activations_in_the_batches_stand_for_the_classifier(setting):
     other = fit(make(setting, tap=None), setting.images, h, epochs=1)
     for a, b in zip(one.decoder.parameters(), other.decoder.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match=r"activations behind images are of shape \(64, 5\); expected \(64, 32\)"):
+    with pytest.raises(ValueError, match=r"activations of a batch have shape \(64, 5\); expected \(64, 32\)"):
         fit(make(setting), setting.images, h[:, :5], epochs=1)
 
 
@@ -129,7 +129,7 @@ def test_training_on_the_law_of_labels(setting):
     vae = fit(make(setting, condition="label", tap=None), setting.images, setting.labels)
     y = labels()
     assert right(setting, vae.generate(y, generator=seeded()), y) > 0.9
-    with pytest.raises(ValueError, match="batches are \\(images, labels\\)"):
+    with pytest.raises(ValueError, match="no labels; expected \\(images, labels\\)"):
         fit(make(setting, condition="label"), setting.images, epochs=1)
 
 
@@ -174,7 +174,7 @@ def test_the_gaussian_bound_is_a_density_at_the_best_deviation(setting):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         h = vae.activations(setting.images)
-        figures = vae._figures(setting.images, h)
+        figures = vae._metrics(setting.images, h)
         torch.manual_seed(0)
         mean, log_variance = vae.encode(setting.images, h)
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
@@ -346,7 +346,7 @@ def test_rejection_leaves_what_the_classifier_agrees_with(trained, setting):
     images = trained.generate(y, reject=True, generator=seeded())
     assert right(setting, images, y) == 1
     fresh = make(setting)  # untrained: everything is one grey picture
-    with pytest.raises(RuntimeError, match="classifier puts none into it"):
+    with pytest.raises(RuntimeError, match="classifier assigns none to it"):
         fresh.generate(y, reject=True, generator=seeded())
 
 
@@ -358,7 +358,7 @@ def test_interpolation_ends_in_its_classes(trained, setting):
     assert right(setting, ways[:, -1], y1) > 0.9
     step = (ways[:, 1:] - ways[:, :-1]).flatten(2).norm(dim=-1).mean(0)
     assert step.max() < 0.8 * (ways[:, -1] - ways[:, 0]).flatten(1).norm(dim=-1).mean()
-    with pytest.raises(ValueError, match="they must be the same"):
+    with pytest.raises(ValueError, match="expected the same shape"):
         trained.interpolate(y0, y1[:3])
     with pytest.raises(ValueError, match="steps is 1"):
         trained.interpolate(y0, y1, steps=1)
@@ -387,9 +387,9 @@ def test_another_law_for_the_same_networks(trained, setting):
     assert trained.pair is setting.bank
     assert other.history == trained.history
     assert other.history is not trained.history
-    with pytest.raises(ValueError, match="activations mean other things"):
+    with pytest.raises(ValueError, match="as the generator was made for"):
         trained.with_pair(penult.GenerativePair(penult.Head(torch.eye(3))))
-    with pytest.raises(TypeError, match=r"not a penult\.GenerativePair"):
+    with pytest.raises(TypeError, match=r"expected a penult\.GenerativePair"):
         trained.with_pair(setting.head)
 
 
@@ -471,7 +471,7 @@ def test_a_saved_generator_needs_no_classifier(trained, setting, tmp_path):
         assert again.tap is None
         # tensors of a file lie otherwise in memory, so that products of them are rounded otherwise
         torch.testing.assert_close(again.generate(labels(), 0.9, generator=seeded()), drawn, rtol=0, atol=1e-5)
-        with pytest.raises(ValueError, match=r"there is no classifier to see images with.*penult\.Tap"):
+        with pytest.raises(ValueError, match=r"there is no classifier for the activations.*penult\.Tap"):
             again.reconstruct(setting.test.images[:2])
         with pytest.raises(ValueError, match="there is no classifier to reject"):
             again.generate(3, reject=True)
@@ -593,15 +593,15 @@ def test_damaged_and_foreign_files_are_refused(trained, setting, tmp_path):
         ({"image_shape": (28, 28)}, ValueError, "image_shape is"),
         ({"image_shape": (1, 8.0, 8)}, ValueError, "image_shape is"),
         ({"image_shape": (3, 30, 30)}, ValueError, "cannot be halved"),
-        ({"condition": "labels"}, ValueError, "condition must be"),
-        ({"likelihood": "poisson"}, ValueError, "likelihood must be"),
+        ({"condition": "labels"}, ValueError, "condition is 'labels'; expected"),
+        ({"likelihood": "poisson"}, ValueError, "likelihood is 'poisson'; expected"),
         ({"latent": 0}, ValueError, "latent"),
         ({"beta": -1.0}, ValueError, "beta"),
         ({"consistency": -1.0}, ValueError, "consistency"),
         ({"consistency": float("nan")}, ValueError, "consistency"),
-        ({"encoder": nn.Identity()}, ValueError, "an encoder alone"),
-        ({"tap": nn.Identity()}, TypeError, "not a penult.Tap"),
-        ({"pair": nn.Identity()}, TypeError, "not a penult.GenerativePair"),
+        ({"encoder": nn.Identity()}, ValueError, "decoder is None; expected a network"),
+        ({"tap": nn.Identity()}, TypeError, "expected a penult.Tap"),
+        ({"pair": nn.Identity()}, TypeError, "expected a penult.GenerativePair"),
     ],
 )
 def test_wrong_options_are_named(setting, options, error, message):
@@ -611,15 +611,15 @@ def test_wrong_options_are_named(setting, options, error, message):
 
 
 def test_wrong_images_are_named(setting, trained):
-    for images, message in (
-        (setting.images * 255, r"images go from 0 to 255.*preprocess"),
-        (setting.images[:, :, :7], r"expected floats \(B, \*\(1, 8, 8\)\)"),
-        ((255 * setting.images).byte(), "uint8"),
-        (setting.images * float("nan"), "images go from nan"),
+    for images, error, message in (
+        (setting.images * 255, ValueError, r"images go from 0 to 255.*preprocess"),
+        (setting.images[:, :, :7], ValueError, r"expected \(B, \*\(1, 8, 8\)\)"),
+        ((255 * setting.images).byte(), TypeError, "uint8"),
+        (setting.images * float("nan"), ValueError, "images go from nan"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             fit(make(setting), images, epochs=1)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             trained.reconstruct(images[:2])
 
 
@@ -640,7 +640,7 @@ def test_a_training_that_diverges_is_an_error(setting):
 def test_labels_of_a_wrong_shape_are_named(setting, trained):
     with pytest.raises(ValueError, match=r"y has shape \(3,\); give one label, or one for each of 4 images"):
         trained.edit(setting.images[:4], torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match=r"labels are of shape \(64, 1\)"):
+    with pytest.raises(ValueError, match=r"labels has shape \(64, 1\)"):
         fit(make(setting, condition="label"), setting.images, setting.labels[:, None], epochs=1)
 
 
@@ -654,5 +654,5 @@ def test_a_classifier_of_another_head_is_refused(setting):
 def test_labels_out_of_range_are_named(trained):
     with pytest.raises(ValueError, match=r"labels\[1\] is 10, out of range"):
         trained.generate(torch.tensor([3, 10]))
-    with pytest.raises(TypeError, match="expected a tensor of integer class indices"):
+    with pytest.raises(TypeError, match=r"labels is a torch\.float32 tensor; expected a tensor of integer"):
         trained.generate(torch.tensor([3.0]))

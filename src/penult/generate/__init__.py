@@ -1,4 +1,4 @@
-"""Class-conditional images from a classifier: generators that are conditioned on its activations.
+"""Generators of class-conditional images, conditioned on the activations of a classifier.
 
     >>> import torch, penult
     >>> images = penult.data.digits().images
@@ -10,7 +10,7 @@
     >>> vae.generate(torch.tensor([0, 1, 2])).shape
     torch.Size([3, 1, 8, 8])
 
-Generators are LightningModules and need the extra ``train``; the measures of quality need torch alone.
+Generators are LightningModules and need the extra ``train``; `quality` and `Judge` only need torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> ActivationGenerator:
-    """Read a generator of any kind that its ``save`` wrote; no classifier and no pickle are needed.
+    """Read a saved generator of any class, without a classifier and without pickle.
 
     Args:
         path: The file.
@@ -50,8 +50,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> ActivationGenerator:
 
     Raises:
         FileNotFoundError: There is no such file.
-        penult.io.FileFormatError: The file is damaged, foreign, or holds a generator that penult does not know.
-        ValueError: It was made with networks of your own, and these are not given.
+        penult.io.FileFormatError: The file is damaged, of another kind, or its generator class is unknown.
+        ValueError: The generator has networks of your own, and these are not given.
 
     Example:
         >>> load("missing.safetensors")
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str], **options: Any) -> ActivationGenerator:
 
     name = io.read(path, kind=KIND).metadata.get("class")
     if name not in _KINDS:
-        raise io.FileFormatError(f"{path} holds the generator {name!r}, which this penult does not know")
+        raise io.FileFormatError(f"{path} holds a generator of class {name!r}; expected {' or '.join(_KINDS)}")
     generator_class: type[ActivationGenerator] = __getattr__(name)
     return generator_class.load(path, **options)
 

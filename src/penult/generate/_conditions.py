@@ -1,4 +1,4 @@
-"""Activations as conditions of a generator: draws for classes, brought to one scale."""
+"""Conditions of generators: sampled activations of classes, and their standardization."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from penult.bases import Marginal
 from penult.distributions import Bank
 from penult.pair import GenerativePair
 
-__all__ = ["Standardizer", "bank_of", "check_share", "draw", "without_data"]
+__all__ = ["Standardizer", "bank_of", "check_below_one", "draw", "without_data"]
 
-_DRAWS = 8192  # of the pair, for mean and scale
-_FLOOR = 0.1  # of the mean deviation: units that hardly move must not be blown up
-_TRIES = 4096  # draws for one activation that is confident enough, on average
-_AT_ONCE = 1 << 16
-_COMPONENTS, _DIMS, _ROWS = 100, 24, 20  # of the mixture that stands for a bank, and rows of it for a component
+# Number of samples of the pair, for mean and scale.
+_SAMPLES = 8192
+# Smallest scale of a unit, relative to the mean standard deviation: units that are almost always zero would otherwise
+# have the largest standardized values.
+_MIN_SCALE = 0.1
+# Most samples for one that is confident enough, on average.
+_TRIES = 4096
+_BLOCK = 1 << 16
+# Components and dimensions of the mixture that replaces a bank, and fewest rows of the bank for each component.
+_COMPONENTS, _DIMS, _ROWS = 100, 24, 20
 
 
 @final
 class Standardizer(nn.Module):
-    """Activations less their mean, each unit over its standard deviation, which is at least a tenth of the mean one.
+    """Standardize activations: subtract the mean and divide by the scale of each unit.
 
-    Without the floor, units that are almost always zero would be the loudest of all.
+    The scale is the standard deviation of the unit, or a tenth of the mean standard deviation if that is larger.
 
     Attributes:
         mean: (d,).
@@ -52,7 +57,7 @@ class Standardizer(nn.Module):
 
     @classmethod
     def of(cls, blocks: list[Tensor] | _ActivationSource) -> Standardizer:
-        """Mean and scale of activations, blocks of (n, d).
+        """Compute mean and scale of activations, given as blocks (n, d).
 
         Raises:
             ValueError: All activations are the same.
@@ -62,7 +67,8 @@ class Standardizer(nn.Module):
         for block in blocks:
             rows = block.double()
             if shift is None:
-                shift = rows.mean(0)  # so that no digits are lost where the mean is large
+                # Variances of rows close to 0 lose fewer digits.
+                shift = rows.mean(0)
                 total, square = torch.zeros_like(shift), torch.zeros_like(shift)
             count += len(rows)
             total = total + (rows - shift).sum(0)
@@ -71,19 +77,19 @@ class Standardizer(nn.Module):
         mean = total / count
         deviation = (square / count - mean.square()).clamp_min(0).sqrt()
         if not bool(deviation.mean() > 0):
-            raise ValueError("all activations are the same, so that no class can be told from another by them")
-        return cls((mean + shift).float(), deviation.clamp_min(_FLOOR * float(deviation.mean())).float())
+            raise ValueError("all activations are the same; expected different ones for different images")
+        return cls((mean + shift).float(), deviation.clamp_min(_MIN_SCALE * float(deviation.mean())).float())
 
     @classmethod
     def of_pair(cls, pair: GenerativePair, activations: Tensor | Activations | None = None) -> Standardizer:
-        """Mean and scale of activations, or else of draws of the pair; the global random state is left alone."""
+        """Compute mean and scale of activations, or of samples of the pair without touching the global random state."""
         if activations is not None:
             return cls.of(_ActivationSource(activations, pair.head, min_rows=2))
         generator = torch.Generator(pair.head.weight.device).manual_seed(0)
-        return cls.of([pair.sample((_DRAWS,), generator=generator)[0]])
+        return cls.of([pair.sample((_SAMPLES,), generator=generator)[0]])
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations (*S, d) to (*S, d) in deviations from the mean."""
+        """Return standardized activations (*S, d)."""
         return (h.to(self.mean.dtype) - self.mean) / self.scale
 
 
@@ -91,22 +97,22 @@ class Standardizer(nn.Module):
 def draw(
     pair: GenerativePair, y: Tensor, confident: float | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Activations of classes, h ~ p(h|y), or of those of them that the head is sure of.
+    """Sample activations of classes, h ~ p(h|y).
 
     Args:
         pair: The pair.
         y: Labels (N,).
-        confident: Keeps draws with p(y|h) above it. It is then no longer an exact pair: what is kept are the clear
-            cases.
+        confident: Reject samples unless p(y|h) is above this. The samples then no longer follow the pair.
         generator: Source of randomness, or None for torch's default.
 
     Returns:
         (N, d).
 
     Raises:
-        ValueError: `confident` is no probability, or hardly a draw of a class comes up to it.
+        ValueError: `confident` is not in [0, 1), or almost all samples of a class are rejected.
     """
-    with torch.autocast(y.device.type, enabled=False):  # training may be in mixed precision, laws are not
+    # Training may use mixed precision, which has too few digits for sampling.
+    with torch.autocast(y.device.type, enabled=False):
         return _draw(pair, y, confident, generator)
 
 
@@ -114,45 +120,49 @@ def _draw(pair: GenerativePair, y: Tensor, confident: float | None, generator: t
     h = pair.given(y).sample(generator=generator)
     if confident is None:
         return h
-    check_share("confident", confident)
-    sure = _posterior(pair, h, y) > confident
-    pending = (~sure).nonzero().flatten()
-    tried = torch.ones(pair.head.num_classes, device=h.device)
-    kept, best = torch.zeros_like(tried), torch.zeros_like(tried)
+    check_below_one("confident", confident)
+    accepted = _posterior(pair, h, y) > confident
+    pending = (~accepted).nonzero().flatten()
+    num_sampled = torch.ones(pair.head.num_classes, device=h.device)
+    num_accepted, highest = torch.zeros_like(num_sampled), torch.zeros_like(num_sampled)
     while len(pending):
-        repeats = max(1, min(64, _AT_ONCE // len(pending)))
+        repeats = max(1, min(64, _BLOCK // len(pending)))
         classes = y[pending].repeat_interleave(repeats)
-        drawn = pair.given(classes).sample(generator=generator)
-        p = _posterior(pair, drawn, classes)
-        tried += torch.bincount(classes, minlength=len(tried))
-        best.scatter_reduce_(0, classes, p.to(best), "amax")
-        good = p > confident
-        kept += torch.bincount(classes[good], minlength=len(kept))
-        for label in y[pending].unique():  # draws of a class are alike, so that any of them serves any of its rows
-            rows, picks = pending[y[pending] == label], (good & (classes == label)).nonzero().flatten()
-            filled = min(len(rows), len(picks))
-            h[rows[:filled]] = drawn[picks[:filled]]
-            sure[rows[:filled]] = True
-        pending = pending[~sure[pending]]
-        rare = (tried > _TRIES * (kept + 1))[y[pending]]
+        samples = pair.given(classes).sample(generator=generator)
+        p = _posterior(pair, samples, classes)
+        num_sampled += torch.bincount(classes, minlength=len(num_sampled))
+        highest.scatter_reduce_(0, classes, p.to(highest), "amax")
+        is_confident = p > confident
+        num_accepted += torch.bincount(classes[is_confident], minlength=len(num_accepted))
+        # Samples of a class are exchangeable, so any of them can fill any row of the class.
+        for label in y[pending].unique():
+            rows = pending[y[pending] == label]
+            sample_index = (is_confident & (classes == label)).nonzero().flatten()
+            count = min(len(rows), len(sample_index))
+            h[rows[:count]] = samples[sample_index[:count]]
+            accepted[rows[:count]] = True
+        pending = pending[~accepted[pending]]
+        rare = (num_sampled > _TRIES * (num_accepted + 1))[y[pending]]
         if bool(rare.any()):
             worst = int(y[pending[rare][0]])
             raise ValueError(
-                f"of {int(tried[worst])} draws for class {worst}, {int(kept[worst])} have p(y|h) > {confident}; the "
-                f"highest was {float(best[worst]):.3g}. Ask for less, or fit a base that puts activations where the "
-                "head is sure"
+                f"of {int(num_sampled[worst])} samples for class {worst}, {int(num_accepted[worst])} have p(y|h) > "
+                f"{confident}; the highest is {float(highest[worst]):.3g}. Give a smaller confident, or fit a base "
+                "with activations of which the head is more certain"
             )
     return h
 
 
 def bank_of(pair: GenerativePair) -> Bank | None:
-    """The real activations that a pair holds, if it does."""
-    law = pair.base.distribution if isinstance(pair.base, Marginal) else None
-    return law if isinstance(law, Bank) else None
+    """Return the bank of real activations that a pair samples from; None for other pairs."""
+    distribution = pair.base.distribution if isinstance(pair.base, Marginal) else None
+    return distribution if isinstance(distribution, Bank) else None
 
 
 def without_data(pair: GenerativePair) -> GenerativePair:
-    """The pair; in place of a bank of real activations a mixture of 100 components in 24 dimensions, fitted to it.
+    """Replace a bank of real activations by a mixture of 100 components in 24 dimensions that is fitted to it.
+
+    Pairs without a bank are returned unchanged.
 
     Raises:
         ValueError: The bank is too small for a mixture.
@@ -162,10 +172,11 @@ def without_data(pair: GenerativePair) -> GenerativePair:
         return pair
     if len(bank) < 2 * _ROWS:
         raise ValueError(
-            f"the pair holds {len(bank)} real activations, too few to fit a mixture that would stand for them: give a "
-            "pair of another law, or save(path, store_activations=True) to write them"
+            f"the pair holds {len(bank)} real activations, too few to fit a mixture that replaces them: give a pair "
+            "with another base, or save(path, store_activations=True) to write them"
         )
-    pair = deepcopy(pair)  # of weights that nothing else changes
+    # A copy, so that later changes of the weights of one pair do not affect the other.
+    pair = deepcopy(pair)
     assert isinstance(pair.base, Marginal)
     head, rows = pair.base.head, bank.activations
     components, dims = min(_COMPONENTS, len(rows) // _ROWS), min(_DIMS, rows.shape[1])
@@ -174,10 +185,12 @@ def without_data(pair: GenerativePair) -> GenerativePair:
     return GenerativePair(pair.head, mixture)
 
 
-def check_share(name: str, value: float) -> None:
-    """Raise unless a number can be a probability to be exceeded."""
-    if not (hasattr(value, "__float__") and 0 <= float(value) < 1):
-        raise ValueError(f"{name} must be a probability from 0 to below 1, got {value!r}")
+def check_below_one(name: str, value: float) -> None:
+    """Raise unless a number lies in [0, 1)."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}; expected a number from 0 to below 1")
+    if not 0 <= float(value) < 1:
+        raise ValueError(f"{name} is {value!r}; expected a number from 0 to below 1")
 
 
 def _posterior(pair: GenerativePair, h: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A generator as a file holds it: networks, mean and scale of the condition, and the pair."""
+"""Files of generators: networks, mean and scale of the condition, and the pair."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from penult import io
 from penult.bases import Base
 from penult.pair import GenerativePair, from_parts, to_parts
 
-__all__ = ["KIND", "Stored", "read", "write"]
+__all__ = ["KIND", "GeneratorFile", "read", "write"]
 
-KIND = "generator"  # of files
+# Kind of file, see penult.io.
+KIND = "generator"
 
 
 def write(
@@ -32,29 +33,29 @@ def write(
 
     Args:
         path: The file.
-        name: Of its class.
-        config: JSON facts that rebuild it.
-        pair: Its law of activations.
-        modules: Its parts whose states the file holds.
-        activations: How many activations of real images the pair holds.
+        name: Name of its class.
+        config: JSON data that rebuild it.
+        pair: The pair.
+        modules: Its parts whose states are written.
+        activations: Number of activations of real images in the pair.
     """
     tensors, facts = to_parts(pair)
     parts = {f"pair.{key}": tensor for key, tensor in tensors.items()}
     for part, module in modules.items():
         parts |= {f"{part}.{key}": tensor for key, tensor in module.state_dict().items()}
-    told = {"class": name, "config": config, "stored_activations": activations}
-    return io.write(path, parts, KIND, told | {"pair": facts})
+    metadata = {"class": name, "config": config, "stored_activations": activations, "pair": facts}
+    return io.write(path, parts, KIND, metadata)
 
 
-class Stored(NamedTuple):
-    """What a file holds.
+class GeneratorFile(NamedTuple):
+    """Contents of a file.
 
     Attributes:
         path: The file.
-        name: Of the generator's class.
-        config: JSON facts that rebuild it.
+        name: Name of the generator's class.
+        config: JSON data that rebuild it.
         states: State dicts of its parts.
-        facts: JSON facts that rebuild the pair.
+        facts: JSON data that rebuild the pair.
     """
 
     path: str | os.PathLike[str]
@@ -63,55 +64,56 @@ class Stored(NamedTuple):
     states: dict[str, dict[str, Tensor]]
     facts: Any
 
-    def check_networks(self, given: Mapping[str, nn.Module], stored: Sequence[str], beside: Sequence[str]) -> None:
-        """Raise unless the networks of the user's own are those that the generator has and was made with.
+    def check_networks(self, networks: Mapping[str, nn.Module], stored: Sequence[str], training: Sequence[str]) -> None:
+        """Raise unless all networks belong to the generator, and none is missing that the file needs.
 
         Args:
-            given: The user's own.
-            stored: Names of those that a file holds.
-            beside: Names of those that it does not hold.
+            networks: Networks of the user, by name.
+            stored: Names of the networks whose weights files hold.
+            training: Names of the networks that only training needs; files do not hold them.
         """
-        names = *stored, *beside
-        if strange := set(given) - set(names):
-            raise TypeError(f"{sorted(strange)} are no networks of a {self.name}; it has {', '.join(names)}")
-        own = isinstance(self.config, dict) and self.config.get("own_networks")
-        if own and not set(stored) <= set(given):
+        names = *stored, *training
+        if unknown := set(networks) - set(names):
+            raise TypeError(f"{sorted(unknown)} are not networks of a {self.name}; expected {', '.join(names)}")
+        has_own_networks = isinstance(self.config, dict) and self.config.get("own_networks")
+        if has_own_networks and not set(stored) <= set(networks):
             raise ValueError(
-                f"{self.path} was made with networks of your own, of which a file holds the weights alone: give "
+                f"{self.path} was made with networks of your own, and only holds their weights: give "
                 f"load(path, {', '.join(f'{name}=...' for name in stored)})"
             )
 
     def pair(self, bases: Sequence[type[Base]]) -> GenerativePair:
-        """The law of activations; raises as `penult.load`."""
+        """Rebuild the pair; raises like `penult.load`."""
         return from_parts(self.path, self.states.get("pair", {}), self.facts, bases)
 
     @contextmanager
     def rebuilding(self) -> Iterator[None]:
-        """What goes wrong meanwhile is the file's fault; the global random state is left alone."""
+        """Raise errors in the block as errors of the file, and restore the global random state."""
         try:
-            with torch.random.fork_rng(devices=[]):  # layers draw first weights, which are overwritten
+            # New layers sample first weights, which the file's overwrite.
+            with torch.random.fork_rng(devices=[]):
                 yield
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise io.FileFormatError(f"{self.path}: the generator cannot be rebuilt from the file: {error}") from error
 
 
-def read(path: str | os.PathLike[str], name: str, device: str | torch.device) -> Stored:
+def read(path: str | os.PathLike[str], name: str, device: str | torch.device) -> GeneratorFile:
     """Read a generator of a class.
 
     Raises:
         FileNotFoundError: There is no such file.
-        penult.io.FileFormatError: The file is damaged, foreign, or of another class.
+        penult.io.FileFormatError: The file is damaged, of another kind, or of another class.
     """
     file = io.read(path, kind=KIND, device=device)
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
-        room, _, rest = key.partition(".")
-        states.setdefault(room, {})[rest] = tensor
-    held = file.metadata.get("class")
-    if held != name:
-        raise io.FileFormatError(f"{path} holds a {held}, not a {name}; penult.generate.load reads both")
+        part, _, tensor_name = key.partition(".")
+        states.setdefault(part, {})[tensor_name] = tensor
+    stored_name = file.metadata.get("class")
+    if stored_name != name:
+        raise io.FileFormatError(f"{path} holds a {stored_name}, not a {name}; penult.generate.load reads both")
     try:
         config, facts = file.metadata["config"], file.metadata["pair"]
     except KeyError as error:
         raise io.FileFormatError(f"{path}: the generator lacks {error}; the file is damaged") from error
-    return Stored(path, name, config, states, facts)
+    return GeneratorFile(path, name, config, states, facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, Literal, final, get_args
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from penult._checks import check_positive
+from penult._checks import check_between, check_choice, check_integer, check_not_negative, check_positive, described
 from penult.activations import Activations, Tap
 from penult.generate._classifier import frozen
+from penult.generate._conditions import check_below_one
 from penult.generate._generator import ActivationGenerator, Condition
-from penult.generate._lightning import scheduled
+from penult.generate._lightning import optimizer_config
 from penult.generate._networks import adversaries
 from penult.pair import GenerativePair
 
@@ -26,17 +26,18 @@ __all__ = ["ActivationGAN", "Adversarial"]
 Adversarial = Literal["non-saturating", "hinge"]
 
 _PENALTY = 0.25
-_EVERY = 4  # batches, of which one has the penalty, as many times larger
+# The penalty is computed for one in this many batches, and multiplied by the same number.
+_PENALTY_INTERVAL = 4
 
 
 @final
 class ActivationGAN(ActivationGenerator):
     r"""A generative adversarial network of images that is conditioned on a classifier's penultimate activations.
 
-    A projection discriminator D tells real pairs (x, tap(x)) from generated ones (G(z, h), h), for which no labels are
-    needed: the classifier has them. Images of class y come of h ~ p(h|y), the pair's law, and z ~ N(0, I).
+    A projection discriminator D separates real pairs (x, tap(x)) from generated pairs (G(z, h), h), which needs no
+    labels. Images of class y are generated from h ~ p(h|y), sampled from the pair, and z ~ N(0, I).
 
-    With ``loss="hinge"`` discriminator and generator minimise, under spectral normalisation,
+    With ``loss="hinge"`` discriminator and generator minimize, under spectral normalization,
 
     .. math:: E[(1 - D(x, h))_+] + E[(1 + D(G(z, h), h))_+], \qquad -E[D(G(z, h), h)],
 
@@ -45,8 +46,8 @@ class ActivationGAN(ActivationGenerator):
     .. math:: E[\mathrm{softplus}(-D(x, h)) + \mathrm{softplus}(D(G(z, h), h))]
         + \gamma\, E[\|\nabla_x D(x, h)\|^2], \qquad E[\mathrm{softplus}(-D(G(z, h), h))].
 
-    To the generator's is added λ (1 − cos(tap(G(z, h)), h)), feature consistency. One optimiser moves both at once.
-    What generates is a running mean of the generator's weights.
+    Feature consistency λ (1 − cos(tap(G(z, h)), h)) is added to the loss of the generator. One optimizer updates both
+    networks in the same step. Images are generated with a running mean of the generator's weights.
 
     References:
         Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014. Miyato and Koyama, "cGANs with Projection
@@ -56,52 +57,52 @@ class ActivationGAN(ActivationGenerator):
         Training", ICLR 2019.
 
     Args:
-        pair: The law of activations that images are generated from. A :class:`~penult.Marginal` of activations of the
-            images to train on, or of others like them, is what works.
-        tap: The classifier, ``penult.Tap(model, head)``. It is not trained, and left as it is. None where nothing
-            has to be seen by it: with activations in the batches and no consistency, or for a generator that only
-            generates.
+        pair: The pair that activations are sampled from. Its base should be a :class:`~penult.Marginal` of activations
+            of the training images or of similar images.
+        tap: The classifier, ``penult.Tap(model, head)``. It is not trained or changed. None if it is not needed: with
+            activations in the batches and no consistency, or for a generator that only generates.
         image_shape: (C, H, W). Images are floats in [0, 1].
         condition: ``"activation"`` trains on h = tap(x); batches are images, or images and their activations.
-            ``"label"`` is the paper's setting: the generator gets h ~ p(h|y), the discriminator the class's row w_y of
-            the head; batches are (images, labels).
-        latent: Numbers of a code z.
-        width: Channels next to the image of the default networks: 16 of grey images, 32 of others.
+            ``"label"`` is the setting of the paper: the generator gets h ~ p(h|y), the discriminator the row w_y of the
+            class; batches are (images, labels).
+        latent: Dimension of the code z.
+        width: Channels next to the image of the default networks. Default: 16 for grey images, 32 for others.
         generator: A network of your own, (z, condition (B, d)) → (B, C, H, W), logits of pixels.
         discriminator: A network of your own, (images, condition (B, d)) → (B,).
-        loss: ``"hinge"`` with spectral normalisation, which a discriminator of your own has to bring; it is best for
-            grey images of which activations are told, loses variety on CIFAR-10, and collapses where classes alone are
-            told. ``"non-saturating"`` with the penalty R1. When left out, the first for activations of grey images, and
-            the other else.
-        penalty: Weight γ of the squared gradient, applied to every fourth batch; 0.25 with ``"non-saturating"`` and 0
-            with ``"hinge"`` when left out.
+        loss: ``"hinge"`` needs spectral normalization, also in a discriminator of your own. It is best for grey images
+            with condition ``"activation"``, but loses variety on CIFAR-10 and collapses with condition ``"label"``.
+            ``"non-saturating"`` has the penalty R1. Default: ``"hinge"`` for grey images with condition
+            ``"activation"``, else ``"non-saturating"``.
+        penalty: Weight γ of the squared gradient, computed for every fourth batch. Default: 0.25 with
+            ``"non-saturating"``, 0 with ``"hinge"``.
         consistency: Weight λ of 1 − cosine between tap(G(z, h)) and h.
-        drawn: Share of generated pairs whose h is drawn from the pair's law rather than of the batch's images; with
-            ``condition="label"`` all are.
-        decay: Of the running mean of weights, per batch; less at first, n / (9 + n) after n steps.
-        activations: What the condition's mean and scale are taken from; draws of the pair when left out, which does
-            for laws that were fitted to data.
-        preprocess: What brings images in [0, 1] to what the classifier takes, such as a normalisation or a resize; it
+        drawn: Fraction of generator inputs h sampled from the pair instead of taken from the batch's images; with
+            ``condition="label"`` all are sampled.
+        decay: Decay of the running mean of weights in each step; at most n / (9 + n) after n steps.
+        activations: Activations for mean and scale of the condition. Default: samples of the pair, which are suitable
+            for bases that were fitted to data.
+        preprocess: Function from images in [0, 1] to inputs of the classifier, such as a normalisation or a resize; it
             has to be differentiable for `consistency`.
-        optimizer: What makes an optimiser of parameters; Adam with betas (0.5, 0.999) when left out.
-        scheduler: What makes a scheduler of an optimiser, stepped once an epoch.
-        rate: Learning rate of the default.
+        optimizer: Function from parameters to an optimizer. Default: Adam with betas (0.5, 0.999).
+        scheduler: Function from an optimizer to a scheduler, stepped once per epoch.
+        rate: Learning rate of the default optimizer.
 
     Attributes:
-        history: A dict of ``epoch`` and means of ``loss`` (the generator's), ``discriminator_loss`` and, with
-            consistency, ``cosine`` for each epoch; ``val_cosine`` where there is validation and a classifier. Losses of
-            adversaries say that neither wins, not how good images are; the cosine and samples do.
+        history: A dict of ``epoch`` and means of ``loss`` (of the generator), ``discriminator_loss`` and, with
+            consistency, ``cosine`` for each epoch; ``val_cosine`` with validation and a classifier. The losses only
+            show whether one network dominates; the cosine and samples show how good images are.
 
     Raises:
         ImportError: Lightning is not installed.
-        TypeError: `pair` is no pair, `tap` no tap, or a network no module.
-        ValueError: An option is out of range; pair and tap are of different heads.
+        TypeError: `pair` is not a pair, `tap` not a tap, or a network not a module; an option has a wrong type.
+        ValueError: An option is out of range, or the heads of pair and tap have different shapes.
 
     Example:
         >>> import lightning, penult
         >>> images = penult.data.digits().images
+        >>> # In practice, use a trained classifier.
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-        >>> head = penult.find_head(model, images[:8])  # of a classifier that was trained, in earnest
+        >>> head = penult.find_head(model, images[:8])
         >>> tap = penult.Tap(model, head)
         >>> acts = penult.extract(tap, [images], pre_activation=True)
         >>> pair = penult.GenerativePair(head, penult.Marginal.fit(head, acts, components=8))
@@ -112,7 +113,7 @@ class ActivationGAN(ActivationGenerator):
     """
 
     networks = ("generator",)
-    beside = ("discriminator",)
+    training_networks = ("discriminator",)
     classes: Tensor
 
     def __init__(
@@ -138,122 +139,122 @@ class ActivationGAN(ActivationGenerator):
         rate: float = 2e-3,
     ) -> None:
         super().__init__(pair, tap, image_shape, latent, condition, activations, preprocess)
-        if loss not in (None, *get_args(Adversarial)):
-            raise ValueError(f"loss must be 'non-saturating' or 'hinge', got {loss!r}")
-        grey = self.image_shape[0] == 1
-        loss = loss or ("hinge" if condition == "activation" and grey else "non-saturating")
+        is_grey = self.image_shape[0] == 1
+        if loss is None:
+            loss = "hinge" if condition == "activation" and is_grey else "non-saturating"
+        check_choice("loss", loss, get_args(Adversarial))
         check_positive("rate", rate)
         penalty = (_PENALTY if loss == "non-saturating" else 0.0) if penalty is None else penalty
-        for name, value in (("penalty", penalty), ("consistency", consistency)):
-            if not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-        if not (isinstance(drawn, int | float) and 0 <= drawn <= 1):
-            raise ValueError(f"drawn must be a share from 0 to 1, got {drawn!r}")
+        check_not_negative("penalty", penalty)
+        check_not_negative("consistency", consistency)
+        check_between("drawn", drawn, inclusive=True)
         if drawn and condition == "label":
-            raise ValueError(f"drawn is {drawn} with condition='label', which draws all activations: leave drawn out")
-        if not (isinstance(decay, int | float) and 0 <= decay < 1):
-            raise ValueError(f"decay must be from 0 to below 1, got {decay!r}")
+            raise ValueError(f"drawn is {drawn} with condition='label', which samples all activations: leave drawn out")
+        check_below_one("decay", decay)
         if width is not None:
-            check_positive("width", width)
+            check_integer("width", width)
         self.width, self.penalty = width, float(penalty)
         self.loss: Adversarial = loss
         self.consistency, self.drawn, self.decay = float(consistency), float(drawn), float(decay)
         self.optimizer, self.scheduler, self.rate = optimizer, scheduler, float(rate)
         self.own, self.own_discriminator = generator is not None, discriminator is not None
         if generator is None or discriminator is None:
-            makes, scores = adversaries(
+            default_generator, default_discriminator = adversaries(
                 self.image_shape, pair.head.in_features, self.latent, width, bounded=loss == "hinge"
             )
-            generator = makes if generator is None else generator
-            discriminator = scores if discriminator is None else discriminator
+            generator = default_generator if generator is None else generator
+            discriminator = default_discriminator if discriminator is None else discriminator
         for name, module in (("generator", generator), ("discriminator", discriminator)):
             if not isinstance(module, nn.Module):
-                raise TypeError(f"{name} is a {type(module).__name__}, not an nn.Module")
+                raise TypeError(f"{name} is {described(module)}; expected a torch.nn.Module")
         self.generator, self.discriminator = generator, discriminator
-        self.moving: nn.Module | None  # what the optimiser moves, and `generator` is the running mean of
+        # The network that the optimizer updates; `generator` is the running mean of its weights.
+        self.moving: nn.Module | None
         self.register_module("moving", None)
         rows = pair.head.weight.detach()
         rows = rows - rows.mean(0)
         self.register_buffer("classes", (rows / rows.square().mean().sqrt().clamp_min(1e-30)).float(), persistent=False)
 
     def decode(self, z: Tensor, h: Tensor) -> Tensor:
-        """Codes (B, latent) and activations (B, d) to images (B, C, H, W) in [0, 1], part of the autograd graph."""
+        """Return images (B, C, H, W) in [0, 1] of codes (B, latent) and activations (B, d), with gradients."""
         return self._images(self.generator, z, h)
 
     def configure_model(self) -> None:
-        """Lightning's hook before a training: a copy of the generator is moved, which then follows it."""
+        """Copy the generator before training; the optimizer updates the copy."""
         if self.moving is None:
             self.moving = deepcopy(self.generator)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The running mean gets no gradients, and is the same wherever what it follows is."""
-        held = (*self.generator.named_parameters(), *self.generator.named_buffers())
-        return [*super()._ddp_params_and_buffers_to_ignore, *(f"generator.{name}" for name, _ in held)]
+        """Names of parameters and buffers that are not trained, and of the running mean, which gets no gradients."""
+        named = (*self.generator.named_parameters(), *self.generator.named_buffers())
+        return [*super()._ddp_params_and_buffers_to_ignore, *(f"generator.{name}" for name, _ in named)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The sum of both losses of a batch: images, with activations or labels behind them or alone."""
+        """Return the sum of both losses for a batch: images alone, or images with activations or labels."""
         images, h, y = self.read_batch(batch, batch_idx)
-        told = self.standardize(h) if y is None else self.classes[y].to(h)
+        real_condition = self.standardize(h) if y is None else self.classes[y].to(h)
         if self.drawn:
             count = round(self.drawn * len(h))
             with torch.autocast(h.device.type, enabled=False):
                 h = torch.cat([self.pair.sample((count,))[0].to(h), h[count:]])
-        fake = self._images(self._moving(), self.random_codes(len(h)).to(h), h)
-        asked = self.standardize(h) if y is None else told
+        fake_images = self._images(self._trained_generator(), self.random_codes(len(h)).to(h), h)
+        fake_condition = self.standardize(h) if y is None else real_condition
 
-        penalized = self.penalty > 0 and batch_idx % _EVERY == 0
+        penalized = self.penalty > 0 and batch_idx % _PENALTY_INTERVAL == 0
         images = images.detach().requires_grad_(penalized)
-        real = self._scores(images, told)
-        both = self._scores(fake.detach(), asked)
+        real = self._scores(images, real_condition)
+        fake = self._scores(fake_images.detach(), fake_condition)
         if self.loss == "hinge":
-            discriminator_loss = (1 - real).relu().mean() + (1 + both).relu().mean()
+            discriminator_loss = (1 - real).relu().mean() + (1 + fake).relu().mean()
         else:
-            discriminator_loss = F.softplus(-real).mean() + F.softplus(both).mean()
+            discriminator_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
         with frozen(self.discriminator):
-            fooled = self._scores(fake, asked)
-        loss = -fooled.mean() if self.loss == "hinge" else F.softplus(-fooled).mean()
-        figures = {"discriminator_loss": discriminator_loss}
+            fake_for_generator = self._scores(fake_images, fake_condition)
+        loss = -fake_for_generator.mean() if self.loss == "hinge" else F.softplus(-fake_for_generator).mean()
+        metrics = {"discriminator_loss": discriminator_loss}
         if self.consistency:
-            figures["cosine"] = self.agreement(fake, h)
-            loss = loss + self.consistency * (1 - figures["cosine"])
-        for name, value in ({"loss": loss} | figures).items():
+            metrics["cosine"] = self.agreement(fake_images, h)
+            loss = loss + self.consistency * (1 - metrics["cosine"])
+        for name, value in ({"loss": loss} | metrics).items():
             self._log(name, value, len(images))
         if penalized:
-            (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
-            discriminator_loss = discriminator_loss + _EVERY * self.penalty * slope.square().flatten(1).sum(1).mean()
+            (gradient,) = torch.autograd.grad(real.sum(), images, create_graph=True)
+            squared_norm = gradient.square().flatten(1).sum(1).mean()
+            discriminator_loss = discriminator_loss + _PENALTY_INTERVAL * self.penalty * squared_norm
         return loss + discriminator_loss
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The running mean follows what was moved."""
-        moved, steps = self._moving(), self.trainer.global_step
-        share = 1 - min(self.decay, steps / (9 + steps))  # so that first weights are soon forgotten
-        for mean, new in zip(self.generator.parameters(), moved.parameters(), strict=True):
-            mean.data.lerp_(new.data, share)
-        for held, seen in zip(self.generator.buffers(), moved.buffers(), strict=True):
-            held.copy_(seen)
+        """Update the running mean of the generator's weights."""
+        trained, steps = self._trained_generator(), self.trainer.global_step
+        # A smaller decay in the first steps removes the first weights from the mean.
+        weight = 1 - min(self.decay, steps / (9 + steps))
+        for mean, parameter in zip(self.generator.parameters(), trained.parameters(), strict=True):
+            mean.data.lerp_(parameter.data, weight)
+        for buffer, trained_buffer in zip(self.generator.buffers(), trained.buffers(), strict=True):
+            buffer.copy_(trained_buffer)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """How like what it was made of an image of other activations is to the classifier."""
+        """Log the mean cosine between the activations of generated images and their conditions."""
         images, h, _ = self.read_batch(batch, batch_idx)
         if self.tap is not None:
-            seen = self.activations(self.decode(self.random_codes(len(h)).to(h), h))
-            cosine = torch.cosine_similarity(self.standardize(seen), self.standardize(h), dim=-1).mean()
+            activations = self.activations(self.decode(self.random_codes(len(h)).to(h), h))
+            cosine = torch.cosine_similarity(self.standardize(activations), self.standardize(h), dim=-1).mean()
             self._log("val_cosine", cosine, len(images))
 
     def configure_optimizers(self) -> Any:
-        """One optimiser of generator and discriminator."""
-        parts = self._moving(), self.discriminator
-        parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+        """Return one optimizer for generator and discriminator."""
+        networks = self._trained_generator(), self.discriminator
+        parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
         if self.optimizer is not None:
             optimizer = self.optimizer(parameters)
         else:
             optimizer = torch.optim.Adam(parameters, lr=self.rate, betas=(0.5, 0.999))
-        return scheduled(optimizer, self.scheduler)
+        return optimizer_config(optimizer, self.scheduler)
 
     def config(self) -> dict[str, Any]:
-        """JSON facts that rebuild the generator."""
+        """Return JSON data that rebuild the generator."""
         return {
             "image_shape": list(self.image_shape),
             "condition": self.condition,
@@ -270,15 +271,17 @@ class ActivationGAN(ActivationGenerator):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], pair: GenerativePair, **networks: nn.Module) -> ActivationGAN:
-        """A generator as `config` says, its weights still to be loaded; with a network of the user's own if it had."""
+        """Make a generator from its `config`, without its weights, with the networks of the user, if any."""
         settings: dict[str, Any] = {name: value for name, value in config.items() if name != "own_networks"}
-        if settings.pop("own_discriminator"):  # which no file holds
-            networks = {"discriminator": _Missing()} | networks
+        # Files do not hold the user's discriminator.
+        if settings.pop("own_discriminator"):
+            networks = {"discriminator": _MissingDiscriminator()} | networks
         return cls(pair, None, settings.pop("image_shape"), **(settings | networks))
 
-    # --- inside -----------------------------------------------------------------------------------------------
+    # --- private ----------------------------------------------------------------------------------------------
 
-    def _moving(self) -> nn.Module:
+    def _trained_generator(self) -> nn.Module:
+        """Return the network that the optimizer updates."""
         if self.moving is None:
             raise RuntimeError("the generator is not set up for training; lightning.Trainer().fit(gan, loader) does it")
         return self.moving
@@ -287,23 +290,27 @@ class ActivationGAN(ActivationGenerator):
         pixels: Tensor = network(z, self.standardize(h))
         if pixels.shape != (len(z), *self.image_shape):
             raise ValueError(
-                f"the generator gives {tuple(pixels.shape)}; expected {(len(z), *self.image_shape)}, logits of pixels"
+                f"the output of the generator has shape {tuple(pixels.shape)}; expected "
+                f"{(len(z), *self.image_shape)}, logits of pixels"
             )
         return pixels.sigmoid()
 
     def _scores(self, images: Tensor, condition: Tensor) -> Tensor:
         scores: Tensor = self.discriminator(images, condition)
         if scores.shape != (len(images),):
-            raise ValueError(f"the discriminator gives {tuple(scores.shape)}; expected {(len(images),)}, one an image")
+            raise ValueError(
+                f"the output of the discriminator has shape {tuple(scores.shape)}; expected {(len(images),)}, one "
+                "score for each image"
+            )
         return scores.float()
 
 
 @final
-class _Missing(nn.Module):
-    """In place of a discriminator that is not in a file; it generates nothing, so that only a training needs it."""
+class _MissingDiscriminator(nn.Module):
+    """Placeholder for a discriminator that a file does not hold; generating does not need it."""
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
-        """Say so."""
+        """Raise a ValueError."""
         raise ValueError(
             "the discriminator was one of your own, which files do not hold: give load(path, discriminator=...) to "
             "train the generator further"

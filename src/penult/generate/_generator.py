@@ -1,4 +1,4 @@
-"""What all generators that are conditioned on activations share: conditions, images for classes, files."""
+"""Abstract class of generators that are conditioned on activations."""
 
 from __future__ import annotations
 
@@ -11,43 +11,48 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from penult._checks import check_positive
+from penult._checks import check_choice, check_integer, described, integer_labels
 from penult.activations import Activations, Tap
 from penult.bases import Base
-from penult.generate import _file as stored
-from penult.generate._classifier import Sight, moving
+from penult.generate import _file as generator_file
+from penult.generate._classifier import FrozenClassifier, device_only
 from penult.generate._conditions import Standardizer, bank_of, draw, without_data
-from penult.generate._lightning import Recorded
+from penult.generate._lightning import RecordedModule
 from penult.generate._networks import check_image_shape
 from penult.head import _untouched
 from penult.pair import GenerativePair
 
-__all__ = ["AT_ONCE", "ActivationGenerator", "Condition"]
+__all__ = ["BATCH", "ActivationGenerator", "Condition"]
 
 Condition = Literal["activation", "label"]
 Self = TypeVar("Self", bound="ActivationGenerator")
 
-AT_ONCE = 500  # images that a network is shown
-_CANDIDATES = 256  # draws of a class that an edited image may go to
-_ROUNDS = 100  # tries for an image that the classifier puts into its class
+# Images of a batch for generating and encoding.
+BATCH = 500
+# Sampled activations of a class from which `edit` takes the nearest.
+_CANDIDATES = 256
+# Tries for an image that the classifier assigns to its class.
+_ROUNDS = 100
 
 
-class ActivationGenerator(Recorded, ABC):
-    """A network G(z, h) that makes images of activations; subclasses say how it is trained.
+class ActivationGenerator(RecordedModule, ABC):
+    """A network G(z, h) that generates images from activations; subclasses define the training.
 
     Args:
-        pair: The law of activations that `generate` draws from.
-        tap: The classifier; None where nothing has to be seen by it.
+        pair: The pair that `generate` samples activations from.
+        tap: The classifier; None if no image has to be classified.
         image_shape: (C, H, W).
-        latent: Numbers of a code z.
+        latent: Dimension of the code z.
         condition: ``"activation"``: trained on h = tap(x), no labels needed; ``"label"``: on h ~ p(h|y).
-        activations: What mean and scale of the condition are taken from; draws of the pair when left out.
-        preprocess: What brings images in [0, 1] to what the classifier takes, differentiable.
+        activations: Activations for mean and scale of the condition. Default: samples of the pair.
+        preprocess: Differentiable function from images in [0, 1] to inputs of the classifier.
     """
 
-    networks: ClassVar[tuple[str, ...]]  # names of the parts that files hold
-    beside: ClassVar[tuple[str, ...]] = ()  # of those that training alone needs, and no file holds
-    _outside = "sight.", "pair."  # the classifier and the law
+    # Names of the networks that files hold, and of those that only training needs.
+    networks: ClassVar[tuple[str, ...]]
+    training_networks: ClassVar[tuple[str, ...]] = ()
+    # The classifier and the pair.
+    _untrained = "sight.", "pair."
 
     def __init__(
         self,
@@ -61,14 +66,13 @@ class ActivationGenerator(Recorded, ABC):
     ) -> None:
         super().__init__()
         if not isinstance(pair, GenerativePair):
-            raise TypeError(f"pair is a {type(pair).__name__}, not a penult.GenerativePair")
-        if condition not in get_args(Condition):
-            raise ValueError(f"condition must be 'activation' or 'label', got {condition!r}")
+            raise TypeError(f"pair is {described(pair)}; expected a penult.GenerativePair")
+        check_choice("condition", condition, get_args(Condition))
         self.image_shape = check_image_shape(tuple(image_shape))
-        check_positive("latent", latent)
+        check_integer("latent", latent)
         self.latent, self.condition = int(latent), condition
         self.pair = pair
-        self.sight = Sight(tap, preprocess, pair.head)
+        self.sight = FrozenClassifier(tap, preprocess, pair.head)
         self.standardize = Standardizer.of_pair(pair, activations)
 
     @property
@@ -76,23 +80,23 @@ class ActivationGenerator(Recorded, ABC):
         """The classifier, or None."""
         return self.sight.tap
 
-    # --- what a subclass is -----------------------------------------------------------------------------------
+    # --- for subclasses ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def decode(self, z: Tensor, h: Tensor) -> Tensor:
-        """Codes (B, latent) and activations (B, d) to images (B, C, H, W) in [0, 1], part of the autograd graph."""
+        """Return images (B, C, H, W) in [0, 1] of codes (B, latent) and activations (B, d), with gradients."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """JSON facts that rebuild its networks."""
+        """Return JSON data that rebuild its networks."""
 
     @classmethod
     @abstractmethod
     def from_config(cls: type[Self], config: dict[str, Any], pair: GenerativePair, **networks: nn.Module) -> Self:
-        """A generator as `config` says, its weights still to be loaded, networks of the user's own given."""
+        """Make a generator from its `config`, without its weights, with the networks of the user, if any."""
 
     def code_of(self, x: Tensor, h: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Codes (B, latent) for images and their activations; random ones where nothing tells them."""
+        """Return codes (B, latent) of images and their activations; random codes unless a subclass has an encoder."""
         return self.random_codes(len(x), generator)
 
     # --- images -----------------------------------------------------------------------------------------------
@@ -105,35 +109,36 @@ class ActivationGenerator(Recorded, ABC):
         reject: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Images of classes: h ~ p(h|y), z ~ N(0, I), G(z, h).
+        """Generate images of classes: h ~ p(h|y), z ~ N(0, I), G(z, h).
 
         Args:
             y: Labels (*B,).
-            confident: Keeps activations with p(y|h) above it: clearer images, of less variety.
-            reject: Whether images have to be put into class y by the classifier, and are drawn again until they are.
+            confident: Only use activations with p(y|h) above this: images are clearer and vary less.
+            reject: Whether to replace images that the classifier does not assign to class y.
             generator: Source of randomness, or None for torch's default.
 
         Returns:
             Images (*B, C, H, W) in [0, 1].
 
         Raises:
+            TypeError: Labels are not integers.
             ValueError: A label is out of range, no activation is as confident, or there is no classifier to reject by.
-            RuntimeError: The classifier puts none of a hundred images into its class.
+            RuntimeError: The classifier assigns none of a hundred images to its class.
         """
-        labels = torch.as_tensor(y, device=self.pair.head.weight.device)
+        labels = self._labels("labels", y)
         flat = labels.reshape(-1)
         if reject:
-            self.sight.needed("to reject images by")
-        images = self._drawn(flat, confident, generator)
-        wrong, rounds = self._misread(images, flat) if reject else flat[:0], 1
+            self.sight.check_present("to reject images")
+        images = self._sampled_images(flat, confident, generator)
+        wrong, rounds = self._misclassified(images, flat) if reject else flat[:0], 1
         while len(wrong):
             if rounds == _ROUNDS:
                 raise RuntimeError(
-                    f"of {_ROUNDS} images for class {int(flat[wrong[0]])} the classifier puts none into it; train the "
+                    f"of {_ROUNDS} images for class {int(flat[wrong[0]])} the classifier assigns none to it; train the "
                     "generator for longer, or leave reject out"
                 )
-            images[wrong] = again = self._drawn(flat[wrong], confident, generator)
-            wrong, rounds = wrong[self._misread(again, flat[wrong])], rounds + 1
+            images[wrong] = new_images = self._sampled_images(flat[wrong], confident, generator)
+            wrong, rounds = wrong[self._misclassified(new_images, flat[wrong])], rounds + 1
         return images.reshape(*labels.shape, *self.image_shape)
 
     @torch.no_grad()
@@ -145,12 +150,12 @@ class ActivationGenerator(Recorded, ABC):
         confident: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Images on the straight way from an activation of one class to one of another, with one code for all.
+        """Generate images along the line from an activation of one class to one of another, with the same code.
 
         Args:
             y0: Labels (*B,) of the first images.
-            y1: Labels (*B,) of the last.
-            steps: Images on a way, both ends included.
+            y1: Labels (*B,) of the last images.
+            steps: Number of images, both ends included.
             confident: As for `generate`.
             generator: Source of randomness, or None for torch's default.
 
@@ -158,19 +163,18 @@ class ActivationGenerator(Recorded, ABC):
             Images (*B, steps, C, H, W) in [0, 1].
 
         Raises:
-            ValueError: As for `generate`; labels of different shapes; fewer than two steps.
+            TypeError: Labels or `steps` are not integers.
+            ValueError: As for `generate`; labels have different shapes, or there are fewer than two steps.
         """
-        device = self.pair.head.weight.device
-        first, last = torch.as_tensor(y0, device=device), torch.as_tensor(y1, device=device)
+        first, last = self._labels("y0", y0), self._labels("y1", y1)
         if first.shape != last.shape:
-            raise ValueError(f"y0 has shape {tuple(first.shape)} and y1 {tuple(last.shape)}; they must be the same")
-        if steps < 2:
-            raise ValueError(f"steps is {steps}; a way has at least its two ends")
+            raise ValueError(f"y0 has shape {tuple(first.shape)} and y1 {tuple(last.shape)}; expected the same shape")
+        check_integer("steps", steps, 2)
         h0, h1 = (draw(self.pair, y.reshape(-1), confident, generator) for y in (first, last))
         z = self.random_codes(len(h0), generator)
-        shares = torch.linspace(0, 1, steps, device=device)
-        ways = torch.lerp(h0.unsqueeze(1), h1.unsqueeze(1), shares.view(1, -1, 1).to(h0))
-        images = self._decoded(z.repeat_interleave(steps, 0), ways.flatten(0, 1))
+        weights = torch.linspace(0, 1, steps, device=h0.device)
+        h = torch.lerp(h0.unsqueeze(1), h1.unsqueeze(1), weights.view(1, -1, 1).to(h0))
+        images = self._decoded(z.repeat_interleave(steps, 0), h.flatten(0, 1))
         return images.reshape(*first.shape, steps, *self.image_shape)
 
     @torch.no_grad()
@@ -182,49 +186,51 @@ class ActivationGenerator(Recorded, ABC):
         confident: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Images moved towards a class: their activations go to the nearest of 256 draws of p(h|y), and are decoded.
+        """Move images towards a class: decode activations on the line to the nearest of 256 samples of p(h|y).
 
-        The nearest draw (in deviations, see `Standardizer`) shares with the image what does not make the class. A
-        generator that cannot tell the code of an image takes a random one, and begins with another image of its
-        activation.
+        The nearest sample (after standardization, see `Standardizer`) shares properties with the image that do not
+        depend on the class. A generator without an encoder uses a random code, so strength 0 gives another image with
+        the same activation.
 
         Args:
             x: Images (B, C, H, W) in [0, 1].
             y: Labels (B,), or one for all.
-            strength: How far they go, from 0, nowhere, to 1, all the way. A tensor (S,) gives S images each.
-            confident: As for `generate`, of the draws.
+            strength: Position on the line, from 0 (the image's activation) to 1 (the sample). A tensor (S,) gives S
+                images for each.
+            confident: As for `generate`, for the samples.
             generator: Source of randomness, or None for torch's default.
 
         Returns:
             Images (B, C, H, W) in [0, 1], or (B, S, C, H, W).
 
         Raises:
+            TypeError: Images are not floating, or labels are not integers.
             ValueError: There is no classifier; images, labels or strengths have a wrong shape or range.
         """
         self._check_images(x)
         x = x.to(self.standardize.mean)
-        labels = torch.as_tensor(y, device=x.device)
+        labels = self._labels("labels", y)
         if labels.shape not in ((), (len(x),)):
             raise ValueError(f"y has shape {tuple(labels.shape)}; give one label, or one for each of {len(x)} images")
-        classes = labels.expand(len(x))
-        amount = torch.as_tensor(strength, device=x.device).to(x)
-        if amount.dim() > 1:
-            raise ValueError(f"strength has shape {tuple(amount.shape)}; it is a number, or a tensor (S,)")
+        labels = labels.expand(len(x))
+        strengths = torch.as_tensor(strength, device=x.device).to(x)
+        if strengths.dim() > 1:
+            raise ValueError(f"strength has shape {tuple(strengths.shape)}; expected a number or a tensor (S,)")
         h = self.activations(x)
-        goal = torch.empty_like(h)
-        for one in classes.unique():
-            drawn = draw(self.pair, one.expand(_CANDIDATES), confident, generator).to(h)
-            mine = classes == one
-            nearest = torch.cdist(self.standardize(h[mine]), self.standardize(drawn)).argmin(1)
-            goal[mine] = drawn[nearest]
+        target = torch.empty_like(h)
+        for label in labels.unique():
+            samples = draw(self.pair, label.expand(_CANDIDATES), confident, generator).to(h)
+            of_class = labels == label
+            nearest = torch.cdist(self.standardize(h[of_class]), self.standardize(samples)).argmin(1)
+            target[of_class] = samples[nearest]
         z = self.code_of(x, h, generator)
-        shares = amount.reshape(1, -1, 1)
-        ways = torch.lerp(h.unsqueeze(1), goal.unsqueeze(1), shares)
-        images = self._decoded(z.repeat_interleave(shares.numel(), 0), ways.flatten(0, 1))
-        return images.reshape(len(x), *amount.shape, *self.image_shape)
+        weights = strengths.reshape(1, -1, 1)
+        h = torch.lerp(h.unsqueeze(1), target.unsqueeze(1), weights)
+        images = self._decoded(z.repeat_interleave(weights.numel(), 0), h.flatten(0, 1))
+        return images.reshape(len(x), *strengths.shape, *self.image_shape)
 
     def activations(self, x: Tensor) -> Tensor:
-        """What the classifier makes of images in [0, 1], (B, C, H, W): h (B, d). It is left as it was.
+        """Return the classifier's activations (B, d) of images (B, C, H, W) in [0, 1].
 
         Raises:
             ValueError: There is no classifier.
@@ -232,23 +238,23 @@ class ActivationGenerator(Recorded, ABC):
         return self.sight.activations(x.to(self.standardize.mean)).to(self.standardize.mean)
 
     def random_codes(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Codes (count, latent) of the standard normal law."""
+        """Sample codes (count, latent) from the standard normal distribution."""
         mean = self.standardize.mean
         return torch.randn(count, self.latent, dtype=mean.dtype, device=mean.device, generator=generator)
 
     def with_pair(self: Self, pair: GenerativePair) -> Self:
-        """The same networks, no copies, with another law of activations, such as one of another base.
+        """Return a generator with the same networks, not copies, and another pair, such as one with another base.
 
         Raises:
-            TypeError: `pair` is no pair.
-            ValueError: It is of other activations or classes.
+            TypeError: `pair` is not a pair.
+            ValueError: Its head has another shape.
         """
         if not isinstance(pair, GenerativePair):
-            raise TypeError(f"pair is a {type(pair).__name__}, not a penult.GenerativePair")
+            raise TypeError(f"pair is {described(pair)}; expected a penult.GenerativePair")
         if pair.head.weight.shape != self.pair.head.weight.shape:
             raise ValueError(
-                f"the pair's head is {tuple(pair.head.weight.shape)}, but the generator was made for "
-                f"{tuple(self.pair.head.weight.shape)}: activations mean other things"
+                f"the weight of the pair's head has shape {tuple(pair.head.weight.shape)}; expected "
+                f"{tuple(self.pair.head.weight.shape)}, as the generator was made for"
             )
         other = type(self).__new__(type(self))
         other.__dict__ = dict(self.__dict__)
@@ -260,12 +266,15 @@ class ActivationGenerator(Recorded, ABC):
 
     @property
     def stored_activations(self) -> int:
-        """How many activations of real images the pair holds, 0 but for a bank."""
+        """Number of activations of real images in the pair: the size of a bank, 0 for others."""
         bank = bank_of(self.pair)
         return 0 if bank is None else len(bank)
 
     def without_data(self: Self) -> Self:
-        """The same networks; in place of a bank of real activations a mixture that is fitted to it, in some seconds.
+        """Replace a bank of real activations by a mixture that is fitted to it, which takes some seconds.
+
+        Returns:
+            A generator with the same networks.
 
         Raises:
             ValueError: The bank is too small for a mixture.
@@ -275,21 +284,22 @@ class ActivationGenerator(Recorded, ABC):
     def save(self, path: str | os.PathLike[str], store_activations: bool = False) -> Path:
         """Write networks, mean and scale of the condition, and the pair to one safetensors file.
 
-        `penult.generate.load` reads it, without the classifier. It holds no activation of a real image: a mixture goes
-        into it in place of a bank, see `without_data`.
+        `penult.generate.load` reads it without the classifier. The file holds no activations of real images: a bank is
+        replaced by a mixture, see `without_data`.
 
         Args:
             path: The file.
-            store_activations: Whether a bank goes into it as it is, `stored_activations` rows of real data.
+            store_activations: Whether to write a bank unchanged, with `stored_activations` rows of real data.
 
         Raises:
             FileNotFoundError: The folder does not exist.
-            ValueError: The pair's law cannot be written, or its bank is too small for a mixture.
+            ValueError: The pair's base cannot be written, or its bank is too small for a mixture.
         """
         if not store_activations and self.stored_activations:
             return self.without_data().save(path)
         modules = {name: getattr(self, name) for name in (*self.networks, "standardize")}
-        return stored.write(path, type(self).__name__, self.config(), self.pair, modules, self.stored_activations)
+        config = self.config()
+        return generator_file.write(path, type(self).__name__, config, self.pair, modules, self.stored_activations)
 
     @classmethod
     def load(
@@ -302,110 +312,117 @@ class ActivationGenerator(Recorded, ABC):
         device: str | torch.device = "cpu",
         **networks: nn.Module,
     ) -> Self:
-        """Read a generator that `save` wrote. No classifier and no pickle are needed to generate.
+        """Read a saved generator, without pickle. It generates without a classifier.
 
         Args:
             path: The file.
-            tap: The classifier, for what sees images: `edit`, ``reject``, reconstructions, further training.
-            preprocess: What the classifier needs before it.
+            tap: The classifier, which `edit`, ``reject``, reconstructions and further training need.
+            preprocess: Function from images in [0, 1] to inputs of the classifier.
             bases: Your own base classes that the file may hold.
-            device: Where to put the tensors.
-            **networks: Modules of your own by the names of its arguments, where it was made with such.
+            device: Device for the tensors.
+            **networks: Networks of your own, by the names of the constructor's arguments, if it was made with such.
 
         Raises:
             FileNotFoundError: There is no such file.
-            penult.io.FileFormatError: The file is damaged, foreign, or of another kind of generator.
+            penult.io.FileFormatError: The file is damaged, of another kind, or of another class of generator.
             ValueError: It was made with networks of your own, and these are not given.
         """
-        file = stored.read(path, cls.__name__, device)
-        file.check_networks(networks, cls.networks, cls.beside)
+        file = generator_file.read(path, cls.__name__, device)
+        file.check_networks(networks, cls.networks, cls.training_networks)
         pair = file.pair(bases)
-        sight = Sight(tap, preprocess, pair.head)
+        classifier = FrozenClassifier(tap, preprocess, pair.head)
         with file.rebuilding():
-            made = cls.from_config(file.config, pair, **networks)
+            generator = cls.from_config(file.config, pair, **networks)
             for part in (*cls.networks, "standardize"):
-                getattr(made, part).load_state_dict(file.states.get(part, {}))
-        made.sight = sight
-        return made.to(device).eval()
+                getattr(generator, part).load_state_dict(file.states.get(part, {}))
+        generator.sight = classifier
+        return generator.to(device).eval()
 
     # --- training ---------------------------------------------------------------------------------------------
 
     def forward(self, y: Tensor) -> Tensor:
-        """Images of classes (B,), see `generate`."""
+        """Generate images of classes (B,), see `generate`."""
         return self.generate(y)
 
     def read_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images of a batch, the activations that they are conditioned on, and labels with ``condition="label"``.
+        """Return images of a batch, the activations of their condition, and labels with ``condition="label"``.
 
-        Behind images may stand their activations (B, d), as floats; then the classifier does not look at them.
+        A batch may also be (images, activations (B, d)) with floating activations; then the classifier is not used.
         """
-        held = batch if isinstance(batch, list | tuple) else (batch,)
-        images, *behind = held or (None,)
+        elements = batch if isinstance(batch, list | tuple) else (batch,)
+        images, *others = elements or (None,)
         if not isinstance(images, Tensor):
-            raise ValueError(f"a batch is a {type(batch).__name__}; expected images, or (images, labels)")
-        if batch_idx == 0 or self.current_epoch == 0:  # later epochs show the same images
+            raise ValueError(f"a batch is {described(batch)}; expected images, or (images, labels)")
+        # Later epochs have the same images.
+        if batch_idx == 0 or self.current_epoch == 0:
             self._check_images(images)
         images = images.to(self.standardize.mean)
-        given = behind[0] if behind and isinstance(behind[0], Tensor) else None
+        second = others[0] if others and isinstance(others[0], Tensor) else None
         if self.condition == "activation":
-            if given is None or not given.is_floating_point():
+            if second is None or not second.is_floating_point():
                 return images, self.activations(images), None
-            if given.shape != (shape := (len(images), self.pair.head.in_features)):
-                raise ValueError(f"activations behind images are of shape {tuple(given.shape)}; expected {shape}")
-            return images, given.to(images), None
-        if given is None:
-            raise ValueError("with condition='label' batches are (images, labels); these have no labels")
-        if given.shape != (len(images),):
-            raise ValueError(f"labels are of shape {tuple(given.shape)}; expected ({len(images)},), one an image")
-        return images, draw(self.pair, given).to(images), given
+            if second.shape != (shape := (len(images), self.pair.head.in_features)):
+                raise ValueError(f"activations of a batch have shape {tuple(second.shape)}; expected {shape}")
+            return images, second.to(images), None
+        if second is None:
+            raise ValueError("a batch has no labels; expected (images, labels) with condition='label'")
+        # On an accelerator the values would have to be waited for; the pair checks them when it samples.
+        labels = integer_labels(second, (len(images),), values=False)
+        return images, draw(self.pair, labels).to(images), labels
 
     def agreement(self, images: Tensor, h: Tensor) -> Tensor:
-        """Feature consistency: mean cosine of what the classifier makes of images to h, both in deviations.
+        """Return the mean cosine between standardized activations of images and h, for feature consistency.
 
-        Gradients go to the images; the classifier is in eval mode meanwhile, and gets none.
+        The images get gradients; the classifier runs in eval mode and gets none.
         """
-        seen = self.sight.features(images.to(self.standardize.mean))
-        return torch.cosine_similarity(self.standardize(seen), self.standardize(h), dim=-1).mean()
+        activations = self.sight.features(images.to(self.standardize.mean))
+        return torch.cosine_similarity(self.standardize(activations), self.standardize(h), dim=-1).mean()
 
-    # --- inside -----------------------------------------------------------------------------------------------
+    # --- private ----------------------------------------------------------------------------------------------
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Casts are for what is trained: the pair moves with it, and keeps its precision, as the classifier does."""
-        whole = self._modules
-        self.pair._apply(moving(fn), recurse)
+        """Move or cast the trained parts. The pair, like the classifier, moves with them but is not cast."""
+        all_modules = self._modules
+        self.pair._apply(device_only(fn), recurse)
         try:
-            self._modules = {name: module for name, module in whole.items() if name != "pair"}
+            self._modules = {name: module for name, module in all_modules.items() if name != "pair"}
             super()._apply(fn, recurse)
         finally:
-            self._modules = whole
+            self._modules = all_modules
         return self
 
-    def _core(self) -> nn.Module:
+    def _labels(self, name: str, y: Tensor | int) -> Tensor:
+        """Check labels of any shape and return them as int64 on the device of the pair."""
+        head = self.pair.head
+        return integer_labels(y, num_classes=head.num_classes, name=name).to(head.weight.device)
+
+    def _stored_networks(self) -> nn.Module:
         return nn.ModuleList([getattr(self, name) for name in self.networks])
 
-    def _drawn(self, y: Tensor, confident: float | None, generator: torch.Generator | None) -> Tensor:
+    def _sampled_images(self, y: Tensor, confident: float | None, generator: torch.Generator | None) -> Tensor:
+        """Generate images of labels (N,)."""
         h = draw(self.pair, y, confident, generator)
         return self._decoded(self.random_codes(len(h), generator), h)
 
     def _decoded(self, z: Tensor, h: Tensor) -> Tensor:
+        """Decode codes and activations in batches, in eval mode."""
         h = h.to(z)
-        with _untouched(self._core()):
-            parts = [self.decode(*both) for both in zip(z.split(AT_ONCE), h.split(AT_ONCE), strict=True)]
+        with _untouched(self._stored_networks()):
+            parts = [self.decode(*part) for part in zip(z.split(BATCH), h.split(BATCH), strict=True)]
         return torch.cat(parts) if parts else z.new_empty(0, *self.image_shape)
 
-    def _misread(self, images: Tensor, y: Tensor) -> Tensor:
-        """Indices of images that the classifier does not put into their class."""
-        return (self.sight.answers(images) != y).nonzero().flatten()
+    def _misclassified(self, images: Tensor, y: Tensor) -> Tensor:
+        """Return the indices of images that the classifier does not assign to their class."""
+        return (self.sight.predictions(images) != y).nonzero().flatten()
 
     def _check_images(self, x: Tensor) -> None:
-        shape = tuple(x.shape[1:])
-        if not x.is_floating_point() or x.dim() != 4 or shape != self.image_shape:
-            raise ValueError(
-                f"images are {x.dtype} of shape {tuple(x.shape)}; expected floats (B, *{self.image_shape}) in [0, 1]"
-            )
+        if not x.is_floating_point():
+            raise TypeError(f"images are {x.dtype}; expected floats in [0, 1]. For bytes: images / 255")
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, *{self.image_shape})")
         low, high = (float(x.min()), float(x.max())) if x.numel() else (0.0, 1.0)
         if not (low >= -1e-3 and high <= 1 + 1e-3):
             raise ValueError(
-                f"images go from {low:.4g} to {high:.4g}; a generator makes images in [0, 1]. Give them so, and what "
-                "the classifier needs, such as a normalisation, as preprocess"
+                f"images go from {low:.4g} to {high:.4g}; expected values in [0, 1]. Give the normalisation that the "
+                "classifier needs as preprocess"
             )

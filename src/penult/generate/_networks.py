@@ -1,4 +1,4 @@
-"""Networks that turn images and conditions into codes or scores, and codes and conditions into images."""
+"""Networks of generators: encoders, decoders and discriminators."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ __all__ = [
     "autoencoder", "check_image_shape",
 ]  # fmt: skip
 
-_PIXELS = 1024  # of grey images, up to which all pixels are read at once
+# Most pixels of grey images for networks without convolutions.
+_PIXELS = 1024
 _WIDTH = {"mlp": 400, "conv": 64, "adversarial grey": 16, "adversarial colour": 32}
-_ITERATIONS, _TINY = 15, 1e-12  # of power iterations, at first
-_SCORED = 128  # features that a discriminator scores images by
+# Power iterations for a new layer.
+_ITERATIONS, _TINY = 15, 1e-12
+# Features of the discriminator.
+_FEATURES = 128
 
 
 def check_image_shape(image_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(channels, height, width), or a ValueError."""
+    """Return the shape (channels, height, width), or raise a ValueError."""
     shape = tuple(image_shape)
     if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
-        raise ValueError(f"image_shape is {image_shape!r}; it is (channels, height, width), such as (1, 28, 28)")
+        raise ValueError(f"image_shape is {image_shape!r}; expected (channels, height, width), such as (1, 28, 28)")
     return shape
 
 
 def autoencoder(
     image_shape: tuple[int, int, int], features: int, latent: int, width: int | None = None
 ) -> tuple[nn.Module, nn.Module]:
-    """An encoder and a decoder that fit small images.
+    """Make an encoder and a decoder for small images.
 
-    Grey images of up to 1024 pixels get two hidden layers of 400 units, others convolutions that halve an image until
-    its shorter side is 4 to 7 pixels.
+    For grey images of up to 1024 pixels they have two hidden layers of 400 units. For others they have convolutions
+    that halve an image until its shorter side is 4 to 7 pixels.
 
     Args:
         image_shape: (C, H, W).
-        features: Numbers of a condition, d.
-        latent: Numbers of a code.
-        width: Units of a hidden layer, or channels of the first convolution (64).
+        features: Dimension d of the condition.
+        latent: Dimension of the code.
+        width: Units of a hidden layer (400), or channels of the first convolution (64).
 
     Returns:
-        Modules with the calls (images, condition) → (B, 2 latent) and (z, condition) → (B, C, H, W).
+        Modules (images, condition) → (B, 2 latent) and (z, condition) → (B, C, H, W).
 
     Raises:
         ValueError: Convolutions cannot halve that shape often enough.
@@ -65,17 +68,17 @@ def autoencoder(
 def adversaries(
     image_shape: tuple[int, int, int], features: int, latent: int, width: int | None = None, bounded: bool = False
 ) -> tuple[nn.Module, nn.Module]:
-    """A generator and a discriminator that fit small images.
+    """Make a generator and a discriminator for small images.
 
     Args:
         image_shape: (C, H, W).
-        features: Numbers of a condition, d.
-        latent: Numbers of a code.
-        width: Channels next to the image, 16 of grey images and 32 of others.
-        bounded: Whether the discriminator's layers have a spectral norm of one.
+        features: Dimension d of the condition.
+        latent: Dimension of the code.
+        width: Channels of the layer next to the image. Default: 16 for grey images, 32 for others.
+        bounded: Whether the discriminator's layers have spectral norm 1.
 
     Returns:
-        Modules with the calls (z, condition) → (B, C, H, W) and (images, condition) → (B,).
+        Modules (z, condition) → (B, C, H, W) and (images, condition) → (B,).
 
     Raises:
         ValueError: Convolutions cannot halve that shape often enough.
@@ -95,12 +98,12 @@ def adversaries(
 
 @final
 class MLPEncoder(nn.Module):
-    """Two hidden layers over all pixels and the condition.
+    """Encoder with two hidden layers, whose input is all pixels and the condition.
 
     Args:
         image_shape: (C, H, W).
-        features: Numbers of a condition.
-        latent: Numbers of a code.
+        features: Dimension of the condition.
+        latent: Dimension of the code.
         width: Units of a hidden layer.
     """
 
@@ -114,19 +117,19 @@ class MLPEncoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
-        """Images (B, C, H, W) and conditions (B, d) to means and log-variances (B, 2 latent)."""
+        """Map images (B, C, H, W) and conditions (B, d) to means and log-variances (B, 2 latent)."""
         out: Tensor = self.layers(torch.cat([images.flatten(1), condition], 1))
         return out
 
 
 @final
 class MLPDecoder(nn.Module):
-    """Two hidden layers from a code and the condition to all pixels.
+    """Decoder with two hidden layers, from a code and the condition to all pixels.
 
     Args:
         image_shape: (C, H, W).
-        features: Numbers of a condition.
-        latent: Numbers of a code.
+        features: Dimension of the condition.
+        latent: Dimension of the code.
         width: Units of a hidden layer.
     """
 
@@ -140,25 +143,25 @@ class MLPDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Codes (B, latent) and conditions (B, d) to logits of pixels (B, C, H, W)."""
+        """Map codes (B, latent) and conditions (B, d) to logits of pixels (B, C, H, W)."""
         out: Tensor = self.layers(torch.cat([z, condition], 1))
         return out
 
 
 @final
 class ConvEncoder(nn.Module):
-    """Strided convolutions, and a hidden layer where the condition comes in.
+    """Encoder with strided convolutions and a hidden layer, whose input includes the condition.
 
     Args:
         image_shape: (C, H, W).
-        features: Numbers of a condition.
-        latent: Numbers of a code.
-        width: Channels after the first convolution; they double with each.
+        features: Dimension of the condition.
+        latent: Dimension of the code.
+        width: Channels after the first convolution; each further one doubles them.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], features: int, latent: int, width: int) -> None:
         super().__init__()
-        halvings, height, breadth = _halvings(image_shape)
+        halvings, height, columns = _halvings(image_shape)
         channels = [image_shape[0], *(width << level for level in range(halvings))]
         layers: list[nn.Module] = []
         for inside, outside in pairwise(channels):
@@ -166,32 +169,32 @@ class ConvEncoder(nn.Module):
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
         hidden = 4 * width
         self.layers = nn.Sequential(
-            nn.Linear(channels[-1] * height * breadth + features, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latent)
+            nn.Linear(channels[-1] * height * columns + features, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latent)
         )
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
-        """Images (B, C, H, W) and conditions (B, d) to means and log-variances (B, 2 latent)."""
+        """Map images (B, C, H, W) and conditions (B, d) to means and log-variances (B, 2 latent)."""
         out: Tensor = self.layers(torch.cat([self.convolutions(images), condition], 1))
         return out
 
 
 @final
 class ConvDecoder(nn.Module):
-    """A hidden layer of a code and the condition, and convolutions that double the image.
+    """Decoder with a linear layer of code and condition, and transposed convolutions that double the image.
 
     Args:
         image_shape: (C, H, W).
-        features: Numbers of a condition.
-        latent: Numbers of a code.
-        width: Channels before the last convolution; they double with each before it.
+        features: Dimension of the condition.
+        latent: Dimension of the code.
+        width: Channels before the last convolution; each earlier one has twice as many.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], features: int, latent: int, width: int) -> None:
         super().__init__()
-        halvings, height, breadth = _halvings(image_shape)
+        halvings, height, columns = _halvings(image_shape)
         channels = [*(width << level for level in reversed(range(halvings))), image_shape[0]]
-        self.grid = channels[0], height, breadth
-        self.layer = nn.Linear(latent + features, channels[0] * height * breadth)
+        self.grid = channels[0], height, columns
+        self.layer = nn.Linear(latent + features, channels[0] * height * columns)
         layers: list[nn.Module] = []
         for inside, outside in pairwise(channels):
             layers += [
@@ -200,7 +203,7 @@ class ConvDecoder(nn.Module):
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Codes (B, latent) and conditions (B, d) to logits of pixels (B, C, H, W)."""
+        """Map codes (B, latent) and conditions (B, d) to logits of pixels (B, C, H, W)."""
         grid = F.silu(self.layer(torch.cat([z, condition], 1))).view(-1, *self.grid)
         out: Tensor = self.convolutions(grid)
         return out
@@ -208,9 +211,10 @@ class ConvDecoder(nn.Module):
 
 @final
 class Bounded(nn.Module):
-    """A linear or convolutional layer, its weight over its spectral norm, which power iterations follow in training.
+    """A linear or convolutional layer with spectral norm 1: its weight is divided by its spectral norm.
 
-    It does what ``torch.nn.utils.parametrizations.spectral_norm`` does, and can be pickled.
+    Power iterations update the norm in training. The result is that of
+    ``torch.nn.utils.parametrizations.spectral_norm``, but this module can be pickled.
 
     References:
         Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative Adversarial Networks", ICLR 2018.
@@ -233,13 +237,13 @@ class Bounded(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it is used, of spectral norm 1."""
-        whole = self.layer.weight
-        with torch.autocast(whole.device.type, enabled=False):
-            return whole / torch.dot(self.left.clone(), whole.flatten(1) @ self.right.clone())
+        """The weight with spectral norm 1."""
+        weight = self.layer.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight / torch.dot(self.left.clone(), weight.flatten(1) @ self.right.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer."""
+        """Apply the layer with the normalized weight."""
         if self.training:
             self._iterate()
         out: Tensor = functional_call(self.layer, {"weight": self.weight}, x)
@@ -255,36 +259,38 @@ class Bounded(nn.Module):
 
 @final
 class ProjectionDiscriminator(nn.Module):
-    """Strided convolutions and a layer of 128 units φ(x); the score of a pair is ψ·φ(x) + ⟨φ(x), V condition⟩.
+    """Projection discriminator: the score of an image x with a condition is ψ·φ(x) + ⟨φ(x), V condition⟩.
+
+    φ consists of strided convolutions and a linear layer of 128 units.
 
     References:
         Miyato and Koyama, "cGANs with Projection Discriminator", ICLR 2018.
 
     Args:
         image_shape: (C, H, W).
-        features: Numbers of a condition.
-        width: Channels after the first convolution; they double with each.
-        bounded: Whether all layers have a spectral norm of one.
+        features: Dimension of the condition.
+        width: Channels after the first convolution; each further one doubles them.
+        bounded: Whether all layers have spectral norm 1.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], features: int, width: int, bounded: bool = False) -> None:
         super().__init__()
-        halvings, height, breadth = _halvings(image_shape)
+        halvings, height, columns = _halvings(image_shape)
         channels = [image_shape[0], *(width << level for level in range(halvings))]
         norm = Bounded if bounded else nn.Identity()
         layers: list[nn.Module] = []
         for inside, outside in pairwise(channels):
             layers += [norm(nn.Conv2d(inside, outside, 4, 2, 1)), nn.LeakyReLU(0.1)]
         self.layers = nn.Sequential(
-            *layers, nn.Flatten(), norm(nn.Linear(channels[-1] * height * breadth, _SCORED)), nn.LeakyReLU(0.1)
+            *layers, nn.Flatten(), norm(nn.Linear(channels[-1] * height * columns, _FEATURES)), nn.LeakyReLU(0.1)
         )
-        self.score = norm(nn.Linear(_SCORED, 1))
-        self.project = norm(nn.Linear(features, _SCORED, bias=False))
+        self.score = norm(nn.Linear(_FEATURES, 1))
+        self.project = norm(nn.Linear(features, _FEATURES, bias=False))
 
     def forward(self, images: Tensor, condition: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] and conditions (B, d) to scores (B,), high where they belong together."""
-        seen = self.layers(2 * images - 1)
-        out: Tensor = self.score(seen).squeeze(1) + (seen * self.project(condition)).sum(1)
+        """Map images (B, C, H, W) in [0, 1] and conditions (B, d) to scores (B,), high for matching real images."""
+        features = self.layers(2 * images - 1)
+        out: Tensor = self.score(features).squeeze(1) + (features * self.project(condition)).sum(1)
         return out
 
 
@@ -293,14 +299,14 @@ def _groups(channels: int) -> int:
 
 
 def _halvings(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """How often an image is halved, and the height and width that are left."""
+    """Return how often an image can be halved, and the height and width after that."""
     _, height, width = image_shape
     count = 0
     while min(height, width) >= 8:
         if height % 2 or width % 2:
             raise ValueError(
                 f"images of {image_shape[1]}×{image_shape[2]} pixels cannot be halved until the shorter side is below "
-                "8: resize them, such as to 32×32 or 64×64, or give networks of your own"
+                "8: resize them, for example to 32×32 or 64×64, or give networks of your own"
             )
         height, width, count = height // 2, width // 2, count + 1
     if not count:

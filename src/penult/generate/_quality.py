@@ -1,4 +1,4 @@
-"""How good generated images of given classes are, as an independent network sees them."""
+"""Quality of generated images of given classes, measured with an independent classifier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult._checks import check_finite, check_labels
+from penult._checks import check_finite, check_integer, described, integer_labels
 from penult.activations import Tap
 from penult.generate._image_metrics import Balls, Normal, classification_accuracy, nearer, nearest, overlap
 from penult.generate._images import Source, check_images, read_source, shuffled
@@ -21,31 +21,32 @@ from penult.head import _untouched, find_head
 __all__ = ["Judge", "Quality", "quality"]
 
 _COLUMNS = ("accuracy", "frechet", "class_frechet", "precision", "recall", "density", "coverage")
-_MAYBE = ("cas", "nearness", "copies")  # left out of a table where nothing knows them
+# Columns that a table omits if all their values are None.
+_OPTIONAL_COLUMNS = ("cas", "nearness", "copies")
 
 
 @final
 @dataclass(frozen=True)
 class Quality:
-    """Quality of generated images; ``print`` shows a table, with a second row for real images where it is known.
+    """Quality of generated images; ``print`` shows a table, with a second row for real images if it is known.
 
     Attributes:
-        accuracy: Share of images that the evaluator puts into the class that they were made for.
+        accuracy: Fraction of images that the evaluator assigns to the class that they were generated for.
         frechet: Fréchet distance to the real images, see `frechet_distance`; 0 is a perfect match of mean and
             covariance.
-        class_frechet: The mean over classes of the same between images of one class.
-        precision: Share of generated images among the real ones (fidelity).
-        recall: Share of real images among the generated ones (variety).
-        density: Like precision, but it counts how many real images are near; 1 for a perfect match.
-        coverage: Share of real images with a generated one near by.
-        cas: Classification accuracy score: the accuracy on the real images of a fresh network that saw the generated
-            ones alone; None if it was not asked for.
-        nearness: Probability that a generated image is nearer to the training images than a real, unseen one is: 0.5 is
-            the ideal, 1 means copies; None without training images.
-        copies: Share of images that are nearer to a training image than 99% of the real, unseen ones are; .01 is the
+        class_frechet: Mean over classes of the Fréchet distance between images of one class.
+        precision: Fraction of generated images that are close to real images (fidelity).
+        recall: Fraction of real images that are close to generated images (variety).
+        density: Like precision, but counts how many real images are close; 1 for a perfect match.
+        coverage: Fraction of real images with a generated image close to them.
+        cas: Classification accuracy score: accuracy on the real images of a network that was trained on the generated
+            images; None if it was not computed.
+        nearness: Probability that a generated image is closer to the training images than an unseen real image: 0.5 is
+            ideal, 1 means copies; None without training images.
+        copies: Fraction of images that are closer to a training image than 99% of the unseen real images; .01 is
             ideal; None without training images.
         count: Number of images.
-        reference: The same for real images in place of generated ones; None where it was not asked for.
+        reference: The same for real images instead of generated ones; None if it was not computed.
     """
 
     accuracy: float
@@ -62,77 +63,95 @@ class Quality:
     reference: Quality | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain numbers, for JSON."""
+        """Return everything as plain numbers, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """The table."""
+        """Return the table."""
         rows = [("generated", self)] + ([] if self.reference is None else [("real", self.reference)])
-        names = _COLUMNS + tuple(name for name in _MAYBE if any(getattr(row, name) is not None for _, row in rows))
+        optional = (name for name in _OPTIONAL_COLUMNS if any(getattr(row, name) is not None for _, row in rows))
+        names = (*_COLUMNS, *optional)
         lines = [["", "images", *names]]
         for title, row in rows:
-            lines.append([title, str(row.count), *(_shown(name, getattr(row, name)) for name in names)])
+            lines.append([title, str(row.count), *(_formatted(name, getattr(row, name)) for name in names)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
-            "  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(rest, widths[1:], strict=True))])
-            for first, *rest in lines
+            "  ".join([title.ljust(widths[0]), *(x.rjust(w) for x, w in zip(cells, widths[1:], strict=True))])
+            for title, *cells in lines
         )
 
 
-def _shown(name: str, value: float | None) -> str:
+def _formatted(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if "frechet" in name else f"{value:.3f}"
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Images (N, C, H, W), and on the CPU: labels (N,), -1 where unknown, features (N, d), predicted classes (N,)."""
+class _EvaluatedImages:
+    """Images with their features and predictions. All but the images are on the CPU.
+
+    Attributes:
+        images: (N, C, H, W).
+        labels: (N,), -1 if unknown.
+        features: (N, d).
+        predicted: Predicted classes (N,).
+        nearest: Distances (N,) to the training images; None without training images.
+    """
 
     images: Tensor
     labels: Tensor
     features: Tensor
     predicted: Tensor
-    nearest: Tensor | None  # (N,) distances to the training images
+    nearest: Tensor | None
 
-    def at(self, places: Tensor) -> _Seen:
-        """Some of them."""
-        near = None if self.nearest is None else self.nearest[places]
-        images = self.images[places.to(self.images.device)]
-        return _Seen(images, self.labels[places], self.features[places], self.predicted[places], near)
+    def at(self, index: Tensor) -> _EvaluatedImages:
+        """Return the images of an index (M,)."""
+        distances = None if self.nearest is None else self.nearest[index]
+        images = self.images[index.to(self.images.device)]
+        return _EvaluatedImages(images, self.labels[index], self.features[index], self.predicted[index], distances)
 
 
 @dataclass(frozen=True)
-class _Truth:
-    """Real images, with all that can be known of them before any others are seen."""
+class _RealStatistics:
+    """Statistics of the real images, computed once and shared by all generated images.
 
-    seen: _Seen
-    counts: Tensor  # (K,)
-    whole: Normal
-    classes: dict[int, Normal]
+    Attributes:
+        evaluated: The real images.
+        counts: Number of images of each class (K,).
+        normal: Normal distribution of all features.
+        class_normals: Normal distribution of the features of each class.
+        balls: Balls around a sample of the features.
+    """
+
+    evaluated: _EvaluatedImages
+    counts: Tensor
+    normal: Normal
+    class_normals: dict[int, Normal]
     balls: Balls
 
 
 @final
 class Judge:
-    r"""Judges generated images by held-out real ones, in the feature space of an independent network.
+    r"""Measures the quality of generated images by held-out real images, in the feature space of an evaluator.
 
-    Features are the penultimate activations of the evaluator, as they are; statistics are in float64. The evaluator
-    should be another network than the one whose head the images were made from: that one is easily pleased. What real
-    images have to say is computed once, so that many generators, or one while it is trained, are judged at little cost
-    each. All figures depend on the number of images and, a little, on which these are, so that they are to be read
-    against `reference` and compared for equal numbers only.
+    Features are the penultimate activations of the evaluator, not normalized; statistics are in float64. The evaluator
+    should be another network than the one whose head the images were generated from, because generators are trained to
+    satisfy that one. Statistics of the real images are computed once, so judging many generators, or one during its
+    training, takes little time for each. All figures depend on the number of images and, to a small extent, on the
+    choice of images: compare them with `reference`, and only for equal numbers.
 
-    - ``accuracy``: the evaluator's answers against the labels.
+    - ``accuracy``: the evaluator's predictions compared with the labels.
     - ``frechet``, ``class_frechet``: :math:`\lVert m_1 - m_2 \rVert^2 + \operatorname{tr}(\Sigma_1 + \Sigma_2 - 2
       (\Sigma_1 \Sigma_2)^{1/2})` (Heusel et al. 2017).
     - ``precision``, ``recall`` (Kynkäänniemi et al. 2019), ``density``, ``coverage`` (Naeem et al. 2020): by k nearest
-      neighbours, on a random sample of both sides, of equal number where there are as many.
-    - ``cas``: a fresh network is trained on the generated images, and its accuracy on the real ones is taken (Ravuri
-      and Vinyals 2019): 4 epochs or 200 steps, whichever are more, of AdamW with batches of 100, in float32.
-    - ``nearness``, ``copies``: distances to the nearest training image, of generated against real, unseen images, whose
-      law is the same where nothing was copied; nearness is the Mann-Whitney statistic of Meehan et al. 2020. Copies
-      rest on the nearest hundredth of the real images: of 300 that is three, and then .02 is no sign of copying.
+      neighbours, in random samples of real and generated images, of equal size if there are enough images.
+    - ``cas``: accuracy on the real images of a new network that is trained on the generated images (Ravuri and Vinyals
+      2019): 4 epochs or 200 steps, whichever is longer, of AdamW with batches of 100, in float32.
+    - ``nearness``, ``copies``: distances to the nearest training image, of generated images compared with unseen real
+      images. The distributions are equal if nothing was copied. Nearness is the Mann-Whitney statistic of Meehan et al.
+      2020. Copies depends on the nearest hundredth of the real images: of 300 these are three, and then .02 does not
+      indicate copying.
 
     References:
         Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", 2017.
@@ -145,24 +164,25 @@ class Judge:
         evaluator: A classifier, images (B, C, H, W) -> logits (B, K), or a `Tap` of one.
         real: Held-out real images in [0, 1] and their labels: (images, labels) as tensors (N, C, H, W) and (N,), or a
             map-style data set of (image, label).
-        train: The images that the generator was trained on, in the same forms; they need no labels. Without them
-            there is no ``nearness`` and no ``copies``.
+        train: The training images of the generator, in the same form; labels are optional. Without them ``nearness``
+            and ``copies`` are None.
         neighbours: k.
-        most: Images of either side that the k nearest neighbours are sought among.
-        classifier: Makes the network, fresh each time, that is trained for ``cas``: () -> module, images -> logits
-            (B, K). When left out, two convolutions and two linear layers.
-        cas: Whether to train one at all; it takes most of the time.
-        seed: Seed of all that is random. No global random state is touched.
-        batch_size: Images that the evaluator sees at a time.
+        most: Most images on either side for nearest neighbours.
+        classifier: Function that makes a new network for ``cas``: () -> module, images -> logits (B, K). Default: two
+            convolutions and two linear layers.
+        cas: Whether to compute ``cas``, which takes most of the time.
+        seed: Seed of all random choices. No global random state is touched.
+        batch_size: Images in a batch of the evaluator.
 
     Raises:
         HeadNotFoundError: The evaluator's head cannot be found.
-        TypeError: An argument is of a wrong type.
-        ValueError: Shapes or dtypes do not fit, images are not within [0, 1] or not finite, labels do not fit the
-            evaluator, a class has fewer than two images, there are too few images for k, or an option is out of range.
+        TypeError: An argument has a wrong type, images are not floating, or labels are not integers.
+        ValueError: Shapes do not fit, images are not in [0, 1] or not finite, labels do not fit the evaluator, a class
+            has fewer than two images, there are too few images for k, or an option is out of range.
 
     Example:
-        >>> def stripes(n, seed):  # class y has its y-th row of pixels bright
+        >>> # In images of class y, row y of the pixels is bright.
+        >>> def stripes(n, seed):
         ...     labels, generator = torch.arange(n) % 3, torch.Generator().manual_seed(seed)
         ...     images = 0.3 * torch.rand(n, 1, 3, 8, generator=generator)
         ...     return images + 0.6 * torch.eye(3)[labels].reshape(n, 1, 3, 1), labels
@@ -189,117 +209,118 @@ class Judge:
         seed: int = 0,
         batch_size: int = 500,
     ) -> None:
-        if neighbours < 1 or most <= neighbours:
-            raise ValueError(f"neighbours is {neighbours} and most is {most}; 1 <= neighbours < most must hold")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        check_integer("neighbours", neighbours)
+        check_integer("most", most, neighbours + 1)
+        check_integer("batch_size", batch_size)
         self._neighbours, self._most, self._seed, self._batch_size = neighbours, most, seed, batch_size
         self._classifier, self._cas = classifier, cas
         if not isinstance(evaluator, nn.Module):
-            raise TypeError(f"evaluator is a {type(evaluator).__name__}; give an nn.Module, images -> logits, or a Tap")
+            raise TypeError(
+                f"evaluator is {described(evaluator)}; expected a torch.nn.Module, images -> logits, or a penult.Tap"
+            )
         images, labels = read_source("real", real)
         self._shape = images.shape[1:]
         check_images("real", images, self._shape)
-        place = next((x for x in chain(evaluator.parameters(), evaluator.buffers()) if x.is_floating_point()), images)
-        self._device, self._dtype = place.device, place.dtype
+        state = chain(evaluator.parameters(), evaluator.buffers())
+        example = next((tensor for tensor in state if tensor.is_floating_point()), images)
+        self._device, self._dtype = example.device, example.dtype
         if not isinstance(evaluator, Tap):
             evaluator = Tap(evaluator, find_head(evaluator, images[:16].to(self._device, self._dtype)))
         self._tap = evaluator
         self._k = evaluator.head.num_classes
-        known = self._checked_labels("real", labels, len(images))
-        counts = known.bincount(minlength=self._k)
+        labels = self._checked_labels("real", labels, len(images))
+        counts = labels.bincount(minlength=self._k)
         self._check_counts("real", counts, counts)
         self._train = None if train is None else self._training_images(train, counts)
-        self._truth = self._known(self._look("real", images, known))
+        self._real = self._statistics(self._evaluated("real", images, labels))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Quality:
-        """Judge generated images.
+        """Measure the quality of generated images.
 
         Args:
-            images: (N, C, H, W) floats in [0, 1], at least two of each class that real ones have, and of no other.
-            labels: (N,) integers, the classes that they were made for.
+            images: Floats (N, C, H, W) in [0, 1]; of each class of the real images at least two, and no other classes.
+            labels: Integers (N,), the classes that they were generated for.
 
         Returns:
-            Their quality, without a reference; that of real images is `reference`.
+            Their quality, without a reference; the quality of real images is `reference`.
 
         Raises:
-            TypeError: An argument is of a wrong type.
-            ValueError: Shapes or dtypes do not fit, images are not within [0, 1] or not finite, a label is outside of
-                the evaluator, a class has fewer than two images, or there are too few images for k.
+            TypeError: An argument has a wrong type, images are not floating, or labels are not integers.
+            ValueError: Shapes do not fit, images are not in [0, 1] or not finite, a label is out of range, a class has
+                fewer than two images, or there are too few images for k.
         """
-        images, given = read_source("generated", (images, labels))
+        images, labels = read_source("generated", (images, labels))
         check_images("generated", images, self._shape)
-        known = self._checked_labels("generated", given, len(images))
-        counts = known.bincount(minlength=self._k)
-        self._check_counts("generated", counts, self._truth.counts)
-        self._check_counts("real", self._truth.counts, counts)
-        return self._measure(self._look("generated", images, known), self._truth)
+        labels = self._checked_labels("generated", labels, len(images))
+        counts = labels.bincount(minlength=self._k)
+        self._check_counts("generated", counts, self._real.counts)
+        self._check_counts("real", self._real.counts, counts)
+        return self._quality(self._evaluated("generated", images, labels), self._real)
 
     @cached_property
     def reference(self) -> Quality:
-        """Quality of real images, which that of generated ones is read against. Computed once, when it is asked for.
+        """Quality of real images, to compare that of generated images with. Computed once, at the first access.
 
-        Where training images came with labels, it is that of a random sample of them, as many of each class as `real`
-        has or as there are, with each of them left out of the training images that its own distance is taken to. An
-        evaluator that was itself trained on these images knows them, and then the row differs a little from that of
-        fresh images. Otherwise it is that of a random half of `real` against the other half; with half as many images,
-        it looks a little worse than the generated ones of a perfect generator would.
+        If training images have labels, it is the quality of a random sample of them, with at most as many images of
+        each class as `real`. Each is excluded from the training images when its own distance to them is measured. If
+        the evaluator was trained on these images, the figures differ slightly from those of unseen images. Without
+        labels, it is the quality of a random half of `real` compared with the other half; because of the smaller
+        number of images, it is slightly worse than that of a perfect generator.
 
         Raises:
             ValueError: `real` has to be halved, and has fewer than four images of a class or too few for k.
         """
-        return self._reference(self._truth.counts)
+        return self._reference(self._real.counts)
 
     def _reference(self, counts: Tensor) -> Quality:
-        """The same for a number (K,) of images of each class, if real ones need not be halved."""
-        seen, train = self._truth.seen, self._train
+        """Compute the reference for at most `counts` (K,) images of each class; halves of `real` ignore them."""
+        real, train = self._real.evaluated, self._train
         if train is None or bool((train.labels < 0).any()):
-            order = shuffled(seen.images, seen.labels, self._seed)
-            order = order[seen.labels[order].argsort(stable=True)]  # every other one halves each class
-            one, two = seen.at(order[::2]), seen.at(order[1::2])
+            order = shuffled(real.images, real.labels, self._seed)
+            # After sorting by class, every other image is half of each class.
+            order = order[real.labels[order].argsort(stable=True)]
+            one, two = real.at(order[::2]), real.at(order[1::2])
             try:
                 for name, half in (("one half of real", one), ("the other half of real", two)):
-                    self._check_counts(name, half.labels.bincount(minlength=self._k), self._truth.counts)
+                    self._check_counts(name, half.labels.bincount(minlength=self._k), self._real.counts)
             except ValueError as error:
                 raise ValueError(
                     f"{error}; or give labels for the reference by passing train=(images, labels)"
                 ) from None
-            return self._measure(one, self._known(two))
+            return self._quality(one, self._statistics(two))
         order = shuffled(train.images, train.labels, self._seed)
         labels = train.labels[order]
-        taken = torch.cat([order[labels == y][: int(counts[y])] for y in range(self._k)])
-        near = nearest(train.features[taken], train.features, own=taken)
-        return self._measure(replace(train.at(taken), nearest=near), self._truth)
+        index = torch.cat([order[labels == y][: int(counts[y])] for y in range(self._k)])
+        distances = nearest(train.features[index], train.features, own=index)
+        return self._quality(replace(train.at(index), nearest=distances), self._real)
 
-    def _training_images(self, source: Source, real: Tensor) -> _Seen:
-        """Training images, and labels if they have any; those have to be enough for a reference."""
+    def _training_images(self, source: Source, real_counts: Tensor) -> _EvaluatedImages:
+        """Evaluate the training images; if they have labels, check that there are enough for a reference."""
         images, labels = read_source("train", source)
         check_images("train", images, self._shape)
         if len(images) < 2:
             raise ValueError(f"train has {len(images)} images; give at least 2, those that the generator was fitted to")
         if labels is None:
-            return _Seen(images, torch.full((len(images),), -1), *self._forward("train", images), None)
-        known = self._checked_labels("train", labels, len(images))
-        self._check_counts("train", known.bincount(minlength=self._k).where(real > 0, 0), real)
-        return _Seen(images, known, *self._forward("train", images), None)
+            labels = torch.full((len(images),), -1)
+        else:
+            labels = self._checked_labels("train", labels, len(images))
+            counts = labels.bincount(minlength=self._k).where(real_counts > 0, 0)
+            self._check_counts("train", counts, real_counts)
+        return _EvaluatedImages(images, labels, *self._forward("train", images), None)
 
-    def _checked_labels(self, name: str, labels: Tensor | None, count: int) -> Tensor:
-        """Labels (N,), int64 on the CPU."""
+    def _checked_labels(self, name: str, labels: Any, count: int) -> Tensor:
+        """Check labels and return them as int64 (N,) on the CPU."""
         if labels is None:
             raise ValueError(f"{name} has no labels; give ({name} images, labels), or a data set of (image, label)")
-        try:
-            check_labels(labels, torch.Size((count, self._k)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-        return labels.detach().to("cpu", torch.int64)
+        return integer_labels(labels, (count,), self._k, name=f"{name} labels").detach().cpu()
 
     def _check_counts(self, name: str, counts: Tensor, real: Tensor) -> None:
-        """Raise unless a side has enough images for all figures, given the classes of the real one."""
+        """Raise unless there are enough images for all figures, given the numbers (K,) of real images."""
         few = ((counts < 2) & (counts + real > 0)).nonzero().flatten().tolist()
         if few:
             raise ValueError(
-                f"{name} has fewer than 2 images of the classes {few}, which leaves their covariance unknown; give at "
-                "least 2 of each class that either side has"
+                f"{name} has fewer than 2 images of the classes {few}, so their covariance is unknown; give at least 2 "
+                "of each class of real or generated images"
             )
         if int(counts.sum()) <= self._neighbours:
             raise ValueError(
@@ -307,22 +328,22 @@ class Judge:
                 "images, or pass a smaller neighbours="
             )
 
-    def _look(self, name: str, images: Tensor, labels: Tensor) -> _Seen:
-        """Images as the evaluator sees them."""
+    def _evaluated(self, name: str, images: Tensor, labels: Tensor) -> _EvaluatedImages:
+        """Evaluate images and measure their distances to the training images."""
         features, predicted = self._forward(name, images)
-        near = None if self._train is None else nearest(features, self._train.features)
-        return _Seen(images, labels, features, predicted, near)
+        distances = None if self._train is None else nearest(features, self._train.features)
+        return _EvaluatedImages(images, labels, features, predicted, distances)
 
     def _forward(self, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, d) and predicted classes (N,)."""
+        """Return features (N, d) and predicted classes (N,) of the evaluator."""
         features, predicted = [], []
         with _untouched(self._tap):
             for block in images.split(self._batch_size):
                 h, logits = self._tap(block.to(self._device, self._dtype))
                 if h.ndim != 2 or len(h) != len(block):
                     raise ValueError(
-                        f"the evaluator gives features of shape {tuple(h.shape)} for {len(block)} images; it must have "
-                        "one vector an image: give a classifier of whole images"
+                        f"the evaluator has features of shape {tuple(h.shape)} for {len(block)} images; expected one "
+                        "vector for each image. Give a classifier of whole images"
                     )
                 features.append(h.to("cpu", torch.promote_types(h.dtype, torch.float32), copy=True))
                 predicted.append(logits.argmax(-1).cpu())
@@ -330,51 +351,54 @@ class Judge:
         check_finite(f"the evaluator's features of {name} images", joined)
         return joined, torch.cat(predicted)
 
-    def _sample(self, seen: _Seen, most: int) -> Balls:
-        places = shuffled(seen.images, seen.labels, self._seed)[:most]
-        return Balls.of(seen.features[places], self._neighbours)
+    def _balls(self, evaluated: _EvaluatedImages, max_rows: int) -> Balls:
+        """Compute the balls of a random sample of images."""
+        index = shuffled(evaluated.images, evaluated.labels, self._seed)[:max_rows]
+        return Balls.of(evaluated.features[index], self._neighbours)
 
-    def _known(self, seen: _Seen) -> _Truth:
-        counts = seen.labels.bincount(minlength=self._k)
-        classes = {y: Normal.of(seen.features[seen.labels == y]) for y in counts.nonzero().flatten().tolist()}
-        return _Truth(seen, counts, Normal.of(seen.features), classes, self._sample(seen, self._most))
+    def _statistics(self, real: _EvaluatedImages) -> _RealStatistics:
+        counts = real.labels.bincount(minlength=self._k)
+        class_normals = {y: Normal.of(real.features[real.labels == y]) for y in counts.nonzero().flatten().tolist()}
+        return _RealStatistics(real, counts, Normal.of(real.features), class_normals, self._balls(real, self._most))
 
-    def _measure(self, made: _Seen, truth: _Truth) -> Quality:
-        """Quality of images by real ones."""
-        by_class = [normal.distance(Normal.of(made.features[made.labels == y])) for y, normal in truth.classes.items()]
-        shared = overlap(truth.balls, self._sample(made, len(truth.balls.rows)))
-        near: tuple[float, float] | tuple[None, None] = (None, None)
-        if made.nearest is not None and truth.seen.nearest is not None:
-            near = nearer(made.nearest, truth.seen.nearest)
+    def _quality(self, images: _EvaluatedImages, real: _RealStatistics) -> Quality:
+        """Compute the quality of images relative to real ones."""
+        class_distances = [
+            normal.distance(Normal.of(images.features[images.labels == y])) for y, normal in real.class_normals.items()
+        ]
+        neighbour_metrics = overlap(real.balls, self._balls(images, len(real.balls.rows)))
+        nearness, copies = None, None
+        if images.nearest is not None and real.evaluated.nearest is not None:
+            nearness, copies = nearer(images.nearest, real.evaluated.nearest)
         return Quality(
-            accuracy=float((made.predicted == made.labels).double().mean()),
-            frechet=truth.whole.distance(Normal.of(made.features)),
-            class_frechet=math.fsum(by_class) / len(by_class),
-            **shared._asdict(),
-            cas=self._accuracy_score(made, truth.seen) if self._cas else None,
-            nearness=near[0],
-            copies=near[1],
-            count=len(made.images),
+            accuracy=float((images.predicted == images.labels).double().mean()),
+            frechet=real.normal.distance(Normal.of(images.features)),
+            class_frechet=math.fsum(class_distances) / len(class_distances),
+            **neighbour_metrics._asdict(),
+            cas=self._classification_accuracy(images, real.evaluated) if self._cas else None,
+            nearness=nearness,
+            copies=copies,
+            count=len(images.images),
         )
 
-    def _accuracy_score(self, made: _Seen, real: _Seen) -> float:
-        order = shuffled(made.images, made.labels, self._seed)
-        train, test = (made.images, made.labels), (real.images, real.labels)
+    def _classification_accuracy(self, generated: _EvaluatedImages, real: _EvaluatedImages) -> float:
+        order = shuffled(generated.images, generated.labels, self._seed)
+        train, test = (generated.images, generated.labels), (real.images, real.labels)
         return classification_accuracy(train, test, order, self._k, self._classifier, self._seed, self._device)
 
 
 def quality(images: Tensor, labels: Tensor, evaluator: nn.Module, real: Source, **options: Any) -> Quality:
-    """Quality of generated images, with that of real ones to read it against.
+    """Measure the quality of generated images, and that of real images as a reference.
 
-    A `Judge` for one occasion. Its reference, where it is a sample of training images, has as many of each class as the
-    generated ones.
+    This uses a `Judge` once. If its reference is a sample of training images, the sample has at most as many images of
+    each class as the generated images.
 
     Args:
         images: Generated images (N, C, H, W) in [0, 1].
-        labels: (N,) integers, the classes that they were made for.
-        evaluator: A classifier that had no part in making them, or a `Tap` of it.
+        labels: Integers (N,), the classes that they were generated for.
+        evaluator: A classifier that was not used to generate them, or a `Tap` of it.
         real: Held-out real images and their labels, as tensors or as a data set.
-        **options: The others of `Judge`, such as ``train``.
+        **options: Further arguments of `Judge`, such as ``train``.
 
     Returns:
         Their quality, with ``reference``.
@@ -387,12 +411,13 @@ def quality(images: Tensor, labels: Tensor, evaluator: nn.Module, real: Source, 
     Example:
         >>> x, y = torch.rand(120, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(120) % 2
         >>> evaluator = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> found = quality(x[:40] ** 3, y[:40], evaluator, (x[40:], y[40:]), cas=False)
-        >>> found.frechet > found.reference.frechet
+        >>> result = quality(x[:40] ** 3, y[:40], evaluator, (x[40:], y[40:]), cas=False)
+        >>> result.frechet > result.reference.frechet
         True
-        >>> print(str(found).splitlines()[0])
+        >>> print(str(result).splitlines()[0])
                    images  accuracy  frechet  class_frechet  precision  recall  density  coverage
     """
     judge = Judge(evaluator, real, **options)
-    found = judge(images, labels)
-    return replace(found, reference=judge._reference(labels.detach().cpu().long().bincount(minlength=judge._k)))
+    result = judge(images, labels)
+    counts = integer_labels(labels).detach().cpu().bincount(minlength=judge._k)
+    return replace(result, reference=judge._reference(counts))
