@@ -407,7 +407,7 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ),
         ((*DATA, "--judge", "gennets:seven"), "--judge gennets:seven has 7 classes; expected 10"),
         ((*DATA, "--judge", "gennets:net", "--judge-weights", "gone"), "--judge-weights gone does not exist"),
-        ((*DATA, "--confident", "2"), "confident must be a probability"),
+        ((*DATA, "--confident", "2"), "expected a number from 0 to below 1"),
         ((*DATA, "--confident", "0.9999999"), "the highest was"),
         ((*DATA, "--beta", "0"), "beta"),
         ((*DATA, "--loss", "hinge", "--drawn", "1"), "--loss, --drawn go with --kind gan, but the kind is vae: leave "),
@@ -470,7 +470,7 @@ def test_bad_input_to_draw_from(refused, place):
     assert "gone does not exist" in refused("draw", "gone", "-o", "x.png")
     for arguments, words in (
         (("--class", "10"), "is 10, out of range"),
-        (("--confident", "1"), "confident must be a probability"),
+        (("--confident", "1"), "expected a number from 0 to below 1"),
         (("--class", "1"), "images have 2 channels; expected 1 or 3"),
     ):
         assert words in refused("draw", "two.safetensors", "-o", "x.png", *arguments)

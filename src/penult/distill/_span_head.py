@@ -110,3 +110,7 @@ def check_pair(pair: GenerativePair) -> None:
             f"pair is {described(pair)}; expected a penult.GenerativePair. Make one from a head with "
             "penult.GenerativePair(head), or read one with penult.load(path)"
         )
+
+
+# Pickles of version 0.1 have this name.
+Canonical = SpanHead

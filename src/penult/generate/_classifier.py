@@ -130,3 +130,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+# Pickles of version 0.1 have this name.
+Sight = FrozenClassifier
