@@ -110,7 +110,7 @@ def test_bad_input_is_refused_in_one_line(place, refused):
     assert "the name 'rotated' is taken" in refused(*FAMILIAR, "--ood", "rotated", "--ood", "./rotated")
     assert "the name 'familiar' is taken" in refused(*FAMILIAR, "--ood", "familiar=rotated")
     assert "expected a source, or NAME=SOURCE" in refused(*FAMILIAR, "--ood", "=rotated")
-    assert "there is no 'nowhere'" in refused(*FAMILIAR, "--ood", "nowhere")
+    assert "there is no file or folder 'nowhere'" in refused(*FAMILIAR, "--ood", "nowhere")
     assert "give --model" in refused(*FAMILIAR, "--ood", "noise.npz")
     assert "expected at least 1997" in refused(*FAMILIAR, "--false-alarm", "0.001")
     penult.GenerativePair(penult.Head(torch.randn(3, 5))).save(place / "other.penult.safetensors")

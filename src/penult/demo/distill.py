@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from penult.demo.job import Job
 from penult.demo.networks import DigitsStudent
 from penult.distill import ActivationLoss, Gate, GateSummary, SoftTargetLoss, targets
 from penult.pair import GenerativePair
+
+if TYPE_CHECKING:
+    from penult.report import Section
 
 __all__ = ["train_students"]
 
@@ -108,12 +112,7 @@ def _show(job: Job, domains: dict[str, _Domain], accuracies: dict[str, dict[str,
         name: {method: sum(values) / len(values) for method, values in by_method.items()}
         for name, by_method in accuracies.items()
     }
-    columns = ["domain", "teacher", *means["no shift"]]
-    rows = [
-        [name, f"{domain.teacher_accuracy:.1%}", *(f"{mean:.1%}" for mean in means[name].values())]
-        for name, domain in domains.items()
-    ]
-    job.reporter.table(columns, rows)
+    job.reporter.table(*_table(domains, means))
     num_images = len(domains["no shift"].images)
     section = job.page.section(
         "A student under a domain shift",
@@ -137,7 +136,39 @@ def _show(job: Job, domains: dict[str, _Domain], accuracies: dict[str, dict[str,
         caption="One training image of each class in the three domains.",
         alt="Three rows of ten digits: unchanged, blended with a texture, inverted.",
     )
+    _show_accuracies(job, section, domains, accuracies, means)
+    for name, domain in domains.items():
+        section.text(_in_words(name, means[name], domain.summary))
+    shifted = domains["texture"].summary
+    section.figure(
+        figures.gate(shifted),
+        caption=f"{figures.gate_caption(shifted)} The domain is “texture”, where the teacher predicts "
+        f"{shifted.accuracy or 0:.1%} of the training images correctly; its mean belief is {shifted.belief:.1%}.",
+        alt="Bars of the accuracy of the teacher and of the mean belief in it, for each digit.",
+    )
+
+
+def _table(domains: dict[str, _Domain], means: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the mean accuracies of the teacher and of each method."""
+    rows = [
+        [name, f"{domain.teacher_accuracy:.1%}", *(f"{mean:.1%}" for mean in means[name].values())]
+        for name, domain in domains.items()
+    ]
+    return ["domain", "teacher", *means["no shift"]], rows
+
+
+def _show_accuracies(
+    job: Job,
+    section: Section,
+    domains: dict[str, _Domain],
+    accuracies: dict[str, dict[str, list[float]]],
+    means: dict[str, dict[str, float]],
+) -> None:
+    """Add a table and a figure of the accuracies."""
+    from penult.report import plots
+
     spread = max(max(values) - min(values) for by_method in accuracies.values() for values in by_method.values())
+    columns, rows = _table(domains, means)
     section.table(
         columns,
         rows,
@@ -153,15 +184,6 @@ def _show(job: Job, domains: dict[str, _Domain], accuracies: dict[str, dict[str,
         plots.bars(bars, xlabel="accuracy on test images of the domain, percent", number=".1f"),
         caption="The same accuracies as bars.",
         alt="Bars of the test accuracy in three domains, for the teacher and each method.",
-    )
-    for name, domain in domains.items():
-        section.text(_in_words(name, means[name], domain.summary))
-    shifted = domains["texture"].summary
-    section.figure(
-        figures.gate(shifted),
-        caption=f"{figures.gate_caption(shifted)} The domain is “texture”, where the teacher predicts "
-        f"{shifted.accuracy or 0:.1%} of the training images correctly; its mean belief is {shifted.belief:.1%}.",
-        alt="Bars of the accuracy of the teacher and of the mean belief in it, for each digit.",
     )
 
 
