@@ -111,7 +111,7 @@ class Head(nn.Module):
         head.certificate, head.norm, head.temperature = None, norm, 1.0
         head.radius = None if norm is None else math.sqrt(head.in_features)
         head._sources = [weakref.ref(source) for source in sources]
-        head._source_versions = [version_of(source) for source in sources]
+        head._seen = [version_of(source) for source in sources]
         return head
 
     def _set_tensors(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -120,8 +120,8 @@ class Head(nn.Module):
         self.register_buffer("mean_row", wide_mean_row(self.weight), persistent=False)
         self._span: tuple[Tensor, int, Tensor] | None = None
         self._sources: list[weakref.ref[Tensor]] = []
-        # The last known version of each source, which may be deleted before the head.
-        self._source_versions: list[int] = []
+        # The last known version of each source, which may be deleted before the head. Pickles hold it by this name.
+        self._seen: list[int] = []
 
     def _derive(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, temperature: float = 1.0) -> Head:
         """Build a head of the same classes with other tensors, which are not checked: centered rows may be zero."""
@@ -133,7 +133,7 @@ class Head(nn.Module):
         head.norm = self.norm
         head.radius = None if self.radius is None else self.radius * scale
         head.temperature = self.temperature * temperature
-        head._sources, head._source_versions = list(self._sources), list(self._source_versions)
+        head._sources, head._seen = list(self._sources), list(self._seen)
         return head
 
     @property
@@ -157,8 +157,8 @@ class Head(nn.Module):
         for i, source in enumerate(self._sources):
             tensor = source()
             if tensor is not None:
-                self._source_versions[i] = version_of(tensor)
-        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias), *self._source_versions
+                self._seen[i] = version_of(tensor)
+        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias), *self._seen
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the logits of activations.
@@ -462,7 +462,7 @@ class Head(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not belong to the model.
-        return {**self.__dict__, "_sources": [], "_source_versions": []}
+        return {**self.__dict__, "_sources": [], "_seen": []}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
