@@ -309,7 +309,7 @@ def test_other_weights_of_the_teacher_are_another_distillation(penult_json, refu
         ((*FILE, *SMALL, "--pair", "teacher.penult.safetensors"), "--pair goes with a teacher's network"),
         ((*FILE, *SMALL, "--val", "unlabelled.npz"), "--val have no labels"),
         ((*FILE, *SMALL, "--temperature", "0"), "temperature"),
-        ((*FILE, *SMALL, "--weight", "2"), "weight is 2.0; it must lie between 0 and 1"),
+        ((*FILE, *SMALL, "--weight", "2"), "weight is 2.0; expected a number from 0 to 1"),
         ((*FILE, *SMALL, "--kind", "activation", "--strength", "-1"), "strength"),
         ((*FILE, *SMALL, "--rate", "0"), "rate"),
         ((*FILE, *SMALL, "--mode", "RGB"), "images of shape (16, 3, 8, 8)"),

@@ -117,7 +117,7 @@ def test_auto_takes_the_recommended_base(penult_json, here, activations, few):
     assert len(law) == 450  # fitted to all
     done = CliRunner().invoke(app, [*command, "--seed", "1"])
     assert "<- best" in done.stdout
-    assert "bank keeps" in done.stdout  # the reason
+    assert "bank stores" in done.stdout  # the reason
     assert "holds real activations" in done.stdout
     assert "candidates" in done.stderr
     assert "try --base auto" not in done.stdout
@@ -258,7 +258,7 @@ def test_a_class_too_rare_to_draw_is_said_in_one_line(refused, penult_json, here
     penult.GenerativePair(head, penult.Marginal.fit(head, h, components=1)).save("rare.safetensors")
     line = refused("sample", "rare.safetensors", "-n", "1000", "--class", "2", "--out", "x")
     assert "class 2 has prior" in line
-    assert "Ask for fewer" in line
+    assert "Sample fewer" in line
     assert not (here / "x").exists()
     penult.GenerativePair(head, penult.Marginal.fit(head, h, kind="bank")).save("bank.safetensors")
     assert penult_json("sample", "bank.safetensors", "-n", "1000", "--class", "2", "--out", "x")["samples"] == 1000

@@ -144,7 +144,7 @@ def test_another_prior_or_temperature_is_still_the_same_network(place, penult_js
 def test_bad_input_is_refused_in_one_line(place, refused):
     run = ("score", "elliptic.penult.safetensors")
     assert "does not exist" in refused("score", "none.penult.safetensors", "new")
-    assert "there is no 'nowhere'" in refused(*run, "nowhere")
+    assert "there is no file or folder 'nowhere'" in refused(*run, "nowhere")
     assert "give --model package.module:factory" in refused(*run, "new.npz")
     assert "name.csv" in refused(*run, "new", "--out", "scores.txt")
     assert "goes with --calibrate" in refused(*run, "new", "--false-alarm", "0.1")
@@ -152,7 +152,7 @@ def test_bad_input_is_refused_in_one_line(place, refused):
     assert "200 familiar activations cannot keep" in refused(
         *run, "new", "--calibrate", "familiar", "--false-alarm", "0.001"
     )
-    assert "must lie between 0 and 1" in refused(*run, "new", "--calibrate", "familiar", "--false-alarm", "2")
+    assert "expected a number between 0 and 1" in refused(*run, "new", "--calibrate", "familiar", "--false-alarm", "2")
     assert "needs a pair on a sphere" in refused("score", "mixture.penult.safetensors", "new", "--score", "directional")
     assert "cannot be used here" in refused(*run, "new", "--device", "cuda:99")
     small = ("--model", "usernets:Nets.small")
