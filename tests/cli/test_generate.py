@@ -478,6 +478,7 @@ def test_bad_input_to_draw_from(refused, place):
     assert not list(place.glob("x*"))
 
 
+@pytest.mark.slow
 def test_drawing_needs_no_report(place):
     penult.generate.ActivationVAE(penult.load("net.penult.safetensors"), None, (1, 8, 8)).save("one.safetensors")
     code = (
