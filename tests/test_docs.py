@@ -100,6 +100,17 @@ def rooms():
     return ["penult", *(f"penult.{name}" for name in names)]
 
 
+def complaints(check, values):
+    """Run a check on each value, and return what failed, so that one test tells all."""
+    failed = []
+    for value in values:
+        try:
+            check(value)
+        except Exception as error:  # a wrong command line raises errors of its own
+            failed.append(f"{value}: {error!r}")
+    return failed
+
+
 # --- code that runs -----------------------------------------------------------------------------------------
 
 
@@ -118,8 +129,7 @@ def test_examples_are_short():
     assert all(len(path.read_text(encoding="utf-8").splitlines()) < 60 for path in EXAMPLES)
 
 
-@pytest.mark.parametrize("page", PAGES + BESIDE, ids=name_of)
-def test_every_block_is_of_a_kind_that_is_checked(page):
+def check_every_block_is_of_a_kind_that_is_checked(page):
     text = page.read_text(encoding="utf-8")
     kinds = [kind.strip() for _, kind, _ in BLOCK.findall(text)]
     assert len(re.findall(r"^(?:```|:::)", text, flags=re.MULTILINE)) == 2 * len(kinds), "a fence inside a fence"
@@ -129,6 +139,10 @@ def test_every_block_is_of_a_kind_that_is_checked(page):
         assert not PYTHON & set(kinds), "this page's Python is run by no test"
     for body in blocks(page, {"{eval-rst}"}):
         assert not re.search(r"code-block::|>>> |\w::$", body, flags=re.MULTILINE), "code that nothing runs"
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    assert not complaints(check_every_block_is_of_a_kind_that_is_checked, PAGES + BESIDE)
 
 
 @pytest.fixture
@@ -226,8 +240,7 @@ def check_script(words):
     assert {word for word in words if word.startswith("--")} <= known, f"{' '.join(words)}: it has {sorted(known)}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES + BESIDE if blocks(page, SHELL)], ids=name_of)
-def test_shell_lines_of_pages_parse(page):
+def check_shell_lines_of_pages_parse(page):
     for words in lines(page):
         launched = words.index("penult") if "penult" in words else None  # as torchrun -m penult, or A=1 penult
         if launched == 0 or (launched and (words[launched - 1] == "-m" or "=" in words[launched - 1])):
@@ -236,8 +249,11 @@ def test_shell_lines_of_pages_parse(page):
             check_foreign(words)
 
 
-@pytest.mark.parametrize("page", PAGES + BESIDE, ids=name_of)
-def test_commands_in_the_text_exist(page):
+def test_shell_lines_of_pages_parse():
+    assert not complaints(check_shell_lines_of_pages_parse, [page for page in PAGES + BESIDE if blocks(page, SHELL)])
+
+
+def check_commands_in_the_text_exist(page):
     text = page.read_text(encoding="utf-8")
     for inline in re.findall(r"`(penult(?: [^`\n]*)?|python benchmarks/[^`\n]*)`", BLOCK.sub("", text)):
         words = inline.split()
@@ -248,13 +264,20 @@ def test_commands_in_the_text_exist(page):
             assert {w for w in words if w.startswith("--")} <= options(CONSOLE.commands[words[1]]), inline
 
 
-@pytest.mark.parametrize("command", CONSOLE.commands)
-def test_examples_of_help_texts_parse(command):
+def test_commands_in_the_text_exist():
+    assert not complaints(check_commands_in_the_text_exist, PAGES + BESIDE)
+
+
+def check_examples_of_help_texts_parse(command):
     examples = re.findall(r"(?<=Example: )penult .*", CONSOLE.commands[command].help)
     assert examples, "a command shows how it is used"
     for example in examples:
         for line in example.split(", then "):
             parse(shlex.split(line))
+
+
+def test_examples_of_help_texts_parse():
+    assert not complaints(check_examples_of_help_texts_parse, CONSOLE.commands)
 
 
 MODULE = """
@@ -340,8 +363,7 @@ def documented():
     return names
 
 
-@pytest.mark.parametrize("room", rooms())
-def test_every_public_name_is_documented_once(room):
+def check_every_public_name_is_documented_once(room):
     module, names = importlib.import_module(room), documented()
     for name in module.__all__:
         value = getattr(module, name)
@@ -349,6 +371,10 @@ def test_every_public_name_is_documented_once(room):
         if room == "penult" and value is sys.modules.get(f"penult.{name}"):
             continue  # a room: its own names are looked for
         assert len(there) == 1, f"{room}.{name} stands in docs/api {len(there)} times: {there}"
+
+
+def test_every_public_name_is_documented_once():
+    assert not complaints(check_every_public_name_is_documented_once, rooms())
 
 
 def test_what_is_documented_exists():
@@ -371,8 +397,7 @@ def anchors(page):
     return slugs | set(re.findall(r"^\((.+)\)=$", text, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_between_pages_lead_somewhere(page):
+def check_links_between_pages_lead_somewhere(page):
     text = BLOCK.sub("", page.read_text("utf-8"))
     for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):
         target = page.parent / link if link else page
@@ -380,6 +405,10 @@ def test_links_between_pages_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
     for name in re.findall(r"\{doc\}`(?:[^`<]*<)?([^`>]+)", text):
         assert (page.parent / f"{name}.md").exists(), name
+
+
+def test_links_between_pages_lead_somewhere():
+    assert not complaints(check_links_between_pages_lead_somewhere, PAGES)
 
 
 def test_benchmarks_lists_every_table_with_its_command():

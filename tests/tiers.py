@@ -5,7 +5,7 @@ A plugin of pytest, loaded by conftest.py at the root. tests/README.md describes
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ SLOW_FOLDERS = ("benchmarks/tests", "tests/demo", "tests/faults", "tests/process
 LIMIT = 2.0  # seconds of CPU time
 TIERS = ("default", "slow", "all")
 
-_over_limit: dict[str, float] = {}
+_seconds: dict[tuple[str, str], float] = {}  # by phase and test
 
 
 def thin(values: Iterable[Any], keep: Iterable[Any]) -> list[Any]:
@@ -36,8 +36,9 @@ def in_default_tier() -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--tier`` and ``--long``."""
+    """Add ``--tier``, ``--long`` and ``--cpu-durations``."""
     parser.addoption("--tier", default="default", choices=TIERS, help="tests to run: all but the slow ones (default)")
+    parser.addoption("--cpu-durations", metavar="FILE", help="write the CPU time of each test, as --durations=0 does")
     parser.addoption("--long", action="store_true", help="run the tests marked long, too, which are in no tier")
 
 
@@ -49,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tests that are named run in full, in whatever tier they are.
     named = any("::" in arg for arg in config.args)
     os.environ["PENULT_TIER"] = "all" if named else config.getoption("--tier")
-    _over_limit.clear()
+    _seconds.clear()
 
 
 def _is_whole_suite(config: pytest.Config) -> bool:
@@ -98,24 +99,40 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> Any:
-    """Note the CPU time of a test, which other load on the machine hardly changes, unless it is marked."""
+def _measured(item: pytest.Item, phase: str) -> Generator[None, Any, Any]:
+    """Note the CPU time of a phase of a test, which other load on the machine hardly changes."""
     # Several threads use more CPU time than passes, so the lesser of the two counts.
     cpu, clock = _cpu_seconds(), time.perf_counter()
     try:
         return (yield)
     finally:
         seconds = min(_cpu_seconds() - cpu, time.perf_counter() - clock)
+        item.user_properties.append((phase, seconds))
         marks = ("slow", "long") if in_default_tier() else ("slow", "long", "examples")
-        if seconds > LIMIT and not any(map(item.get_closest_marker, marks)):
-            item.user_properties.append(("seconds_over_limit", seconds))
+        if phase == "call" and seconds > LIMIT and not any(map(item.get_closest_marker, marks)):
+            item.user_properties.append(("over limit", seconds))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    """Measure the fixtures of a test."""
+    return (yield from _measured(item, "setup"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Measure a test without its fixtures."""
+    return (yield from _measured(item, "call"))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Collect the tests over the limit; pytest-xdist brings the reports of its workers here."""
-    if report.when == "call":
-        _over_limit.update((report.nodeid, value) for name, value in report.user_properties if name[:7] == "seconds")
+    """Collect what was measured; pytest-xdist brings the reports of its workers here."""
+    if report.when == "teardown":
+        _seconds.update(((phase, report.nodeid), value) for phase, value in report.user_properties)
+
+
+def _over_limit() -> dict[str, float]:
+    return {name: seconds for (phase, name), seconds in _seconds.items() if phase == "over limit"}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -123,15 +140,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
     In a run of a few tests, the first ones may wait for imports that are not theirs, so these are listed only.
     """
-    if _over_limit and session.exitstatus == pytest.ExitCode.OK and _is_whole_suite(session.config):
+    if _over_limit() and session.exitstatus == pytest.ExitCode.OK and _is_whole_suite(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """List the tests over the limit, and say where the slow tests are."""
-    if _over_limit:
+    if over := _over_limit():
         terminalreporter.section(f"more than {LIMIT:g} seconds of CPU time: mark it slow, or make it faster", red=True)
-        for name, seconds in sorted(_over_limit.items()):
+        for name, seconds in sorted(over.items()):
             terminalreporter.write_line(f"{seconds:.1f} s  {name}")
+    if config.getoption("--cpu-durations"):
+        lines = [f"{seconds:.2f}s {phase:8} {name}\n" for (phase, name), seconds in _seconds.items()]
+        Path(config.getoption("--cpu-durations")).write_text("".join(lines), encoding="utf-8")
     if config.getoption("--tier") == "default" and not all("::" in arg for arg in config.args):
         terminalreporter.write_line("Slow tests are left out; --tier slow runs them, and --tier all runs both tiers.")
