@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Distribution
 
 import penult
 
@@ -17,9 +18,10 @@ pytest_plugins = ("tiers",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--device`` and ``--dtype``."""
+    """Add ``--device``, ``--dtype`` and ``--no-validation``."""
     group = parser.getgroup("penult", "what tests/numerics compute on")
     group.addoption("--device", default="cpu", help="a device of torch, such as cpu, cuda, cuda:1 or mps")
+    parser.addoption("--no-validation", action="store_true", help="run with torch's switch of validation turned off")
     group.addoption("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="of heads and rows")
 
 
@@ -64,6 +66,18 @@ def _seed() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def validation() -> None:
+    """Turn torch's switch of validation on, for a test of what it checks."""
+    Distribution.set_default_validate_args(True)
+
+
+@pytest.fixture(autouse=True)
+def _validation(request: pytest.FixtureRequest) -> None:
+    """Set torch's switch of validation, which torch.compile and the import of zuko turn off for the whole process."""
+    Distribution.set_default_validate_args(not request.config.getoption("--no-validation"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import penult
 from heads import random_head
 from penult import GenerativePair, Head, Sphere, io
 from penult.bases import Base, BaseInfo
+from penult.distributions import Tilt
 from penult.testing import check_pair
 
 
@@ -504,3 +505,16 @@ def test_a_class_that_is_absent_gets_next_to_nothing():
     found = pair.estimate_prior(h)
     assert 0 < float(found.probs[2]) < 0.01
     assert float(pair.with_prior(found).prior.probs[2]) < 0.01
+
+
+def test_distributions_of_classes_map_over_labels():
+    pair = GenerativePair(Head(torch.eye(3)), Sphere(2.0))
+    h, y = pair.sample(6, generator=torch.Generator().manual_seed(0))
+    mapped = torch.func.vmap(lambda label, row: pair.given(label).log_prob(row))(y, h)
+    torch.testing.assert_close(mapped, pair.given(y).log_prob(h))
+
+
+@pytest.mark.parametrize("weight", [[math.nan, 0.0], [math.inf, 0.0], [1.0, -math.inf]])
+def test_tilts_that_are_not_finite_are_refused(weight):
+    with pytest.raises(ValueError, match="expected finite tilts"):
+        Tilt(Sphere(1.0), torch.tensor(weight), validate_args=True)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from penult._row_blocks import blocks
 
 __all__ = [
+    "as_size",
     "check_between",
     "check_bias",
     "check_choice",
@@ -32,6 +35,7 @@ __all__ = [
     "described",
     "integer_labels",
     "is_chance_level",
+    "validates_by_default",
     "with_remedy",
 ]
 
@@ -119,6 +123,30 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Raise unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, choices))}")
+
+
+def as_size(shape: Any) -> torch.Size:
+    """Return a shape as a torch.Size; an integer n stands for (n,), as in NumPy.
+
+    Raises:
+        TypeError: It is neither an integer nor a sequence of integers.
+    """
+    return torch.Size((int(shape),)) if isinstance(shape, numbers.Integral) else torch.Size(shape)
+
+
+def validates_by_default() -> bool:
+    """Whether distributions check values by default, as ``Distribution.set_default_validate_args`` says.
+
+    The first use of torch.compile turns that switch off for good in the whole process. This is no wish of the user, so
+    it is not followed: pass ``validate_args=False`` in such a process.
+    """
+    if Distribution._validate_args:
+        return True
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    patch = getattr(getattr(compiler, "TorchPatcher", None), "patch", None)
+    # The patch is cached, so that its cache tells whether torch.compile has applied it.
+    switched_off_by_compiler = patch is not None and patch.cache_info().currsize > 0
+    return __debug__ and switched_off_by_compiler
 
 
 # --- tensors ------------------------------------------------------------------------------------------------

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import Categorical
 
 from penult import io
-from penult._checks import described, integer_labels
+from penult._checks import as_size, described, integer_labels
 from penult._derived import DerivedTensors
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.distributions import Tilt
 from penult.head import Head
-from penult.special import in_full, outside_transforms, working_dtype
+from penult.special import in_full, outside_transforms, traced, working_dtype
 
 __all__ = ["GenerativePair", "load"]
 
@@ -108,7 +108,7 @@ class GenerativePair(DerivedTensors):
         """
         self._check_current()
         # The values are no constants of a compiled graph, so it does not check them.
-        labels = integer_labels(y, None, self.head.num_classes, values=not torch.compiler.is_compiling())
+        labels = integer_labels(y, None, self.head.num_classes, values=not traced(y))
         return self.base.tilt(self.head.centered_weight(labels.to(self.head.weight.device)))
 
     def posterior(self, h: Tensor) -> Categorical:
@@ -142,7 +142,7 @@ class GenerativePair(DerivedTensors):
         Returns:
             Activations (*S, d) and labels (*S,).
         """
-        shape = Size(sample_shape)
+        shape = as_size(sample_shape)
         weights = self._log_evidence().softmax(-1)
         count = shape.numel()
         with in_full(weights.device):

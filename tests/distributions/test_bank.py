@@ -86,6 +86,7 @@ def test_options_go_through_files(tmp_path, rectified, replacement):
     assert (float(drawn.min()) == 0) is rectified
 
 
+@pytest.mark.usefixtures("validation")
 def test_bad_input():
     with pytest.raises(ValueError, match="no density"):
         Bank(torch.eye(2)).log_prob(torch.zeros(2))
@@ -95,3 +96,11 @@ def test_bad_input():
         Bank(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="1 of 2 rows of activations hold NaN"):
         Bank(torch.tensor([[1.0], [torch.nan]]))
+
+
+@pytest.mark.parametrize("shape", [(-2,), (3, -1)])
+def test_impossible_batch_shapes_are_refused(shape):
+    with pytest.raises(RuntimeError):
+        Bank(torch.eye(3)).expand(shape)
+    with pytest.raises(RuntimeError):
+        Bank(torch.eye(3)).expand(2).expand((3,))

@@ -1,5 +1,6 @@
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -400,3 +401,31 @@ def test_without_zuko_it_says_what_to_install(monkeypatch):
     for call in (lambda: NormalizingFlow.fit(torch.eye(4)), lambda: NormalizingFlow.from_config(p.config(), state(p))):
         with pytest.raises(ImportError, match=r'pip install "penult\[flow\]"'):
             call()
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_moments_are_those_of_samples(rectified):
+    rows = torch.cat([torch.randn(200, 3), torch.randn(200, 3) + 3]).exp()
+    p = NormalizingFlow.fit(rows - 2, components=2, iterations=30, epochs=1, rectified=rectified)
+    h = p.sample(200_000, generator=torch.Generator().manual_seed(0)).double()
+    error = (h.var(0) / len(h)).sqrt()
+    assert ((p.mean - h.mean(0)).abs() < 5 * error + 1e-3 * p.mean.abs()).all()
+    torch.testing.assert_close(p.variance.double(), h.var(0), rtol=0.05, atol=1e-3)
+
+
+def test_a_flow_has_no_batch_shape():
+    p = NormalizingFlow.fit(torch.randn(120, 3), components=2, iterations=2, epochs=0)
+    assert p.expand(()) is p
+    for shape in (2, (2,), (1, 3)):
+        with pytest.raises(NotImplementedError, match=r"expected \(\)"):
+            p.expand(shape)
+
+
+@pytest.mark.slow
+def test_importing_zuko_leaves_the_switch_of_validation():
+    code = (
+        "import torch\nfrom torch.distributions import Distribution\nfrom penult.distributions import NormalizingFlow\n"
+        "NormalizingFlow.fit(torch.randn(50, 2), components=1, iterations=1, epochs=0)\n"
+        "assert Distribution._validate_args"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -233,12 +233,14 @@ def test_a_component_left_out():
         ({"residual_scale": torch.tensor(-1.0)}, "residual_scale"),
     ],
 )
+@pytest.mark.usefixtures("validation")
 def test_bad_parameters(change, message):
     p = law(dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         PrincipalMixture(**({name: getattr(p, name) for name in p.arg_constraints} | change))
 
 
+@pytest.mark.usefixtures("validation")
 def test_bad_types():
     p = law(dtype=torch.float32)
     given = {name: getattr(p, name) for name in p.arg_constraints}
@@ -490,6 +492,7 @@ def test_positive_law_keeps_skewed_rows_off_the_other_side():
     assert float(p.log_prob(held).mean()) > float(plain.log_prob(held).mean()) + 0.3
 
 
+@pytest.mark.usefixtures("validation")
 def test_positive_law_has_no_mass_at_zero():
     _, p = positive()
     loose = PrincipalMixture(
@@ -514,6 +517,7 @@ def test_rounding_of_half_precision_rows_is_not_their_variance():
     assert float(p.variance.sum()) == pytest.approx(float(rows.double().var(0).sum()), rel=0.02)
 
 
+@pytest.mark.usefixtures("validation")
 def test_positive_bad_input():
     rows, p = positive()
     with pytest.raises(ValueError, match=r"smallest value of activations is -0\.5"):

@@ -1,10 +1,12 @@
+import contextlib
 import math
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch.distributions import Categorical, Independent, MixtureSameFamily, kl_divergence, transform_to
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, kl_divergence, transform_to
 
 from penult import special
 from penult.distributions import VonMisesFisher, sphere
@@ -402,6 +404,7 @@ def test_works_inside_other_distributions():
     assert torch.allclose(product.entropy(), p.entropy().sum())
 
 
+@pytest.mark.usefixtures("validation")
 def test_sphere_constraint():
     assert bool(sphere.check(direction(4, 6)).all())
     assert not bool(sphere.check(torch.tensor([1.0, 0.1])))
@@ -435,6 +438,7 @@ def test_repr_and_expand():
         (torch.eye(3), torch.ones(2), "do not broadcast"),
     ],
 )
+@pytest.mark.usefixtures("validation")
 def test_bad_parameters(loc, kappa, message):
     with pytest.raises(ValueError, match=message):
         VonMisesFisher(loc, kappa)
@@ -445,3 +449,40 @@ def test_bad_types():
         VonMisesFisher(torch.tensor([1, 0]), torch.tensor(1.0))
     with pytest.raises(TypeError, match="concentration is a float; expected a floating-point tensor"):
         VonMisesFisher(torch.tensor([1.0, 0.0]), 1.0)
+
+
+# ---- switches and shapes as torch has them ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_torchs_switch_of_validation_is_followed(switch):
+    Distribution.set_default_validate_args(switch)
+    context = pytest.raises(ValueError, match=r"norm|support") if switch else contextlib.nullcontext()
+    with context:
+        VonMisesFisher(torch.tensor([0.0, 2.0]), torch.tensor(1.0))
+    with context:
+        VonMisesFisher(torch.tensor([0.0, 1.0]), torch.tensor(1.0)).log_prob(torch.tensor([0.0, 1.1]))
+    with pytest.raises(ValueError, match="norm"):
+        VonMisesFisher(torch.tensor([0.0, 2.0]), torch.tensor(1.0), validate_args=True)
+
+
+def test_an_integer_is_a_shape():
+    p = VonMisesFisher(torch.eye(3), torch.ones(3))
+    assert p.sample(7).shape == p.rsample(7).shape == (7, 3, 3)
+    assert p.sample(np.int64(2)).shape == (2, 3, 3)
+    assert VonMisesFisher(torch.eye(3)[0], torch.tensor(1.0)).expand(4).batch_shape == (4,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
+def test_vectors_of_any_size_are_carried_to_the_sphere(size, dtype):
+    x = (size * torch.tensor([[3.0, 4.0], [0.0, -1.0]], dtype=torch.float64)).to(dtype).requires_grad_()
+    y = transform_to(sphere)(x)
+    torch.testing.assert_close(y, torch.tensor([[0.6, 0.8], [0.0, -1.0]], dtype=dtype))
+    y[:, 0].sum().backward()
+    torch.testing.assert_close(x.grad * size, torch.tensor([[0.128, -0.096], [1.0, 0.0]], dtype=dtype))
+
+
+def test_zero_is_carried_to_the_first_axis():
+    y = transform_to(sphere)(torch.zeros(2, 3))
+    assert torch.equal(y, torch.tensor([[1.0, 0.0, 0.0]]).expand(2, 3))

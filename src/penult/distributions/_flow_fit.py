@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from penult._checks import check_integer
 from penult.distributions._principal_components import Rows
@@ -45,11 +46,15 @@ def zuko() -> Any:
     Raises:
         ImportError: zuko is not installed.
     """
+    validation = Distribution._validate_args
     try:
         # An import statement, because torch.compile does not trace importlib.
         from zuko import transforms
     except ImportError as error:
         raise ImportError('a NormalizingFlow needs zuko: pip install "penult[flow]"', name=error.name) from error
+    # The first import of zuko switches validation off for all distributions of the process.
+    if Distribution._validate_args != validation:
+        Distribution.set_default_validate_args(validation)
     return transforms
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["NEXT_TO_ZERO", "positive_moments", "rectified_moments", "square", "unsquare"]
+__all__ = ["NEXT_TO_ZERO", "positive_moments", "rectified_moments", "square", "transformed_moments", "unsquare"]
 
 # Fraction of the softness to which smaller activations are raised before a fit.
 NEXT_TO_ZERO = 0.09
@@ -47,9 +48,14 @@ def rectified_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
 def positive_moments(mean: Tensor, variance: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and variance of `square` of normal x, by the trapezoidal rule."""
     # The integrand is smooth and decays at both ends, so the rule is exact up to rounding.
+    return transformed_moments(mean, variance, lambda x: square(x, b.to(mean)))
+
+
+def transformed_moments(mean: Tensor, variance: Tensor, transform: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance of a function of normal x, by the trapezoidal rule with 257 nodes."""
     first, second, total = torch.zeros_like(mean), torch.zeros_like(mean), 0.0
-    for z in torch.linspace(-8, 8, 257, dtype=torch.float64).tolist():
+    for z in torch.linspace(-8, 8, 257, dtype=torch.float64, device="cpu").tolist():
         bell = math.exp(-0.5 * z * z)
-        h = square(mean + z * variance.sqrt(), b.to(mean))
+        h = transform(mean + z * variance.sqrt())
         first, second, total = first + bell * h, second + bell * h.square(), total + bell
     return first / total, (second / total - (first / total).square()).clamp_min(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from penult._checks import check_floating
+from penult._checks import as_size, check_floating, validates_by_default
 from penult.special import in_double
 
 __all__ = ["Bank"]
@@ -47,8 +47,6 @@ class Bank(Distribution):
     support = constraints.real_vector
     has_rsample = False
     has_density = False
-    # Set here, because torch.compile permanently switches validation off on the base class of torch.
-    _validate_args = __debug__
 
     def __init__(
         self,
@@ -60,7 +58,7 @@ class Bank(Distribution):
         check_floating("activations", activations, "(N, d)")
         if activations.dim() != 2 or 0 in activations.shape:
             raise ValueError(f"activations has shape {tuple(activations.shape)}; expected (N, d) with N, d >= 1")
-        validate = self._validate_args if validate_args is None else validate_args
+        validate = validates_by_default() if validate_args is None else validate_args
         if validate and not bool(activations.isfinite().all()):
             bad = int((~activations.isfinite().all(-1)).sum())
             raise ValueError(
@@ -96,8 +94,10 @@ class Bank(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Bank:
         """Return the same distribution with a batch shape; the rows are shared."""
         new: Bank = self._get_checked_instance(Bank, _instance)
+        # A tensor without memory raises what torch raises for shapes that do not expand.
+        torch.empty(self.batch_shape, device="meta").expand(as_size(batch_shape))
         new.activations, new.replacement, new.rectified = self.activations, self.replacement, self.rectified
-        super(Bank, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        super(Bank, new).__init__(as_size(batch_shape), self.event_shape, validate_args=False)
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Bank(Distribution):
         Raises:
             ValueError: Without replacement, more samples are requested than there are rows.
         """
-        shape = self._extended_shape(Size(sample_shape))
+        shape = self._extended_shape(as_size(sample_shape))
         count, rows, device = shape[:-1].numel(), len(self.activations), self.activations.device
         if self.replacement:
             index = torch.randint(rows, (count,), generator=generator, device=device)

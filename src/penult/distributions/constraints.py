@@ -31,7 +31,7 @@ sphere = _Sphere()
 
 
 class NormalizeTransform(Transform):
-    """Projection of real vectors onto the unit sphere, x ↦ x / ‖x‖; not bijective.
+    """Projection of real vectors onto the unit sphere, x ↦ x / ‖x‖; not bijective. Zero goes to the first axis.
 
     ``torch.distributions.transform_to`` returns it for the constraint :data:`sphere`.
 
@@ -51,7 +51,13 @@ class NormalizeTransform(Transform):
         return hash(NormalizeTransform)
 
     def _call(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(x, dim=-1)
+        # Squares of very small and very large coordinates leave the range of floats, so the largest is scaled to 1.
+        largest = x.detach().abs().amax(-1, keepdim=True)
+        axis = torch.zeros_like(x)
+        axis[..., 0] = 1
+        scaled = torch.where(largest > 0, x / largest.where(largest > 0, 1), axis)
+        unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+        return unit
 
     def _inverse(self, y: Tensor) -> Tensor:
         return y

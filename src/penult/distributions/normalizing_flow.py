@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from penult._checks import described
+from penult._checks import as_size, described
 from penult.distributions._flow_fit import (
     BOUND,
     ELEMENTS,
@@ -22,6 +22,7 @@ from penult.distributions._flow_fit import (
     splines,
     zuko,
 )
+from penult.distributions._positive import transformed_moments
 from penult.distributions.principal_mixture import PrincipalMixture
 from penult.special import traced, working_dtype
 
@@ -35,7 +36,8 @@ class NormalizingFlow(nn.Module):
 
     with a monotone rational-quadratic spline T_i for each coordinate, and :math:`h = \max(x, 0)` instead of x when
     ``rectified``. The splines model the skewness and the edges of single coordinates, the mixture models the clusters
-    and the correlations. It has the interface of a `PrincipalMixture` and is a module, whose tensors are buffers.
+    and the correlations. It is a module whose tensors are buffers, with the sampling, density and moments of a
+    `PrincipalMixture`; it has no batch shape.
 
     Flows of more layers over a normal base (masked autoregressive, coupling) reach the same likelihood, but put mass
     between the clusters, which a two-sample test detects.
@@ -208,6 +210,44 @@ class NormalizingFlow(nn.Module):
         return not self.rectified and self.base.has_density
 
     @property
+    def mean(self) -> Tensor:
+        """E[h], shape (d,), by the trapezoidal rule in each component of the mixture."""
+        weight, centre, _ = self._moments()
+        return (weight @ centre).to(self.loc.dtype)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each coordinate, shape (d,): the variance within components plus that of their means."""
+        weight, centre, variance = self._moments()
+        return (weight @ (variance + (centre - weight @ centre).square())).to(self.loc.dtype)
+
+    def expand(self, batch_shape: Any) -> NormalizingFlow:
+        """Return this flow, which has no batch shape.
+
+        Raises:
+            NotImplementedError: ``batch_shape`` is not empty.
+        """
+        if batch := as_size(batch_shape):
+            raise NotImplementedError(
+                f"batch_shape is {tuple(batch)}; expected (), since a NormalizingFlow has no batch shape. Sample with "
+                "sample((n,)) instead"
+            )
+        return self
+
+    @torch.no_grad()
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weights (C,), and the mean and variance of each coordinate of h in each component (C, d)."""
+        loc, scale, knots, base = self._cast(working_dtype(self.loc.device))
+        weight, centre, variance = base._moments_of_x()
+        inverse = splines(knots).inv
+
+        def transform(z: Tensor) -> Tensor:
+            x: Tensor = loc + scale * inverse(z)
+            return x.clamp_min(0) if self.rectified else x
+
+        return weight, *transformed_moments(centre, variance, transform)
+
+    @property
     def num_parameters(self) -> int:
         """Number of free floats of the distribution; of a triangular matrix only the triangle counts."""
         return self.loc.numel() + self.scale.numel() + self.knots.numel() + self.base.num_parameters
@@ -242,7 +282,7 @@ class NormalizingFlow(nn.Module):
     @torch.no_grad()
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Sample activations of shape (*sample_shape, d), with ``generator`` or torch's default generator."""
-        shape, d = Size(sample_shape), len(self.loc)
+        shape, d = as_size(sample_shape), len(self.loc)
         _, _, _, base = self._cast(torch.promote_types(self.loc.dtype, torch.float32))
         z = base.sample((shape.numel(),), generator=generator)
         # The inverse is a root of a quadratic, whose discriminant could round to a negative number in float32.

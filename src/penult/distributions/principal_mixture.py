@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from penult._checks import check_floating
+from penult._checks import as_size, check_floating, validates_by_default
 from penult.distributions._mixture_fit import by_maximisation, by_posterior
 from penult.distributions._positive import positive_moments, rectified_moments, square, unsquare
 from penult.special import in_full, traced, working_dtype
@@ -149,8 +149,6 @@ class PrincipalMixture(Distribution):
         "residual_scale": constraints.nonnegative,
     }
     has_rsample = False
-    # Set here, because torch.compile permanently switches validation off on the base class of torch.
-    _validate_args = __debug__
 
     def __init__(
         self,
@@ -175,7 +173,7 @@ class PrincipalMixture(Distribution):
         if softness is not None:
             parameters["softness"] = softness
         check_parameters(parameters)
-        validate = self._validate_args if validate_args is None else validate_args
+        validate = validates_by_default() if validate_args is None else validate_args
         if validate:
             check_values(parameters)
         self.loc = loc
@@ -289,7 +287,7 @@ class PrincipalMixture(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> PrincipalMixture:
         """Return the same distribution with a batch shape; the parameters are shared and keep their shapes."""
         new: PrincipalMixture = self._get_checked_instance(PrincipalMixture, _instance)
-        batch = Size(batch_shape)
+        batch = as_size(batch_shape)
         # Raises the same errors as the distributions of torch.
         torch.empty(self.batch_shape, device="meta").expand(batch)
         for name in (*self.arg_constraints, "rectified", "softness"):
@@ -378,7 +376,7 @@ class PrincipalMixture(Distribution):
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Sample activations of shape (*sample_shape, *B, d), with ``generator`` or torch's default generator."""
-        shape = self._extended_shape(Size(sample_shape))
+        shape = self._extended_shape(as_size(sample_shape))
         with torch.no_grad(), in_full(self.loc.device):
             return self._sample_rows(shape[:-1].numel(), generator).to(self.loc.dtype).reshape(shape)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
-from penult.special import in_full
+from penult._checks import as_size, validates_by_default
+from penult.special import in_full, traced
 
 __all__ = ["Tilt", "Tiltable"]
 
@@ -56,14 +57,18 @@ class Tilt(Distribution):
             raise ValueError("weight is a scalar; expected a tensor (*B, d)")
         self.base = base
         self.weight = weight
-        super().__init__(weight.shape[:-1], weight.shape[-1:], validate_args=validate_args)
+        # The constraint of torch refuses NaN alone, but an infinite tilt has no mean and no density.
+        validate = validates_by_default() if validate_args is None else validate_args
+        if validate and not traced(weight) and not bool(weight.isfinite().all()):
+            raise ValueError("weight holds NaN or infinity; expected finite tilts")
+        super().__init__(weight.shape[:-1], weight.shape[-1:], validate_args=validate)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Tilt:
         """Return a view of the distribution with a larger batch shape."""
         new: Tilt = self._get_checked_instance(Tilt, _instance)
         new.base = self.base
-        new.weight = self.weight.expand(Size(batch_shape) + self.event_shape)
-        super(Tilt, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        new.weight = self.weight.expand(as_size(batch_shape) + self.event_shape)
+        super(Tilt, new).__init__(as_size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -83,7 +88,7 @@ class Tilt(Distribution):
                 f"value is {value.dtype} of shape {tuple(value.shape)}; "
                 f"expected floating activations (..., {self.event_shape[0]})"
             )
-        if self._validate_args:
+        if self._validate_args and not traced(value):
             self._validate_sample(value)
         with in_full(value.device):
             value = value.to(torch.promote_types(value.dtype, torch.float32))
@@ -92,7 +97,7 @@ class Tilt(Distribution):
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Sample activations of shape (*sample_shape, *B, d)."""
-        shape = self._extended_shape(Size(sample_shape))
+        shape = self._extended_shape(as_size(sample_shape))
         rows = self.weight.detach().reshape(-1, shape[-1])
         samples = shape[:-1].numel() // len(rows) if len(rows) else 0
         index = torch.arange(len(rows), device=rows.device).repeat(samples)

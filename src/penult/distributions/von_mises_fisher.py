@@ -10,7 +10,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.distributions import Distribution, constraints, register_kl
 
 from penult import special
-from penult._checks import check_floating
+from penult._checks import as_size, check_floating, validates_by_default
 from penult.distributions import _sampling
 from penult.distributions.constraints import sphere
 
@@ -33,8 +33,8 @@ class VonMisesFisher(Distribution):
     Args:
         loc: Mean directions μ (*B, d), unit vectors.
         concentration: Concentrations κ ≥ 0, (*B,); broadcast against the batch of ``loc``.
-        validate_args: Whether to check values. Default: True, except under ``python -O`` and inside
-            ``torch.compile`` or ``torch.func`` transforms.
+        validate_args: Whether to check values. Default: as ``Distribution.set_default_validate_args`` says; never
+            inside ``torch.compile`` or ``torch.func`` transforms.
 
     Raises:
         ValueError: d < 2, the batch shapes do not broadcast, a ``loc`` is not a unit vector, or a concentration is
@@ -56,8 +56,6 @@ class VonMisesFisher(Distribution):
     }
     support = sphere
     has_rsample = True
-    # Set here, because torch.compile permanently switches validation off on the base class of torch.
-    _validate_args = __debug__
 
     def __init__(self, loc: Tensor, concentration: Tensor, validate_args: bool | None = None) -> None:
         check_floating("loc", loc, "(*B, d)")
@@ -74,7 +72,7 @@ class VonMisesFisher(Distribution):
                 f"loc {tuple(loc.shape)} and concentration {tuple(concentration.shape)} do not broadcast: "
                 "expected (*B, d) and (*B,)"
             ) from error
-        validate = self._validate_args if validate_args is None else validate_args
+        validate = validates_by_default() if validate_args is None else validate_args
         if special.traced(loc, concentration):
             # Values are not available inside a transform.
             validate = False
@@ -146,7 +144,7 @@ class VonMisesFisher(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> VonMisesFisher:
         """Return a view of the distribution with a larger batch shape."""
         new: VonMisesFisher = self._get_checked_instance(VonMisesFisher, _instance)
-        batch = Size(batch_shape)
+        batch = as_size(batch_shape)
         new.loc = self.loc.expand(batch + self.event_shape)
         new.concentration = self.concentration.expand(batch)
         super(VonMisesFisher, new).__init__(batch, self.event_shape, validate_args=False)
@@ -197,7 +195,7 @@ class VonMisesFisher(Distribution):
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Sample unit vectors of shape (*sample_shape, *B, d)."""
         with torch.no_grad():
-            return self._sample(Size(sample_shape), generator)[0].to(self._dtype)
+            return self._sample(as_size(sample_shape), generator)[0].to(self._dtype)
 
     def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Sample as :meth:`sample`, with pathwise gradients in ``loc`` (on the sphere) and ``concentration``.
@@ -205,7 +203,7 @@ class VonMisesFisher(Distribution):
         The gradients are of first order: a second backward pass through them is an error.
         """
         with torch.no_grad():
-            x, y = self._sample(Size(sample_shape), generator)
+            x, y = self._sample(as_size(sample_shape), generator)
         return torch.as_tensor(_Pathwise.apply(self.loc, self.concentration, x, y)).to(self._dtype)
 
     def _sample(self, sample_shape: Size, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -73,9 +73,11 @@ def outside_transforms() -> AbstractContextManager[Any]:
     return pyfunctorch.temporarily_clear_interpreter_stack()
 
 
-def traced(*tensors: Tensor) -> bool:
+def traced(*values: Any) -> bool:
     """Whether the values of tensors are unavailable: under torch.compile or inside a torch.func transform."""
-    return torch.compiler.is_compiling() or any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    return torch.compiler.is_compiling() or any(
+        isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values
+    )
 
 
 def checked_dim(dim: int, **tensors: Tensor) -> int:
