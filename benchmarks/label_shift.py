@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     section = results["sections"].setdefault("error", {"cells": {}})
     section |= {
         "settings": {
-            "seeds": SEEDS, "calibration": CALIBRATION, "window": WINDOW, "quality": QUALITY,
+            "seed": 0, "seeds": SEEDS, "calibration": CALIBRATION, "window": WINDOW, "quality": QUALITY,
         },
         "versions": versions(("torch",)),
         "machine": machine(),
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             if key not in section["cells"]:
                 section["cells"][key] = measure(name, condition, options.data, options.cache)
                 write(options.out, results)
-    tables.show("label_shift", results)
+    tables.show("label-shift", results)
     return 0
 
 
