@@ -33,6 +33,7 @@ __all__ = [
     "check_shares",
     "check_weight",
     "described",
+    "index_of",
     "integer_labels",
     "is_chance_level",
     "validates_by_default",
@@ -228,6 +229,11 @@ def integer_labels(
                 f"{num_classes - 1}. The head has {num_classes} classes"
             )
     return wide
+
+
+def index_of(index: Any) -> Any:
+    """Widen an index of integers to int64 and return any other index unchanged, so that only bool tensors are masks."""
+    return index.to(torch.int64) if isinstance(index, Tensor) and index.dtype in _INTEGERS else index
 
 
 def check_labels(labels: Any, logits_shape: torch.Size, offset: int = 0) -> None:

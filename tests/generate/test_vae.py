@@ -307,6 +307,18 @@ def test_images_have_the_shape_of_the_labels_and_lie_in_the_unit_interval(traine
     assert trained.generate(many, generator=seeded()).shape == (1200, *SHAPE)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_every_integer_dtype_give_the_same_images(setting, dtype):
+    vae, y = make(setting), torch.tensor([7, 0, 1, 1])
+    x = setting.images[:4]
+    for images in (
+        lambda y: vae.generate(y, confident=0.1, generator=seeded()),
+        lambda y: vae.interpolate(y, y.flip(0), 3, generator=seeded()),
+        lambda y: vae.edit(x, y, generator=seeded()),
+    ):
+        assert torch.equal(images(y.to(dtype)), images(y))
+
+
 def test_seeds_decide_and_the_global_state_is_left_alone(trained, setting):
     state = torch.random.get_rng_state()
     first = trained.generate(labels(2), confident=0.9, reject=True, generator=seeded(3))

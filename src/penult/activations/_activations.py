@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from penult._checks import check_floating, check_integer, check_labels, check_shares, with_remedy
+from penult._checks import check_floating, check_integer, check_shares, index_of, integer_labels, with_remedy
 from penult.activations._blocks import Block, Memory, Shard, load, one
 from penult.activations._folder import finished, shards_in, unfinished, writing
 from penult.activations._writer import SHARD_SIZE, Writer, write_index
@@ -40,7 +40,7 @@ class Activations:
     Args:
         activations: (N, d).
         logits: (N, K).
-        labels: (N,) integers in 0..K-1, or None.
+        labels: (N,) integers in 0..K-1 of any integer dtype, or None.
         class_names: K names, or None.
         pre_activation: Whether `activations` are the inputs u of the ReLU right before the head, so that the head reads
             max(u, 0).
@@ -48,7 +48,7 @@ class Activations:
     Attributes:
         activations: (N, d); the inputs u of that ReLU if ``pre_activation``.
         logits: (N, K).
-        labels: (N,) integers in 0..K-1, or None. Reading them reads no activations.
+        labels: (N,) int64 in 0..K-1, or None. Reading them reads no activations.
         class_names: K names, or None.
         pre_activation: As given.
 
@@ -86,7 +86,7 @@ class Activations:
                 "and (N, K)"
             )
         if labels is not None:
-            check_labels(labels, logits.shape)
+            labels = integer_labels(labels, logits.shape[:1], logits.shape[1])
         devices = {value.device for value in (activations, logits, labels) if value is not None}
         if len(devices) > 1:
             raise ValueError(
@@ -219,13 +219,14 @@ class Activations:
         )
 
     def __getitem__(self, index: Any) -> Activations:
-        """Rows by a slice, by indices (M,) or by a mask (N,)."""
+        """Rows by a slice, by indices (M,) of any integer dtype, or by a mask (N,) of bool."""
         if isinstance(index, int):
             start = index % len(self) if -len(self) <= index < len(self) else index
             raise TypeError(
                 f"the index is the integer {index}; expected a slice, indices (M,) or a mask (N,). "
                 f"acts[{start} : {start + 1}] is a set of one row, and acts.batches(size) iterates over all rows"
             )
+        index = index_of(index)
         if isinstance(self._rows, Memory):
             return self._checked(self._rows[index])
         if isinstance(index, slice) and index.step in (None, 1):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from penult._checks import check_between, check_choice, check_finite
+from penult._checks import check_between, check_choice, check_finite, index_of
 from penult.activations import Activations, _ActivationSource
 from penult.bases._tilted_gaussian import CovarianceType, tilted_gaussian
 from penult.bases.base import Base, BaseInfo
@@ -138,6 +138,7 @@ class Gaussian(Base):
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """Sample m + Σ w + L z, z standard normal, for each i of ``index`` (N,): (N, d)."""
+        index = index_of(index)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         scale = self.scale_tril.to(dtype)
         shape = (*index.shape, self.in_features)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from penult._checks import check_choice, check_integer, described
+from penult._checks import check_choice, check_integer, described, index_of
 from penult._row_blocks import mean_row_of
 from penult.activations import Activations, _ActivationSource
 from penult.bases._class_samples import RowIndex, accept, block_size, class_means, expected_posterior, pick
@@ -285,6 +285,7 @@ class Marginal(Base):
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """Sample one activation of the class of ``weight[i]`` for each i of ``index`` (N,): (N, d)."""
+        index = index_of(index)
         y = self._classes(weight)[index]
         classes, inverse = y.unique(return_inverse=True)
         counts = inverse.bincount(minlength=len(classes))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penult import special
-from penult._checks import check_between, check_choice, check_integer
+from penult._checks import check_between, check_choice, check_integer, index_of
 from penult.activations import Activations, _ActivationSource
 from penult.bases._chart import Chart
 from penult.bases._implied_radius import implied_radius, unit
@@ -251,6 +251,7 @@ class Sphere(Base):
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """Sample for each i of ``index`` (N,) a radius, then a von Mises-Fisher direction around L'U weight[i]."""
+        index = index_of(index)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         pulled, _ = self._chart.pull(weight.to(dtype))
         norms, mean = torch.linalg.vector_norm(pulled, dim=-1), unit(pulled)

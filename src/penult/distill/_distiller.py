@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from penult._checks import check_positive, described
+from penult._checks import check_positive, described, integer_labels
 from penult.distill._losses import ActivationLoss
 from penult.head import HeadCertificate, HeadNotFoundError, _capture_forward, _logits_of, _untouched, _unwrap, find_head
 
@@ -226,7 +226,7 @@ class Distiller(LightningModule):
         """Update the accuracy with a batch (image, label, ...)."""
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise ValueError(f"a validation batch is {_described_batch(batch)}; expected (image, label)")
-        self.val_accuracy(self(batch[0]), batch[1])
+        self.val_accuracy(self(batch[0]), integer_labels(batch[1], values=False))
         self._log("val_accuracy", self.val_accuracy, len(batch[0]))
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:

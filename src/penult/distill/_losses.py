@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penult._checks import check_between, check_integer, check_labels, check_not_negative, check_positive
+from penult._checks import check_between, check_integer, check_not_negative, check_positive, integer_labels
 from penult.distill._span_head import SpanHead
 from penult.pair import GenerativePair
 
@@ -66,10 +66,10 @@ class SoftTargetLoss(nn.Module):
                 f"logits of the student have shape {tuple(logits.shape)}, and soft targets {tuple(target.shape)}; "
                 "expected (B, K) for both. The student must have the teacher's classes, in their order"
             )
-        _check_labels(labels, logits.shape)
+        labels = _wide_labels(labels, logits.shape)
         t, w = self.temperature, self.weight
         divergence = F.kl_div((logits / t).log_softmax(-1), target.to(logits), reduction="batchmean")
-        return (1 - w) * F.cross_entropy(logits, labels.to(torch.int64)) + w * t * t * divergence
+        return (1 - w) * F.cross_entropy(logits, labels) + w * t * t * divergence
 
     def extra_repr(self) -> str:
         """Return the part of ``repr(loss)`` between the brackets."""
@@ -175,13 +175,13 @@ class ActivationLoss(nn.Module):
                 f"penult.distill.targets(pair, labels, kind={kind!r})"
             )
         logits = head.logits(u)
-        _check_labels(labels, logits.shape)
+        labels = _wide_labels(labels, logits.shape)
         target = target.to(u)
         distance = self.strength * (u - F.linear(target[:, :d], head.span.to(u))).square().sum(-1).mean()
         if self.hint_projector is not None:
             hint = _projected(self.hint_projector, features)
             distance = distance + self.hint * (hint - target[:, d:]).square().sum(-1).mean()
-        return F.cross_entropy(logits, labels.to(torch.int64)) + distance / head.radius.to(u) ** 2
+        return F.cross_entropy(logits, labels) + distance / head.radius.to(u) ** 2
 
     def predict(self, features: Tensor) -> Tensor:
         """Return the logits (B, K) of the student for its features (B, in_features)."""
@@ -231,7 +231,8 @@ def _projected(projector: nn.Module, features: Tensor) -> Tensor:
     return projected
 
 
-def _check_labels(labels: Any, shape: torch.Size) -> None:
+def _wide_labels(labels: Tensor, shape: torch.Size) -> Tensor:
+    """Check labels (B,) for logits (B, K) and return them as int64."""
     # On an accelerator the values would have to be waited for, in every step of the training.
-    if not torch.compiler.is_compiling() and not (isinstance(labels, Tensor) and labels.is_cuda):
-        check_labels(labels, shape)
+    values = not torch.compiler.is_compiling() and not (isinstance(labels, Tensor) and labels.is_cuda)
+    return integer_labels(labels, shape[:1], shape[1], values=values)

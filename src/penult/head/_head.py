@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penult._checks import check_bias, check_choice, check_finite, check_positive, check_weight
+from penult._checks import check_bias, check_choice, check_finite, check_positive, check_weight, index_of
 from penult._row_blocks import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of, wide_mean_row
 from penult.head._calibration import calibration
 from penult.head._certificate import HeadCertificate
@@ -209,7 +209,7 @@ class Head(nn.Module):
         """Return the centered rows w_y - mean row.
 
         Args:
-            index: Index of the rows, as for a tensor. Default: all rows, which need as much memory as W.
+            index: Index of the rows; only a bool tensor is a mask. Default: all rows, which need as much memory as W.
 
         Returns:
             (K, d), or (*index.shape, d); float32 for a head of half precision.
@@ -218,7 +218,7 @@ class Head(nn.Module):
             >>> Head(torch.tensor([[3.0, 0.0], [1.0, 0.0]])).centered_weight(torch.tensor([1]))
             tensor([[-1.,  0.]])
         """
-        rows = self.weight if index is None else self.weight[index]
+        rows = self.weight if index is None else self.weight[index_of(index)]
         return rows - self.mean_row
 
     def centered_blocks(self) -> Iterator[tuple[slice, Tensor]]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from penult._checks import integer_labels
 from penult.report import plots
 from penult.report._pair_sections import origin
 from penult.report.markup import shorten
@@ -251,6 +252,7 @@ def pictures_of(
         confident: Smallest p(y|h) of confident samples, or None for no such samples.
     """
     num_classes, device = generator.pair.head.num_classes, generator.pair.head.weight.device
+    labels = integer_labels(labels, real.shape[:1], num_classes)
     classes = evenly(num_classes, _CLASSES)
     pairs = list(zip(classes[::2], classes[1::2], strict=False))[:_INTERPOLATED]
     first, last = torch.tensor(pairs).T

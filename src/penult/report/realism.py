@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
+from penult._checks import integer_labels
 from penult.realism import Ranking, Realism, Spread
 from penult.report import plots
 from penult.report.figures import legend, new_figure, style
@@ -110,16 +111,17 @@ def principal_components(
     # One-dimensional activations have one component only; the second coordinate is zero.
     planes = [F.pad((h - centre) @ axes, (0, 2 - axes.shape[1])) for h in (real, sampled)]
     all_coloured = len(names) <= ALL_COLOURED
-    counts = torch.bincount(labels.cpu(), minlength=len(names))
+    classes, sampled_classes = (integer_labels(y, num_classes=len(names)).cpu() for y in (labels, sampled_labels))
+    counts = torch.bincount(classes, minlength=len(names))
     num_coloured = len(names) if all_coloured else MOST_COLOURED
     coloured = counts.argsort(descending=True, stable=True)[:num_coloured].sort().values
     colour_index = torch.full((len(names),), -1)
     colour_index[coloured] = torch.arange(len(coloured))
     return plots.scatter(
         planes[0],
-        colour_index[labels.cpu()],
+        colour_index[classes],
         [shorten(names[y], _LETTERS) for y in coloured.tolist()],
-        second=(planes[1], colour_index[sampled_labels.cpu()]),
+        second=(planes[1], colour_index[sampled_classes]),
         titles=titles,
         rest="" if all_coloured else "other classes",
     )
