@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 SLOW_FOLDERS = ("benchmarks/tests", "tests/demo", "tests/faults", "tests/processes")
+SLOW_DOCTESTS = ("src/penult/testing/__init__.py::penult.testing",)
 LIMIT = 2.0  # seconds of CPU time
 TIERS = ("default", "slow", "all")
 
@@ -75,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = {(folder / arg.partition("::")[0]).resolve() for arg in config.args if "::" in arg}
     selected, left_out = [], []
     for item in items:
-        if _is_slow_folder(item.path, config):
+        if _is_slow_folder(item.path, config) or item.nodeid in SLOW_DOCTESTS:
             item.add_marker(pytest.mark.slow)
         if item.path in named:
             chosen = True

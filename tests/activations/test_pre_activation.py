@@ -213,6 +213,7 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize("name", FOUND)
+@pytest.mark.usefixtures("compiler")
 def test_the_certificate_agrees_with_what_stands_before(name):
     case = FOUND[name]
     tap = tapped(case.make(), case.inputs)

@@ -244,6 +244,7 @@ def test_half_precision_heads(dtype, tmp_path):
         assert again.base.subspace.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_large_heads_are_looked_at_in_blocks():
     weight = torch.randn(20_000, 32, generator=seeded())
     base = quiet_from_head(Head(weight), confidence=0.5)

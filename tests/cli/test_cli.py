@@ -53,7 +53,7 @@ def short_demo(tmp_path, monkeypatch):
     from penult.demo import classifier
 
     monkeypatch.setattr(classifier, "_EPOCHS", 1)
-    monkeypatch.setattr(demo, "PARTS", demo.PARTS[:3])
+    monkeypatch.setattr(demo, "PARTS", demo.PARTS[:2])
     return ["demo", "--out", str(tmp_path)]
 
 
@@ -67,9 +67,9 @@ def test_demo_returns_json_and_prints(short_demo):
 @pytest.mark.slow
 def test_demo_prints(short_demo, monkeypatch):
     from penult import demo
-    from penult.demo import fit
+    from penult.demo import fit, samples
 
-    monkeypatch.setattr(demo, "PARTS", (*demo.PARTS, fit.label_free))
+    monkeypatch.setattr(demo, "PARTS", (*demo.PARTS, samples.without_data, fit.label_free))
     done = CliRunner().invoke(app, short_demo)
     assert done.exit_code == 0, done.output
     assert "max |posterior - softmax|" in done.stdout

@@ -12,6 +12,7 @@ from scipy.special import ive
 from heads import random_head
 from penult import Activations, Gaussian, GenerativePair, Head, Marginal, Sphere, find_head, special
 from penult.distill import Gate
+from tiers import thin
 
 TAIL = 0.1
 
@@ -101,7 +102,7 @@ def test_an_image_that_the_teacher_gets_wrong_is_not_believed(pair):
     assert torch.equal(Gate(pair)(h, labels), (pair.head(h).argmax(-1) == labels).double())
 
 
-@pytest.mark.parametrize("tail", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("tail", thin([0.1, 0.5, 0.95], keep=[0.5]))
 @pytest.mark.parametrize("classes", [3, 4, 10, 100])  # span of 2, 3, 9 and 99 dimensions
 def test_density_is_the_share_of_the_class_that_lies_farther_out(classes, tail):
     head = random_head(classes, 3 * classes, seed=3, bias=False, norm=5.0)

@@ -4,8 +4,22 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 _ALLOWED = 1 << 30
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tables_of_characters() -> None:
+    """Let Hypothesis build its tables of characters, which it does once and which is no part of the first test."""
+
+    @settings(max_examples=1, database=None)
+    @given(st.text())
+    def once(text: str) -> None:
+        assert isinstance(text, str)
+
+    once()
 
 
 @pytest.fixture(autouse=True)
