@@ -92,6 +92,120 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+# ---- paths as people write them -----------------------------------------------------------------------------
+
+
+def test_links_stay_and_their_files_are_replaced(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "shelf").symlink_to("store")
+    file, link, chain = tmp_path / "store" / "a", tmp_path / "link", tmp_path / "chain"
+    link.symlink_to("shelf/a")  # a relative link, which leads to a file that is not there yet
+    chain.symlink_to(link)
+    for i, path in enumerate((link, chain, str(chain), tmp_path / "shelf" / "a")):
+        assert io.write(path, {}, "x", {"i": i}) == type(file)(path)
+        assert io.read(file).metadata == io.read(chain).metadata == {"i": i}
+    io.write_bytes(link, b"page")
+    assert file.read_bytes() == b"page"
+    assert link.is_symlink()
+    assert chain.is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "chain", "link", "shelf", "store"]
+
+
+def test_links_that_lead_to_no_file(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "lost").symlink_to("nowhere/a")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name, error, words in (
+        ("a", OSError, "cannot write .*/a: it is a symbolic link that leads back to itself"),
+        ("lost", FileNotFoundError, "cannot write .*/lost: it is a link to .*nowhere does not exist; create it first"),
+        ("null", OSError, "cannot write .*/null: it is a device or pipe; expected a file"),
+    ):
+        with pytest.raises(error, match=words):
+            io.write_bytes(tmp_path / name, b"")
+        assert (tmp_path / name).is_symlink()
+
+
+def test_a_failed_write_through_a_link_leaves_both(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "link").symlink_to("store/a")
+    io.write(tmp_path / "link", {}, "x", {"old": True})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        io.write(tmp_path / "link", {}, "x", {})
+    assert io.read(tmp_path / "link").metadata == {"old": True}
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "a" * 101, "🙂" * 60 + ".safetensors", "a" * 100])
+def test_every_name_that_the_system_takes(tmp_path, name):
+    for i in range(2):
+        io.write(tmp_path / name, {}, "x", {"i": i})
+    assert io.read(tmp_path / name).metadata == {"i": 1}
+    with io.aside(tmp_path / name) as temporary:
+        assert len(os.fsencode(temporary.name)) <= 125
+        io.sweep(tmp_path, name)
+        assert list(io.leftovers(tmp_path)) == [temporary]
+    # The temporary file of a killed writer is removed by the next one of the same name alone.
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    debris = tmp_path / temporary.name.replace(f".{os.getpid()}-", f".{dead.pid}-")
+    debris.touch()
+    io.write(tmp_path / (name[:-1] + "b"), {}, "x", {})
+    assert debris.exists()
+    io.write(tmp_path / name, {}, "x", {})
+    assert not debris.exists()
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    io.write("~/a", {}, "x", {})
+    io.write_bytes("~/new/b", b"")
+    io.write_index("~/", {"a": {}}, "x", {})
+    assert io.read("~/a").kind == io.read_index("~").kind == "x"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "index.json", "new"]
+
+
+@pytest.mark.parametrize(
+    ("device", "error"),
+    [("gpu", ValueError), ("cuda:99", ValueError), ("cpu:x", ValueError), ("", ValueError), (None, TypeError),
+     (["cpu"], TypeError), (99, ValueError)],
+)  # fmt: skip
+def test_a_bad_device_is_no_fault_of_the_file(tmp_path, device, error):
+    path = io.write(tmp_path / "a", {"x": torch.zeros(2)}, "x", {})
+    with pytest.raises(error, match=r"^device is .*expected a device of this machine") as caught:
+        io.read(path, device=device)
+    assert not isinstance(caught.value, io.FileFormatError)
+    for known in ("cpu", torch.device("cpu"), "meta"):
+        assert io.read(path, device=known).tensors["x"].device.type == torch.device(known).type
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+            "is a Git LFS pointer.*git lfs pull",
+        ),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><title>404", "is an HTML page; expected a safetensors file.*Download the file"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "is an XML document; .*Download the file itself"),
+        (b"\x1f\x8b\x08\x00 packed", "is compressed by gzip; .*Unpack it"),
+        (b"\x28\xb5\x2f\xfd packed", "is compressed by Zstandard"),
+        (b"PK\x03\x04 packed", "is a zip archive; expected a safetensors file. If torch.save wrote it"),
+        (b"PAR1", "is a parquet file; expected a safetensors file"),
+        (b"\x93NUMPY\x01\x00", r"is a NumPy array \(.npy\)"),
+        (b"a/".ljust(257, b"\0") + b"ustar", "is a tar archive"),
+        (b'{"weight_map": {}}', "is JSON; .*give the shard that it names"),
+        (b"", "is empty; .*truncated"),
+        (b"\x1f\x8b\x08\0\0\0\0\0{", "is truncated or damaged"),  # a header of that length
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path, data, words):
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(io.FileFormatError, match=f"a.safetensors {words}"):
+        io.read(tmp_path / "a.safetensors")
+
+
 def test_bad_destinations(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
         io.write(tmp_path / "nowhere" / "a", {}, "x", {})

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,10 +33,12 @@ __all__ = [
     "check_positive",
     "check_shares",
     "check_weight",
+    "class_names_tuple",
     "described",
     "index_of",
     "integer_labels",
     "is_chance_level",
+    "usable_device",
     "validates_by_default",
     "with_remedy",
 ]
@@ -172,6 +175,26 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} holds {count} values that are NaN or infinite, the first at index {first}")
 
 
+def usable_device(name: str, device: Any) -> torch.device:
+    """Return a device; raise if there is no such device, or none here.
+
+    Raises:
+        TypeError: `device` is neither a device nor the name of one.
+        ValueError: It cannot be used here.
+    """
+    want = 'a device of this machine, such as "cpu"'
+    try:
+        found_device = torch.device(device)
+        torch.empty(0, device=found_device)
+    except TypeError:
+        raise TypeError(f"{name} is {described(device)}; expected {want}") from None
+    # Builds of torch without a kind of device raise an AssertionError or a NotImplementedError.
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name} is {str(device)!r}, which cannot be used here ({reason}); expected {want}") from error
+    return found_device
+
+
 # --- labels -------------------------------------------------------------------------------------------------
 
 # Indexing with uint8 selects a mask in PyTorch, and narrow integers overflow in arithmetic, so labels are widened.
@@ -241,6 +264,47 @@ def check_labels(labels: Any, logits_shape: torch.Size, offset: int = 0) -> None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is {described(labels)}; expected a tensor of integer class indices")
     integer_labels(labels, logits_shape[:-1], logits_shape[-1], offset=offset)
+
+
+def class_names_tuple(names: Any, num_classes: int | None = None) -> tuple[str, ...]:
+    """Return the names of classes in the order of the classes.
+
+    Args:
+        names: One name for each class: a sequence, or a mapping of class numbers to names, such as ``id2label`` of a
+            configuration of Hugging Face. The numbers may be text, as JSON has them.
+        num_classes: K; None for any number.
+
+    Raises:
+        TypeError: It is neither, or a name is not a string.
+        ValueError: The numbers are not 0 to K − 1, or there is another number of names.
+    """
+    if isinstance(names, Mapping):
+        try:
+            by_number = {
+                int(number) if isinstance(number, str) else operator.index(number): name
+                for number, name in names.items()
+            }
+        except (TypeError, ValueError):
+            by_number = {}
+        if len(by_number) != len(names) or sorted(by_number) != list(range(len(names))):
+            shown = ", ".join(map(repr, [*names][:3])) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"class_names is a mapping of {shown}; expected the class numbers 0 to {max(len(names) - 1, 0)}, each "
+                "with its name"
+            )
+        names = [by_number[number] for number in range(len(names))]
+    # A string is a sequence, too: of its letters. A set has no order.
+    if isinstance(names, str | bytes | Set) or not isinstance(names, Iterable):
+        raise TypeError(
+            f"class_names is {described(names)}; expected a sequence of names, or a mapping of numbers to names"
+        )
+    texts = tuple(names)
+    for number, name in enumerate(texts):
+        if not isinstance(name, str):
+            raise TypeError(f"class_names[{number}] is {name!r}; expected a string")
+    if num_classes is not None and len(texts) != num_classes:
+        raise ValueError(f"class_names has {len(texts)} names; expected {num_classes}, one for each class")
+    return tuple(map(str, texts))
 
 
 def is_chance_level(accuracy: float, count: int, num_classes: int) -> bool:

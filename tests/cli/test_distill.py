@@ -313,7 +313,7 @@ def test_other_weights_of_the_teacher_are_another_distillation(penult_json, refu
         ((*FILE, *SMALL, "--kind", "activation", "--strength", "-1"), "strength"),
         ((*FILE, *SMALL, "--rate", "0"), "rate"),
         ((*FILE, *SMALL, "--mode", "RGB"), "images of shape (16, 3, 8, 8)"),
-        ((*FILE, *SMALL, "--device", "nowhere"), "--device 'nowhere'"),
+        ((*FILE, *SMALL, "--device", "nowhere"), "--device is 'nowhere', which cannot be used"),
         (("distill", "teacher.penult.safetensors", "--data", "outside.npz", *SMALL), "labels up to 10"),
         (("distill", "gone.safetensors", "--data", "data.npz", *SMALL), "gone.safetensors does not exist"),
         (("distill", "two.safetensors", "--weight-key", "a.weight", "--data", "data.npz", *SMALL), "the head has 3"),

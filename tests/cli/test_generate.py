@@ -397,7 +397,7 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
     [
         (("generate", "net.penult.safetensors", "--images", "data.npz"), "--model is needed"),
         (PAIR, "--images is needed"),
-        ((*PAIR, "--images", "gone.npz"), "no file gone.npz"),
+        ((*PAIR, "--images", "gone.npz"), "no file or folder 'gone.npz'"),
         ((*DATA, "--class", "3", "-n", "2"), "--class, --count go with drawing"),
         ((*DATA, "--judge-weights", "net.safetensors"), "--judge-weights goes with --judge"),
         ((*DATA, "--judge", "gennets:gone"), "--judge 'gennets:gone'"),
@@ -418,7 +418,7 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ((*DATA, "--consistency", "-1"), "consistency"),
         ((*DATA, "--mean", "0.5,0.5,0.5"), "the images have 1 channels"),
         ((*DATA, "--mode", "RGB"), "images of shape (16, 3, 8, 8)"),
-        ((*DATA, "--device", "nowhere"), "--device 'nowhere'"),
+        ((*DATA, "--device", "nowhere"), "--device is 'nowhere', which cannot be used"),
         ((*PAIR, "--images", "data.npz", "--val", "small.npz"), "of --val small.npz are of shape (1, 4, 4)"),
         ((*PAIR, "--images", "unlabelled.npz", "--condition", "label"), "--condition label needs labels"),
         (("generate", "other.penult.safetensors", *MODEL, "--images", "data.npz"), "is not that of gennets:net"),

@@ -81,7 +81,7 @@ def test_heads_in_files(penult_json):
         (["usernets:trained", "--data", "digits", "--size", "big"], "--size is 'big'"),
         (["usernets:trained", "--data", "digits", "--std", "0"], "--std is 0; expected positive numbers"),
         (["usernets:trained", "--data", "digits", "--mean", "x"], "--mean is 'x'; expected one number"),
-        (["usernets:trained", "--shape", "1,8,8", "--device", "warp"], "--device 'warp' cannot be used"),
+        (["usernets:trained", "--shape", "1,8,8", "--device", "warp"], "--device is 'warp', which cannot be used"),
         (["usernets:trained", "--shape", "1,8,8", "--path", "nope"], "no module at path 'nope'"),
         (["usernets:trained", "--shape", "1,8,8", "--weights", "gone.safetensors"], "does not exist"),
         (["usernets:trained", "--shape", "1,8,8", "--weights", "two.safetensors"], "does not fit the model"),

@@ -18,7 +18,7 @@ def tree(tmp_path, make):
     for i, name in enumerate([*files, ".trash/1.png"]):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         make.grey(20 * i, 16, 16).save(tmp_path / name)
-    (tmp_path / "cat" / "words.txt").write_text("words")
+    (tmp_path / "cat" / "LICENSE.txt").write_text("words")
     (tmp_path / "README.md").write_text("words")
     return tmp_path
 
@@ -37,7 +37,7 @@ def test_classes_are_sorted_folders(tree):
 
 
 def test_a_flat_folder_has_no_labels(tmp_path, make):
-    for i, name in enumerate(["b.png", "a.png", ".c.png", "d.txt"]):
+    for i, name in enumerate(["b.png", "a.png", ".c.png", "readme.txt"]):
         make.grey(i).save(tmp_path / name, "png")
     dataset = read(tmp_path)
     assert dataset.labels is None
@@ -45,6 +45,93 @@ def test_a_flat_folder_has_no_labels(tmp_path, make):
     assert values(dataset) == [1, 0]
     with pytest.raises(ValueError, match=r"torch.stack\(list\(dataset\)\)"):
         dataset.load()
+
+
+def save(root, make, *names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        make.grey(i + 1).save(root / name, "png")
+
+
+def test_suffixes_of_all_formats_that_are_decoded(tmp_path, make):
+    kinds = {"jfif": "JPEG", "JPE": "JPEG", "j2k": "JPEG2000", "tga": "TGA", "Qoi": "QOI", "pcx": "PCX", "apng": "PNG"}
+    for i, (suffix, kind) in enumerate(sorted(kinds.items())):
+        (tmp_path / f"{i}.{suffix}").write_bytes(make.encode(Image.new("RGB", (16, 16), (40 * i,) * 3), kind))
+    dataset = folder(tmp_path)
+    assert [abs(each - 40 * i) < 3 for i, each in enumerate(values(dataset))] == [True] * len(kinds)
+
+
+def test_files_left_out_are_counted(tmp_path, make):
+    save(tmp_path, make, "cat/0.png", "dog/0.png")
+    for name in ("cat/1.heic", "dog/1", "dog/labels.csv", "notes.doc", "README.md", "dog/Thumbs.db"):
+        (tmp_path / name).write_text("words")
+    (tmp_path / "dog" / "2.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(UserWarning, match=r"^5 files \(cat/1.heic, dog/1, dog/2.png, \.\.\.\) of .* left out") as caught:
+        assert len(read(tmp_path)) == 2
+    assert len(caught) == 1
+    (tmp_path / "cat" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"without an image: cat; .* They hold 1 file \(cat/1.heic\)"):
+        folder(tmp_path)
+    (tmp_path / "dog" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"contains no image; .* It holds 7 files \(README.md, cat/1.heic"):
+        folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train2017/a/0.png", "val2017/a/0.png", "annotations/0.png"], r"contains splits, .*\(train2017, val2017\)"),
+        (["Training_Set/0.png", "TEST-set/0.png", "raw/0.png"], r"contains splits, .*\(TEST-set, Training_Set\)"),
+        (["trainA/0.png", "testA/0.png", "trainB/0.png", "testB/0.png"], r"\(testA, testB, trainA, trainB\)"),
+        (["train/a/0.png"], r"contains splits, not classes \(train\); read one of them: .*/train"),
+        (["train/a/0.png", "more/b/0.png"], r"train is a split of .* contains folders \(a\).* Read .*train"),
+        (["images/train/0.png", "images/val/0.png"], r"images contains splits \(train, val\), which would be merged"),
+        (["cat/dev/0.png", "cat/test/0.png", "dog/dev/0.png"], r"cat contains splits \(dev, test\)"),
+        (
+            ["set/cat/0.png", "set/dog/0.png"],
+            r"set is the only folder of .* contains folders \(cat, dog\).* Read .*set",
+        ),
+    ],
+)
+def test_splits_are_neither_classes_nor_merged(tmp_path, make, names, message):
+    save(tmp_path, make, *names)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["bus", "car", "train"],  # as in CIFAR-100 and COCO
+        ["bullet_train", "test_tube", "valley"],
+        ["trainer", "developer", "contest"],
+    ],
+)
+def test_classes_whose_names_are_like_splits(tmp_path, make, names):
+    save(tmp_path, make, *(f"{name}/0.png" for name in names))
+    assert folder(tmp_path).class_names == tuple(sorted(names))
+
+
+def test_brackets_and_the_home_folder(tmp_path, make, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path, make, "set [v2]*/cat/0.png", "set [v2]*/dog/0.png")
+    assert read("~/set [v2]*").class_names == folder("~/set [v2]*").class_names == ("cat", "dog")
+
+
+def test_other_files_with_the_suffix_of_an_image_are_named(tmp_path, make):
+    contents = {
+        "a.png": (b"version https://git-lfs.github.com/spec/v1\noid", r"it is a Git LFS pointer.*Run git lfs pull"),
+        "b.png": (b"\n<!DOCTYPE html><p>Sign in", "it is an HTML page.*Download the file itself"),
+        "c.png": (b"\x1f\x8b\x08 packed", "it is compressed by gzip.*Unpack"),
+        "d.png": (b"", "it is empty"),
+        "e.png": (b"words", "its format is unknown"),
+    }
+    for name, (data, _) in contents.items():
+        (tmp_path / name).write_bytes(data)
+    dataset = folder(tmp_path)
+    for i, (name, (_, message)) in enumerate(contents.items()):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as an image: {message}"):
+            dataset[i]
 
 
 def test_links_are_followed(tree, tmp_path_factory):
@@ -61,7 +148,7 @@ def test_folders_that_are_refused(tree, tmp_path_factory, make):
         folder(tree / "README.md")
     (tree / "ant").mkdir()
     (tree / "bee" / "x").mkdir(parents=True)
-    with pytest.raises(ValueError, match="classes without an image: ant, bee; remove"):
+    with pytest.raises(ValueError, match=r"classes without an image: ant, bee; expected images in each folder\. Put"):
         folder(tree)
     make.grey(1).save(tree / "loose.png")
     with pytest.raises(ValueError, match=r"both folders \(Eel, ant, bee\) and images \(loose.png\)"):
@@ -72,7 +159,7 @@ def test_folders_that_are_refused(tree, tmp_path_factory, make):
     for name in ("train", "Test"):
         (empty / name).mkdir()
         (empty / name / "cat").symlink_to(tree / "cat")
-    with pytest.raises(ValueError, match=r"are splits, not classes; read one of them: .*/Test"):
+    with pytest.raises(ValueError, match=r"contains splits, not classes \(Test, train\); read one of them: .*/Test"):
         folder(empty)
     assert folder(empty / "train").class_names == ("cat",)
 

@@ -24,10 +24,12 @@ def save(tmp_path):
 @pytest.mark.parametrize(
     ("images", "labels"),
     [("images", "labels"), ("image", "label"), ("x", "y"), ("X", "Y"), ("x_train", "y_train"), ("data", "target"),
-     ("val_images", "val_labels"), ("arr_0", "arr_1")],
+     ("val_images", "val_labels"), ("arr_0", "arr_1"), ("data", "targets"), ("X_train", "y_train"), ("imgs", "labels"),
+     ("trainX", "trainY"), ("images", "targets"), ("test_data", "test_label"), ("inputs", "classes")],
 )  # fmt: skip
 def test_usual_keys(save, images, labels):
-    dataset = npz(save(**{labels: LABELS, images: GREY, "weights": np.ones(6)}))
+    with pytest.warns(UserWarning, match=r"a.npz: arrays that are not read: weights$"):
+        dataset = npz(save(**{labels: LABELS, images: GREY, "weights": np.ones(6)}))
     assert len(dataset) == 6
     assert dataset.labels.tolist() == LABELS.tolist()
     assert dataset.class_names is None
@@ -54,6 +56,35 @@ def test_keys_that_cannot_be_told(save):
         npz(save(images=GREY), images="z")
     with pytest.raises(ValueError, match="has no array 'z'; its arrays are images"):
         npz(save(images=GREY), labels="z")
+
+
+@pytest.mark.parametrize("name", ["fine_labels", "gt", "y_test", "annotations"])
+def test_labels_of_unknown_names_are_named(save, name):
+    path = save(**{"images": GREY, name: LABELS})
+    with pytest.warns(UserWarning, match=f"not read: {name}. The images have no labels; pass labels="):
+        assert npz(path).labels is None
+    assert npz(path, labels=name).labels.tolist() == LABELS.tolist()
+
+
+def test_names_with_further_words(save):
+    with pytest.warns(UserWarning, match="not read: image_ids, label_names$"):
+        dataset = npz(save(images=GREY, image_ids=LABELS, labels=LABELS, label_names=np.array(["a", "b", "c"])))
+    assert dataset.labels.tolist() == LABELS.tolist()
+    with pytest.raises(ValueError, match="may be the labels: labels, target; pass labels="):
+        npz(save(images=GREY, labels=LABELS, target=LABELS))
+
+
+def test_other_files_are_named(tmp_path):
+    for data, message in (
+        (b"version https://git-lfs.github.com/spec/v1", r"a.npz is a Git LFS pointer.*Run git lfs pull"),
+        (b"<html><body>403", r"a.npz is an HTML page.*Download the file itself"),
+        (b"\x1f\x8b\x08 packed", "a.npz is compressed by gzip.*Unpack"),
+        (b"PAR1", "a.npz is a parquet file; expected a zip archive"),
+        (b"words", "a.npz cannot be read as an .npz file of plain arrays"),
+    ):
+        (tmp_path / "a.npz").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            npz(tmp_path / "a.npz")
 
 
 def test_shapes(save):
@@ -141,7 +172,7 @@ def test_files_that_are_refused(save, tmp_path):
     with pytest.raises(ValueError, match=r"b.npz cannot be read as an .npz file"):
         npz(tmp_path / "b.npz")
     np.save(tmp_path / "c.npy", GREY)
-    with pytest.raises(ValueError, match=r"c.npy cannot be read as an .npz file"):
+    with pytest.raises(ValueError, match=r"c.npy is a NumPy array .* numpy.savez\(path, images="):
         npz(tmp_path / "c.npy")
 
 

@@ -74,17 +74,119 @@ def test_a_folder_of_splits_is_not_one_set(shards, make):
     assert values(parquet(shards / "test-*.parquet")) == [99]
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train.parquet", "validation.parquet"], r"splits \(train, validation\); read one of them: .*/train.parquet"),
+        (["mnist-test.parquet", "mnist-train1.parquet"], r"splits \(mnist-test, mnist-train\)"),
+        (["mnist-train.parquet", "usps-train.parquet"], r"splits \(mnist-train, usps-train\)"),
+        (["TRAIN_0.PARQUET", "TRAIN_1.PARQUET", "b.parquet"], r"splits \(TRAIN, b.parquet\)"),
+        (["plain_text/test/0000.parquet", "plain_text/train/0000.parquet"], r"in 2 folders .* may be splits; read one"),
+        (["default/test-0-of-1.parquet", "default/train-0-of-1.parquet"], r"splits \(test, train\).*default/test-\*"),
+    ],
+)
+def test_splits_are_not_merged(tmp_path, make, names, message):
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        make.parquet(tmp_path / name, [i], [0])
+    for source in (tmp_path, f"{tmp_path}/**/*.[pP]*"):
+        with pytest.raises(ValueError, match=message if source is tmp_path else "contains splits"):
+            read(source)
+    files = [tmp_path / name for name in names]
+    assert sorted(values(read(files))) == list(range(len(names)))
+    assert values(read(files[0])) == [0]
+
+
+@pytest.mark.parametrize(
+    "names", [["train-0.parquet", "train-1.parquet"], ["0000.parquet", "0001.parquet"], ["x/y/TRAIN.PARQUET"]]
+)
+def test_folders_that_are_one_set(tmp_path, make, names):
+    (tmp_path / "README.md").write_text("words")
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        make.parquet(tmp_path / name, [i], [0])
+    assert values(read(tmp_path)) == values(parquet(str(tmp_path))) == list(range(len(names)))
+
+
+def test_images_next_to_parquet_files(tmp_path, make):
+    for name in ("data", "assets"):
+        (tmp_path / name).mkdir()
+    make.parquet(tmp_path / "data" / "train.parquet", [{"bytes": None, "path": "0.png"}], [0])
+    make.grey(7).save(tmp_path / "data" / "0.png")  # the image of the row
+    assert values(read(tmp_path)) == [7]
+    make.grey(8).save(tmp_path / "assets" / "logo.png")
+    message = (
+        r"1 file \(data/train.parquet\) of parquet and 1 file \(assets/logo.png\) of images.* Read .*data or .*assets"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
+def test_names_with_brackets_are_no_patterns(tmp_path, make, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shelf = tmp_path / "set [1-2]?"
+    shelf.mkdir()
+    for i in range(2):
+        make.parquet(shelf / f"train[{i}].parquet", [i], [0])
+    for source in (shelf, f"{shelf}/*.parquet", f"{shelf}/train*", "~/set [1-2]?/*", ["~/set [1-2]?/train[0].parquet"]):
+        assert values(read(source)) == [0, 1][: 1 if isinstance(source, list) else 2]
+    assert values(read(shelf / "train[1].parquet")) == [1]
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        read(f"{shelf}/test*.parquet")
+
+
+def test_other_files_are_named(tmp_path):
+    for data, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer.*Run git lfs pull"),
+        (b"  <HTML><body>404", "is an HTML page.*Download the file itself"),
+        (b"\x1f\x8b\x08\0 packed", "is compressed by gzip.*Unpack"),
+        (b"PK\x03\x04 packed", "is a zip archive; expected a parquet file"),
+        (b"", "is empty"),
+        (b"PAR1 the start", "is not a parquet file, or a damaged one"),
+        (b"words", "is not a parquet file, or a damaged one"),
+    ):
+        (tmp_path / "a.parquet").write_bytes(data)
+        with pytest.raises(ValueError, match=f"a.parquet {message}"):
+            parquet(tmp_path / "a.parquet")
+
+
 def test_shards_of_different_sets(tmp_path, make):
     first = make.parquet(tmp_path / "a.parquet", [1], [0], NAMES)
     other = make.parquet(tmp_path / "b.parquet", [1], [0], ["x", "y"])
     with pytest.raises(ValueError, match=r"a.parquet and .*b.parquet do not belong together: class names"):
         parquet([first, other])
-    make.parquet(other, [1], pa.array([0], pa.int32()), NAMES)
-    with pytest.raises(ValueError, match=r"column 'label' is 'int64' in the first and 'int32' in the second"):
-        parquet([first, other])
     make.parquet(other, [1])
-    with pytest.raises(ValueError, match=r"column 'label' is 'int64' in the first and 'missing' in the second"):
+    with pytest.raises(ValueError, match=r"column 'label' is 'present' in the first and 'missing' in the second"):
         parquet([first, other])
+    with pytest.raises(ValueError, match=r"column of labels is None in the first and 'label' in the second"):
+        parquet([make.parquet(first, [1]), make.parquet(other, [1], [0])])
+
+
+def test_shards_may_differ_in_what_is_not_read(tmp_path, make):
+    first = make.parquet(tmp_path / "a.parquet", [1, 2], [0, 1], NAMES)
+    other = tmp_path / "b.parquet"
+    for kind in (pa.int8(), pa.uint16(), pa.int32()):
+        make.parquet(other, [3, 4], pa.array([2, 0], kind), NAMES)
+        assert parquet([first, other]).labels.tolist() == [0, 1, 2, 0]
+    table = pq.read_table(other)
+    for name, column in (("img", table["image"]), ("label_name", pa.array(["eel", "cat"])), ("labels", table["label"])):
+        pq.write_table(table.append_column(name, column), other)
+        for files in ([first, other], [other, first]):
+            assert values(parquet(files, image="image", label="label")) == [1, 2, 3, 4]
+        assert values(parquet([first, other])) == [1, 2, 3, 4]
+    cells = [make.encode(make.grey(i)) for i in (3, 4)]
+    assert values(parquet([first, make.parquet(other, cells, [1, 1], NAMES)])) == [1, 2, 3, 4]
+    make.parquet(other, [3, 4], pa.nulls(2), NAMES)
+    with pytest.raises(ValueError, match=r"2 of 4 images have no label .* row 0 of .*b.parquet"):
+        parquet([first, other])
+    assert parquet(other).labels is None
+
+
+def test_class_names_of_metadata_may_be_a_mapping(tmp_path, make):
+    names = {"2": "eel", "0": "cat", "1": "dog"}
+    assert parquet(make.parquet(tmp_path / "a.parquet", [3], [2], names)).class_names == tuple(NAMES)
+    with pytest.raises(ValueError, match=r"class names in the metadata of .* is a mapping of 'x'"):
+        parquet(make.parquet(tmp_path / "a.parquet", [3], [0], {"x": "cat"}))
 
 
 def test_without_labels(tmp_path, make):

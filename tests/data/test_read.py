@@ -54,6 +54,76 @@ def test_what_is_not_read(tmp_path):
         read(tmp_path / "b.npz")
 
 
+def test_suffixes_in_capitals(tmp_path, make):
+    make.parquet(tmp_path / "A.PARQUET", [1, 2], [0, 1])
+    with open(tmp_path / "B.NPZ", "wb") as file:
+        np.savez(file, images=np.zeros((4, 2, 2), "uint8"))
+    assert len(read(tmp_path / "A.PARQUET")) == len(read(tmp_path)) == len(read(f"{tmp_path}/*.PARQUET")) == 2
+    assert len(read(tmp_path / "B.NPZ")) == 4
+
+
+def test_other_kinds_of_files_are_named(tmp_path):
+    for name, data, kind in (
+        ("a.zip", b"PK\x03\x04", "a zip archive"),
+        ("a.parquet.gz", b"\x1f\x8b\x08", "compressed by gzip"),
+        ("a.arrow", b"ARROW1\0\0", "an Arrow file"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf'{name} is {kind}; expected "digits", a .parquet file'):
+            read(tmp_path / name)
+
+
+def test_normalised_images():
+    plain = read("digits", mode="RGB")
+    mean, std = (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)
+    expected = (plain[3][0] - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    for given in ((mean, std), (torch.tensor(mean), np.array(std)), (list(mean), torch.tensor(std).view(3, 1, 1))):
+        dataset = read("digits", mode="RGB", mean=given[0], std=given[1])
+        assert torch.allclose(dataset[3][0], expected)
+    assert torch.equal(read("digits", mean=0.5)[3][0], read("digits")[3][0] - 0.5)
+    assert torch.equal(read("digits", std=0.5, transform=double)[3][0], 4 * read("digits")[3][0])
+    copy = pickle.loads(pickle.dumps(dataset)).unnormalized()
+    assert torch.equal(copy[3][0], plain[3][0])
+    assert torch.equal(copy.labels, plain.labels)
+    assert torch.allclose(dataset[3][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"std": 0.0}, ValueError, "std is .*; expected positive"),
+        ({"mean": float("nan")}, ValueError, "mean is nan; expected one finite number"),
+        ({"mean": "imagenet"}, TypeError, "mean is 'imagenet'; expected one number"),
+        ({"mean": torch.zeros(3, 2)}, ValueError, "mean is "),
+        ({"mean": []}, ValueError, "mean is "),
+    ],
+)
+def test_normalisations_that_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        read("digits", **options)
+
+
+def test_normalisation_of_other_channels():
+    with pytest.raises(ValueError, match="std has 3 values, but the images have 1 channels; expected one value"):
+        read("digits", std=(1, 1, 1))[0]
+
+
+@pytest.mark.parametrize("names", [{1: "b", 0: "a", 2: "c"}, {"2": "c", "0": "a", "1": "b"}, ["a", "b", "c"]])
+def test_class_names_as_people_hold_them(names):
+    source = Arrays(torch.zeros(3, 1, 2, 2), "zeros")
+    assert ImageDataset(source, torch.tensor([0, 2, 1]), names).class_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("names", "error"),
+    [({"a": 0, "b": 1}, ValueError), ({1: "a", 2: "b"}, ValueError), ({0: "a", "0": "b"}, ValueError),
+     ({0: 1}, TypeError), ("abc", TypeError), ({"a", "b"}, TypeError), ([0, 1], TypeError)],
+)  # fmt: skip
+def test_class_names_that_are_refused(names, error):
+    with pytest.raises(error, match="class_names"):
+        ImageDataset(Arrays(torch.zeros(1, 1, 2, 2), "zeros"), torch.tensor([0]), names)
+
+
 def test_indices():
     dataset = read("digits")
     assert dataset[-1][1] == dataset[1796][1] == dataset[torch.tensor(1796)][1] == dataset[np.int64(1796)][1]

@@ -184,4 +184,4 @@ def test_more_devices_than_there_are(here):
     process = start(here, *extraction("no", "--devices", 2, "--device", "cuda:0"))
     _, error = process.communicate(timeout=600)
     assert process.returncode == 2
-    assert "--device 'cuda:0' cannot be used here" in error
+    assert "--device is 'cuda:0', which cannot be used here" in error

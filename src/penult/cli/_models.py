@@ -264,11 +264,6 @@ def device_of(name: str) -> torch.device:
     Raises:
         ValueError: There is no such device here.
     """
-    import torch
+    from penult._checks import usable_device
 
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+    return usable_device("--device", name)

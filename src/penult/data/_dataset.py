@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from penult._checks import check_choice, check_shares, integer_labels
+from penult._checks import check_choice, check_shares, class_names_tuple, integer_labels
 from penult.data._decode import adapt, decode
+from penult.data._normalization import Normalization, PerChannel
 
 __all__ = ["ImageDataset", "Images", "Size", "Source", "Transform"]
 
@@ -40,7 +42,8 @@ class ImageDataset(Dataset[Any]):
     """Map-style data set of images for `torch.utils.data.DataLoader`, which decodes an image at access.
 
     `read`, `parquet`, `folder` and `npz` return it. Item i is (image, label): the image float32 (C, H, W) in [0, 1],
-    the label an int. Without labels it is the image alone. The data set can be pickled, and keeps no file open.
+    the label an int. Without labels it is the image alone. With `mean` or `std` images are normalised; `unnormalized`
+    returns the data set of plain images. The data set can be pickled, and keeps no file open.
 
     Encoded images are read by Pillow. They are rotated as their EXIF orientation says; transparent images are put on
     white; palettes, CMYK and other colours become RGB; bilevel images become grey; 16 bits are divided by 65535.
@@ -48,10 +51,13 @@ class ImageDataset(Dataset[Any]):
     Args:
         source: Images of a reader.
         labels: (N,) integers, -1 for images without a label; or None.
-        class_names: One name for each class, or None.
+        class_names: One name for each class, a mapping of class numbers to names (``id2label``), or None.
         mode: ``"L"`` for grey, ``"RGB"`` for colour; None keeps one or three channels as they are.
         size: Height and width to resize to, or one number for a square; None keeps the size. Bilinear with
             antialiasing, by Pillow for encoded images.
+        mean: Number that is subtracted from images in [0, 1], or one for each channel. Default: 0 if `std` is given.
+        std: Positive number that they are divided by after that, or one for each channel. Default: 1 if `mean` is
+            given.
         transform: Function that is applied to each image last.
 
     Attributes:
@@ -59,9 +65,9 @@ class ImageDataset(Dataset[Any]):
         class_names: One name for each class, or None.
 
     Raises:
-        TypeError: Labels or `size` are not integers.
+        TypeError: Labels or `size` are not integers, names are not strings, or `mean` or `std` are not numbers.
         ValueError: There is no image; labels do not fit the images or the names, or some are missing; `mode` is
-            unknown; or `size` is not positive.
+            unknown; or `size` or `std` is not positive.
 
     Example:
         >>> from penult.data import read
@@ -80,19 +86,22 @@ class ImageDataset(Dataset[Any]):
         self,
         source: Source,
         labels: Tensor | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
         *,
         mode: str | None = None,
         size: Size = None,
+        mean: PerChannel = None,
+        std: PerChannel = None,
         transform: Transform = None,
     ) -> None:
         if not len(source):
             raise ValueError(f"{source} contains no image; expected at least one")
         check_choice("mode", mode, ("L", "RGB", None))
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names = None if class_names is None else class_names_tuple(class_names)
         self.labels = None if labels is None else _checked(labels, source, self.class_names)
         self._source = source
         self._mode, self._size, self._transform = mode, _pair(size), transform
+        self._normalization = Normalization.of(mean, std)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -108,6 +117,8 @@ class ImageDataset(Dataset[Any]):
             image = decode(raw, self._mode, size) if isinstance(raw, bytes) else adapt(raw, self._mode, size)
         except ValueError as error:
             raise ValueError(f"{self._source.where(position)} cannot be read as an image: {error}") from error
+        if self._normalization is not None:
+            image = self._normalization(image)
         if self._transform is not None:
             image = self._transform(image)
         return image if self.labels is None else (image, int(self.labels[position]))
@@ -115,6 +126,22 @@ class ImageDataset(Dataset[Any]):
     def __repr__(self) -> str:
         classes = None if self.class_names is None else len(self.class_names)
         return f"ImageDataset(N={len(self)}, K={classes}, source={self._source})"
+
+    def unnormalized(self) -> ImageDataset:
+        """Return the data set without `mean` and `std`: its images are in [0, 1], as they are shown.
+
+        Returns:
+            A data set of the same source, labels and options.
+
+        Example:
+            >>> from penult.data import read
+            >>> dataset = read("digits", mean=0.5, std=0.25)
+            >>> dataset[0][0].min(), dataset.unnormalized()[0][0].min()
+            (tensor(-2.), tensor(0.))
+        """
+        plain = copy.copy(self)
+        plain._normalization = None
+        return plain
 
     def load(self) -> Images:
         """Load all images into memory.

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from penult.io import _contents
+
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["adapt", "decode"]
+__all__ = ["adapt", "decode", "suffixes"]
 
 # Formats that Pillow decodes by itself. For others, such as EPS, it runs another program (Ghostscript).
 _FORMATS = tuple("AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP".split())
@@ -28,25 +30,53 @@ def decode(data: bytes, mode: str | None, size: tuple[int, int] | None) -> Tenso
         ImportError: Pillow is not installed.
         ValueError: The data are not an image, or its range of values is unknown.
     """
+    formats = _formats()
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError('images are read by Pillow: pip install "penult[data]"', name=error.name) from error
-    try:
-        Image.init()
-        # The oldest supported Pillow does not know AVIF.
-        formats = [name for name in _FORMATS if name in Image.OPEN]
         with Image.open(io.BytesIO(data), formats=formats) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image, mode, size)
     except UnidentifiedImageError:
-        raise ValueError(f"its format is unknown; expected one of {', '.join(formats)}") from None
+        kind = _contents(data[:512])
+        # Pillow identifies no image whose header is damaged.
+        kind = None if kind is not None and kind.name.endswith(" image") else kind
+        fault = "its format is unknown" if kind is None else f"it is {kind.name}"
+        remedy = f". {kind.remedy}" if kind is not None and kind.remedy else ""
+        raise ValueError(f"{fault}; expected one of {', '.join(formats)}{remedy}") from None
     except MemoryError:
         raise
     except Exception as error:
         # Decoders of damaged images raise errors of many types: SyntaxError, struct.error, IndexError and others.
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _formats() -> list[str]:
+    """Return the formats that are decoded.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('images are read by Pillow: pip install "penult[data]"', name=error.name) from error
+    Image.init()
+    # The oldest supported Pillow does not know AVIF.
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of all formats that are decoded, in small letters.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    formats = _formats()
+    from PIL import Image
+
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def _pixels(image: Image.Image, mode: str | None, size: tuple[int, int] | None) -> Tensor:

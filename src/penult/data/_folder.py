@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from penult.data._dataset import ImageDataset, Size, Transform
+from penult.data._decode import suffixes
+from penult.data._normalization import PerChannel
+from penult.data._splits import counted, files_below, is_split, splits
+from penult.io import _user_path
 
-__all__ = ["folder"]
+__all__ = ["folder", "images_among", "warn_of_others"]
 
-_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
-_SPLITS = frozenset(["train", "training", "test", "testing", "val", "valid", "validation"])
+# Files that accompany data sets and hold none of the data.
+_DOCUMENTS = frozenset("readme license licence notice citation changelog thumbs desktop".split())
 
 
 class _Files:
@@ -36,27 +42,39 @@ class _Files:
 
 
 def folder(
-    path: str | os.PathLike[str], *, mode: str | None = None, size: Size = None, transform: Transform = None
+    path: str | os.PathLike[str],
+    *,
+    mode: str | None = None,
+    size: Size = None,
+    mean: PerChannel = None,
+    std: PerChannel = None,
+    transform: Transform = None,
 ) -> ImageDataset:
     """Read image files: one folder for each class, or one folder of images without labels.
 
     Classes are the folders in `path`, sorted by name; subfolders of these may contain images, too. Images are the
-    files named .bmp, .gif, .jpeg, .jpg, .pbm, .pgm, .png, .pnm, .ppm, .tif, .tiff and .webp. Names that begin with a
-    dot are skipped.
+    files whose suffix is that of a format that Pillow decodes by itself: .png, .jpg, .jpeg, .jfif, .webp, .tif, .bmp,
+    .gif, .jp2, .avif and others, in small letters or capitals. A warning says how many other files are left out. Names
+    that begin with a dot are skipped.
+
+    Folders of splits (``train`` and ``val``, ``train2017`` and ``test2017``) are neither merged nor taken for classes.
 
     Args:
         path: ``path/class/image.png``, or ``path/image.png`` for images without labels.
         mode: As in `ImageDataset`.
         size: As in `ImageDataset`.
+        mean: As in `ImageDataset`.
+        std: As in `ImageDataset`.
         transform: As in `ImageDataset`.
 
     Returns:
         The images, sorted by class and path.
 
     Raises:
+        ImportError: Pillow is not installed.
         NotADirectoryError: `path` is not a folder.
-        ValueError: There is no image, or none in a class; there are images next to the class folders; or the folders
-            are splits (``train``, ``test``) and not classes.
+        ValueError: There is no image, or none in a class; there are images next to the class folders; or folders are
+            splits and not classes, or contain the class folders.
 
     Example:
         >>> import pathlib, tempfile
@@ -69,44 +87,86 @@ def folder(
         >>> images.shape, labels, names
         (torch.Size([2, 3, 4, 6]), tensor([0, 1]), ('cat', 'dog'))
     """
-    root = Path(path)
+    root = _user_path(path)
     if not root.is_dir():
         raise NotADirectoryError(
             f"{root} is not a folder; expected a folder of images, or of one folder for each class"
         )
-    class_folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    images = sorted(path for path in root.iterdir() if _is_image(path))
-    if not class_folders:
-        return ImageDataset(_Files(root, images), mode=mode, size=size, transform=transform)
-    names = [path.name for path in class_folders]
-    if images:
+    files = files_below(root)
+    images = images_among(files)
+    taken = set(images)
+    others = [file for file in files if file not in taken]
+    if not images:
+        held = f"It holds {counted(others, root)}" if others else "It is empty"
+        raise ValueError(f"{root} contains no image; expected images, or one folder of images for each class. {held}")
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if names:
+        _check_classes(root, names, images, others)
+    warn_of_others(others, root)
+    if not names:
+        return ImageDataset(_Files(root, images), mode=mode, size=size, mean=mean, std=std, transform=transform)
+    numbers = {name: number for number, name in enumerate(names)}
+    # The files are sorted already, but where letters are compared without their case, in another order than the names.
+    images.sort(key=lambda file: numbers[file.relative_to(root).parts[0]])
+    labels = [numbers[file.relative_to(root).parts[0]] for file in images]
+    return ImageDataset(
+        _Files(root, images), torch.tensor(labels), names, mode=mode, size=size, mean=mean, std=std, transform=transform
+    )
+
+
+def _check_classes(root: Path, names: list[str], images: list[Path], others: list[Path]) -> None:
+    """Raise unless the folders in a folder are classes, and all images are in them."""
+    # Names of all folders with images by the folder that contains them.
+    children: dict[Path, set[str]] = defaultdict(set)
+    for image in images:
+        children[image.parent].add("")
+        for parent in image.relative_to(root).parents[:-1]:
+            children[root / parent.parent].add(parent.name)
+    if loose := next((image for image in images if image.parent == root), None):
         raise ValueError(
-            f"{root} contains both folders ({', '.join(names[:3])}) and images ({images[0].name}); "
+            f"{root} contains both folders ({', '.join(names[:3])}) and images ({loose.name}); "
             "expected one folder for each class, or images alone"
         )
-    if _SPLITS.issuperset(map(str.lower, names)):
-        raise ValueError(f"the folders of {root} are splits, not classes; read one of them: {class_folders[0]}")
-    files = [sorted(_images_below(path)) for path in class_folders]
-    empty = [name for name, class_files in zip(names, files, strict=True) if not class_files]
-    if empty:
-        raise ValueError(f"{root} has classes without an image: {', '.join(empty)}; remove these folders")
-    labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(class_files) for class_files in files]))
-    source = _Files(root, [file for class_files in files for file in class_files])
-    return ImageDataset(source, labels, names, mode=mode, size=size, transform=transform)
+    if found := splits(names) or (names if all(map(is_split, names)) else []):
+        raise ValueError(
+            f"{root} contains splits, not classes ({', '.join(found)}); read one of them: {root / found[0]}"
+        )
+    for parent, folders in sorted(children.items()):
+        if found := splits(folders):
+            raise ValueError(
+                f"{parent} contains splits ({', '.join(found)}), which would be merged. Read a folder with the class "
+                "folders of one split alone"
+            )
+    # A folder of folders may be a split, or the class folders may be one level deeper.
+    for name in names:
+        within = children[root / name]
+        only = len(names) == 1 and len(within) > 1
+        if within and "" not in within and (only or is_split(name)):
+            raise ValueError(
+                f"{root / name} is {'the only folder' if only else 'a split'} of {root} and contains folders "
+                f"({', '.join(sorted(within)[:3])}); expected one folder for each class. Read {root / name} if these "
+                "are the classes"
+            )
+    if empty := [name for name in names if not children[root / name]]:
+        held = [file for file in others if file.relative_to(root).parts[0] in empty]
+        raise ValueError(
+            f"{root} has classes without an image: {', '.join(empty)}; expected images in each folder. "
+            + (f"They hold {counted(held, root)}. " if held else "")
+            + "Put folders that are no classes somewhere else"
+        )
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+def images_among(files: Iterable[Path]) -> list[Path]:
+    """Return the files that are images by their suffix."""
+    known = suffixes()
+    return [file for file in files if file.suffix.lower() in known and os.path.isfile(file)]
 
 
-def _images_below(root: Path) -> Iterator[Path]:
-    """Iterate over all images below a folder, also through symbolic links; each folder is entered once."""
-    entered: set[str] = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
-        # Symbolic links can form cycles.
-        if (real_path := os.path.realpath(parent)) in entered:
-            folders.clear()
-            continue
-        entered.add(real_path)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from filter(_is_image, (Path(parent, name) for name in files))
+def warn_of_others(files: Iterable[Path], root: Path) -> None:
+    """Warn of files that are left out."""
+    if left_out := [file for file in files if file.stem.lower() not in _DOCUMENTS]:
+        warnings.warn(
+            f"{counted(left_out, root)} of {root} left out: expected names of images, and links that lead to a file",
+            UserWarning,
+            stacklevel=4,
+        )

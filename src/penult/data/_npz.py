@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,21 @@ from torch import Tensor
 from penult._checks import check_choice
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
+from penult.data._normalization import PerChannel
+from penult.io import _other_kind, _user_path
 
 __all__ = ["Arrays", "npz"]
 
 # Largest ratio of the sizes after and before decompression that deflate can reach.
 _MAX_RATIO = 1032
-# Names of arrays of images, and the names of their labels.
-_PARTNERS = {"images": "labels", "image": "label", "x": "y", "data": "target"}
+# Words that name arrays of images, and arrays of labels.
+_IMAGES = frozenset("images image imgs img x xs data inputs input pixels".split())
+_LABELS = frozenset("labels label y ys targets target classes class".split())
+# Words in small letters, in capitals, or one after the other as in trainX or XTrain; numbers are words, too.
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+_REMEDY = "Write images and labels into one file: numpy.savez(path, images=..., labels=...)"
 
 
 class Arrays:
@@ -52,23 +62,29 @@ def npz(
     channels: str | None = None,
     mode: str | None = None,
     size: Size = None,
+    mean: PerChannel = None,
+    std: PerChannel = None,
     transform: Transform = None,
 ) -> ImageDataset:
     """Read images from arrays in a NumPy ``.npz`` file; nothing in it is unpickled.
 
     Images are uint8, floating in [0, 1] or bool. Their shape is (N, H, W), (N, H, W, C) or (N, C, H, W); the last two
-    are distinguished by C, which is 1 or 3. Images stay in memory: uint8 as they are, others as float32.
+    are distinguished by C, which is 1 or 3. Images stay in memory: uint8 as they are, others as float32. A warning
+    names arrays that are not read, unless `images` is given and there are labels.
 
     Args:
         path: File.
-        images: Key of the images. Default: the only array named ``images``, ``image``, ``x`` or ``data``, possibly with
-            further words as in ``x_train``; otherwise ``arr_0``.
-        labels: Key of the labels (N,) or (N, 1). Default: the key of the images with the word ``labels``, ``label``,
-            ``y`` or ``target`` in place of that above, or ``arr_1`` for ``arr_0``. If there is none, the data set has
-            no labels.
+        images: Key of the images. Default: the only array named by a word for images, which are ``images``, ``image``,
+            ``imgs``, ``img``, ``x``, ``data``, ``inputs`` and ``pixels``, possibly with further words as in ``x_train``
+            or ``trainX``; otherwise ``arr_0``.
+        labels: Key of the labels (N,) or (N, 1). Default: the array named by a word for labels, which are ``labels``,
+            ``label``, ``y``, ``targets``, ``target`` and ``classes``, with the further words of the images; or
+            ``arr_1`` for ``arr_0``. If there is none, the data set has no labels.
         channels: ``"first"`` or ``"last"`` for images (N, C, H, W) or (N, H, W, C) of any C.
         mode: As in `ImageDataset`.
         size: As in `ImageDataset`.
+        mean: As in `ImageDataset`.
+        std: As in `ImageDataset`.
         transform: As in `ImageDataset`.
 
     Returns:
@@ -91,10 +107,13 @@ def npz(
         (torch.Size([1, 4, 6]), 2)
     """
     check_choice("channels", channels, ("first", "last", None))
-    image_array, label_array = _arrays(Path(path), images, labels)
+    path = _user_path(path)
+    image_array, label_array = _arrays(path, images, labels)
     tensor = _images(image_array, channels, f"the array of images in {path}")
     targets = None if label_array is None else _labels(label_array, path)
-    return ImageDataset(Arrays(tensor, str(path)), targets, mode=mode, size=size, transform=transform)
+    return ImageDataset(
+        Arrays(tensor, str(path)), targets, mode=mode, size=size, mean=mean, std=std, transform=transform
+    )
 
 
 def _arrays(path: Path, images: str | None, labels: str | None) -> tuple[Any, Any]:
@@ -105,14 +124,23 @@ def _arrays(path: Path, images: str | None, labels: str | None) -> tuple[Any, An
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            images = _key([*members], images, path)
-            labels = _partner(images, [*members]) if labels is None else _key([*members], labels, path)
-            return _array(archive, members[images]), None if labels is None else _array(archive, members[labels])
+            image_key = _key([*members], images, path)
+            label_key = _partner(image_key, [*members], path) if labels is None else _key([*members], labels, path)
+            arrays = (
+                _array(archive, members[image_key]),
+                None if label_key is None else _array(archive, members[label_key]),
+            )
     except _NoKeyError as error:
         raise ValueError(str(error)) from None
     except Exception as error:
         # Damaged files raise errors of many types: BadZipFile, EOFError, zlib.error, ValueError for Python objects.
-        raise ValueError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
+        message = _other_kind(path, "a zip archive", {"a NumPy array (.npy)": _REMEDY})
+        raise ValueError(message or f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
+    unread = [key for key in members if key not in (image_key, label_key)]
+    if unread and (images is None or label_key is None):
+        without = ". The images have no labels; pass labels=, if one of them holds labels" if label_key is None else ""
+        warnings.warn(f"{path}: arrays that are not read: {', '.join(unread)}{without}", UserWarning, stacklevel=4)
+    return arrays
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> Any:
@@ -146,7 +174,9 @@ def _key(keys: list[str], wanted: str | None, path: Path) -> str:
         if wanted not in keys:
             raise _NoKeyError(f"{path} has no array {wanted!r}; its arrays are {', '.join(keys) or 'none'}")
         return wanted
-    candidates = [key for key in keys if not _PARTNERS.keys().isdisjoint(key.lower().split("_"))]
+    candidates = [key for key in keys if _words(key) & _IMAGES]
+    # An array of exactly that name goes before those with further words, such as image_ids.
+    candidates = [key for key in candidates if key.lower() in _IMAGES] or candidates
     candidates = candidates or [key for key in keys if key == "arr_0"]
     if len(candidates) == 1:
         return candidates[0]
@@ -158,11 +188,20 @@ def _key(keys: list[str], wanted: str | None, path: Path) -> str:
     raise _NoKeyError(f"{path} {fault}; pass images= (and labels=) out of {', '.join(keys) or 'none'}")
 
 
-def _partner(images: str, keys: list[str]) -> str | None:
+def _words(key: str) -> frozenset[str]:
+    return frozenset(word.lower() for word in _WORD.findall(key))
+
+
+def _partner(images: str, keys: list[str], path: Path) -> str | None:
     """Return the key of the labels that belong to images, or None."""
-    wanted = "_".join(_PARTNERS.get(word, word) for word in images.lower().split("_"))
-    wanted = "arr_1" if images == "arr_0" else wanted
-    return next((key for key in keys if key.lower() == wanted and key != images), None)
+    if images == "arr_0":
+        return "arr_1" if "arr_1" in keys else None
+    further = _words(images) - _IMAGES
+    others = [key for key in keys if key != images]
+    candidates = [key for key in others if (words := _words(key)) & _LABELS and words - _LABELS == further]
+    if len(candidates) > 1:
+        raise _NoKeyError(f"{path} has several arrays that may be the labels: {', '.join(candidates)}; pass labels=")
+    return candidates[0] if candidates else None
 
 
 def _images(array: Any, channels: str | None, name: str) -> Tensor:

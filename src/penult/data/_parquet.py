@@ -6,7 +6,6 @@ import bisect
 import glob
 import json
 import os
-import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from penult._checks import class_names_tuple
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
+from penult.data._normalization import PerChannel
+from penult.data._splits import files_below, matches, one_set
+from penult.io import _other_kind, _user_path
 
-__all__ = ["Rows", "open_parquet", "parquet", "reading"]
-
-# Names such as train-00000-of-00004.parquet.
-_SHARD = re.compile(r"(.+)-\d+-of-\d+")
+__all__ = ["Rows", "is_parquet", "open_parquet", "parquet", "reading"]
 
 
 def parquet(
@@ -32,6 +32,8 @@ def parquet(
     label: str | None = None,
     mode: str | None = None,
     size: Size = None,
+    mean: PerChannel = None,
+    std: PerChannel = None,
     transform: Transform = None,
 ) -> ImageDataset:
     """Read images from parquet files in the layout of Hugging Face data sets.
@@ -41,17 +43,23 @@ def parquet(
     integers. -1 and null mean no label, and a data set in which no row has a label has no labels. Names of classes come
     from the metadata of the schema.
 
+    Files of one data set agree in the columns that are read, and in the names of classes; other columns, and the width
+    of integers, may differ. A folder or glob with several splits (``train.parquet`` and ``test.parquet``) is refused.
+
     Files are read by row group. Each process keeps the last row groups, up to 64 MiB: a small data set is read once, a
     large one is best read in order.
 
     Args:
-        source: File, glob, folder with ``.parquet`` files, or list of files; they are sorted.
+        source: File, glob, folder with ``.parquet`` files in it or in one of its subfolders, or list of files; they
+            are sorted. A path that exists is no glob.
         image: Column of images. Default: the column with the type Image in the metadata, otherwise ``image`` or
             ``img``, otherwise the only column of a type for images.
         label: Column of labels. Default: the column with the type ClassLabel in the metadata, otherwise ``label`` or
             ``labels``, otherwise none.
         mode: As in `ImageDataset`.
         size: As in `ImageDataset`.
+        mean: As in `ImageDataset`.
+        std: As in `ImageDataset`.
         transform: As in `ImageDataset`.
 
     Returns:
@@ -60,9 +68,9 @@ def parquet(
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: pyarrow is not installed.
-        ValueError: A file is not a parquet file; a folder contains several splits; files differ in columns or class
-            names; a column is missing, ambiguous or of a wrong type; or a label is out of range or missing for some
-            rows.
+        ValueError: A file is not a parquet file; a folder contains several splits, or files in several folders; files
+            differ in the columns of images and labels or in class names; a column is missing, ambiguous or of a wrong
+            type; or a label is out of range or missing for some rows.
 
     Example:
         >>> import io, pyarrow, pyarrow.parquet, tempfile
@@ -75,41 +83,55 @@ def parquet(
         >>> images.shape, labels, names
         (torch.Size([3, 1, 4, 6]), tensor([0, 2, 1]), ('0', '1', '2'))
     """
-    shards = [_read_shard(path, image, label) for path in _paths(source)]
-    first = shards[0]
-    for other in shards[1:]:
-        _check_same_layout(first, other)
+    paths = _paths(source)
+    first = _read_shard(paths[0], image, label)
+    shards = [first, *(_read_shard(path, first.image, first.label or label, first) for path in paths[1:])]
     name = str(first.path) if len(shards) == 1 else f"{first.path.parent} ({len(shards)} files)"
     rows = Rows(name, first.image, [(shard.path, shard.counts) for shard in shards])
     labels = [shard.labels for shard in shards if shard.labels is not None]
     return ImageDataset(
-        rows, torch.cat(labels) if labels else None, first.names, mode=mode, size=size, transform=transform
+        rows,
+        torch.cat(labels) if labels else None,
+        first.names,
+        mode=mode,
+        size=size,
+        mean=mean,
+        std=std,
+        transform=transform,
     )
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether the name of a file is that of a parquet file."""
+    return path.suffix.lower() == ".parquet"
 
 
 def _paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the files of a source, sorted."""
     if not isinstance(source, str | os.PathLike):
-        paths = sorted(map(Path, source))
+        paths = sorted(map(_user_path, source))
         if not paths:
             raise ValueError("source is an empty list; expected at least one parquet file")
         return paths
-    path = Path(source)
+    path = _user_path(source)
     if path.is_dir():
-        paths = sorted(path.glob("[!.]*.parquet"))
-        splits = sorted({match[1] for shard in paths if (match := _SHARD.match(shard.stem))})
-        if len(splits) > 1:
-            raise ValueError(
-                f"{path} contains splits ({', '.join(splits)}); read one of them: {path / splits[0]}-*.parquet"
-            )
+        paths = [file for file in files_below(path) if is_parquet(file)]
         if not paths:
             raise FileNotFoundError(f"there is no .parquet file in {path}")
+        if len(folders := sorted({file.parent for file in paths})) > 1:
+            names = ", ".join(str(folder.relative_to(path)) for folder in folders[:4])
+            raise ValueError(
+                f"{path} contains parquet files in {len(folders)} folders ({names}{', ...' * (len(folders) > 4)}), "
+                f"which may be splits; read one of them: {folders[0]}"
+            )
+        one_set(paths, folders[0])
         return paths
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
-    paths = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    paths = matches(path)
     if not paths:
         raise FileNotFoundError(f"no file matches {path}")
+    one_set(paths, Path(os.path.commonpath([file.parent for file in paths])))
     return paths
 
 
@@ -118,28 +140,33 @@ class _Shard(NamedTuple):
 
     Attributes:
         path: The file.
-        columns: Types of the columns by name.
         image: Name of the column of images.
+        label: Name of the column of labels, or None.
         names: Names of the classes.
         counts: Number of rows of each row group.
         labels: Labels of all rows.
     """
 
     path: Path
-    columns: dict[str, str]
     image: str
+    label: str | None
     names: tuple[str, ...] | None
     counts: list[int]
     labels: Tensor | None
 
 
-def _read_shard(path: Path, image: str | None, label: str | None) -> _Shard:
+def _read_shard(path: Path, image: str | None, label: str | None, first: _Shard | None = None) -> _Shard:
+    """Read the columns of a file; raise if it does not belong to the first one."""
     with open_parquet(path) as file:
         with reading(f"the schema of {path} cannot be read"):
             schema, metadata = file.schema_arrow, file.metadata
         types = {field.name: field.type for field in schema}
         columns = {name: str(kind) for name, kind in types.items()}
         features = _features(schema.metadata or {})
+        if first is not None:
+            # Columns that are not read may differ: writers add some, and infer types for each file anew.
+            for name in filter(None, (first.image, first.label)):
+                _check_same(first, path, f"column {name!r}", "present", "present" if name in columns else "missing")
         images = _choose("images", image, ("image", "img"), "Image", features, columns, path)
         if images is None:
             candidates = [name for name, kind in types.items() if _is_image_type(kind)]
@@ -156,16 +183,26 @@ def _read_shard(path: Path, image: str | None, label: str | None) -> _Shard:
         if target is not None:
             import pyarrow as pa
 
-            if not pa.types.is_integer(types[target]):
+            # Where no row has a label, writers infer the type null.
+            if not (pa.types.is_integer(types[target]) or pa.types.is_null(types[target])):
                 raise ValueError(f"the column {target!r} of {path} is {columns[target]}; expected integer labels")
             with reading(f"the column {target!r} of {path} cannot be read"):
                 column = file.read(columns=[target], use_threads=False).column(0).cast(pa.int64()).fill_null(-1)
             labels = torch.tensor(column.to_numpy())
-        names = features.get(target, {}).get("names") if target is not None else None
-        if not isinstance(names, list | None):
-            raise ValueError(f"the class names in the metadata of {path} are {names!r}; expected a list of names")
+        names = _class_names(features.get(target, {}).get("names") if target is not None else None, path)
+        if first is not None:
+            _check_same(first, path, "column of labels", first.label, target)
+            _check_same(first, path, "class names", first.names, names)
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    return _Shard(path, columns, images, tuple(map(str, names)) if names else None, counts, labels)
+    return _Shard(path, images, target, names, counts, labels)
+
+
+def _class_names(names: Any, path: Path) -> tuple[str, ...] | None:
+    """Return the class names of metadata."""
+    try:
+        return class_names_tuple(names) if names else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the class names in the metadata of {path} cannot be used: {error}") from error
 
 
 def _choose(
@@ -215,19 +252,13 @@ def _listed(columns: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
-def _check_same_layout(first: _Shard, other: _Shard) -> None:
-    """Raise unless two files have the same columns and class names."""
-    layouts = [
-        {f"column {name!r}": kind for name, kind in shard.columns.items()} | {"class names": shard.names}
-        for shard in (first, other)
-    ]
-    for name in layouts[0] | layouts[1]:
-        in_first, in_other = (layout.get(name, "missing") for layout in layouts)
-        if in_first != in_other:
-            raise ValueError(
-                f"{first.path} and {other.path} do not belong together: {name} is {reprlib.repr(in_first)} in the "
-                f"first and {reprlib.repr(in_other)} in the second"
-            )
+def _check_same(first: _Shard, other: Path, name: str, in_first: Any, in_other: Any) -> None:
+    """Raise unless two files agree."""
+    if in_first != in_other:
+        raise ValueError(
+            f"{first.path} and {other} do not belong together: {name} is {reprlib.repr(in_first)} in the first and "
+            f"{reprlib.repr(in_other)} in the second"
+        )
 
 
 # --- Encoded images in the row groups of parquet files ------------------------------------------------------
@@ -248,19 +279,25 @@ def open_parquet(path: Path) -> Any:
     parquet = extra("pyarrow.parquet", "parquet files are read by pyarrow")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    with reading(f"{path} is not a parquet file"):
+    try:
         return parquet.ParquetFile(path)
+    except _errors() as error:
+        message = _other_kind(path, "a parquet file") or f"{path} is not a parquet file, or a damaged one: {error}"
+        raise ValueError(message) from error
 
 
 @contextmanager
 def reading(message: str) -> Iterator[None]:
     """Turn errors of pyarrow into a ValueError with a message."""
-    # Some errors of pyarrow are of classes of its own, and none of them names a file.
-    arrow = extra("pyarrow", "parquet files are read by pyarrow")
     try:
         yield
-    except (arrow.ArrowException, ValueError, OSError) as error:
+    except _errors() as error:
         raise ValueError(f"{message}: {error}") from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return the types of the errors of pyarrow; some are classes of its own, and none of them names a file."""
+    return extra("pyarrow", "parquet files are read by pyarrow").ArrowException, ValueError, OSError
 
 
 class _Group(NamedTuple):

@@ -310,5 +310,8 @@ def _halvings(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
             )
         height, width, count = height // 2, width // 2, count + 1
     if not count:
-        raise ValueError(f"colour images of {image_shape[1]}×{image_shape[2]} pixels are too small for convolutions")
+        raise ValueError(
+            f"images of {image_shape[1]}×{image_shape[2]} pixels are too small for convolutions; expected at least 8 "
+            "pixels on the shorter side. Resize them, for example to 32×32 or 64×64, or give networks of your own"
+        )
     return count, height, width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -12,21 +13,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from penult.io._paths import user_path
+
 __all__ = ["aside", "leftovers", "sweep", "write_bytes"]
 
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)-[0-9a-f]{8}\.tmp")
+# Longest name in bytes that temporary files repeat; their own names are at most 25 bytes longer.
+_LONGEST = 100
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary file in the folder of ``path``; rename it to ``path`` at the end, or remove it on an error.
 
     A reader sees the old file or the new one, never a part of either. A writer that was killed leaves its temporary
-    file behind; the next writer of the same ``path`` removes it.
+    file behind; the next writer of the same ``path`` removes it. If ``path`` is a symbolic link, the file to which it
+    leads is replaced and the link stays; the temporary file is then in the folder of that file.
 
     Raises:
-        OSError: The disk is full or not writable; the error names ``path``.
+        OSError: The disk is full or not writable, or ``path`` leads to no place for a file; the error names ``path``.
 
     Example:
         >>> import tempfile
@@ -36,9 +42,11 @@ def aside(path: Path) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['note.txt']
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    path = user_path(path)
+    target = _target(path)
+    temporary = target.with_name(f".{_short(target.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        sweep(path.parent, path.name)
+        sweep(target.parent, target.name)
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
@@ -47,7 +55,7 @@ def aside(path: Path) -> Iterator[Path]:
         # Without fsync, a power cut could leave the new name on an empty file.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -58,6 +66,32 @@ def aside(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _target(path: Path) -> Path:
+    """Return the file to which a path leads through symbolic links; it need not exist."""
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, f"cannot write {path}: it is a symbolic link that leads back to itself")
+    if target != path and not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {path}: it is a link to {target}, and the folder {target.parent} does not exist; create it "
+            "first"
+        )
+    # Renaming a file to a device would replace the device.
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(errno.EINVAL, f"cannot write {path}: it is a device or pipe; expected a file")
+    return target
+
+
+def _short(name: str) -> str:
+    """Return a file name, or its beginning and a digest if it is long: the file system limits temporary names, too."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST:
+        return name
+    digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    # The cut may be inside of a character.
+    return f"{encoded[: _LONGEST - 17].decode('utf-8', 'ignore')}~{digest}"
+
+
 def leftovers(folder: str | os.PathLike[str]) -> dict[Path, str]:
     """Return the temporary files of `aside` in a folder, whose writers were killed or are still running.
 
@@ -65,7 +99,8 @@ def leftovers(folder: str | os.PathLike[str]) -> dict[Path, str]:
         folder: Folder to search.
 
     Returns:
-        For each temporary file, the name that it would have been renamed to.
+        For each temporary file, the name that it would have been renamed to; names of more than 100 bytes are
+        shortened.
 
     Example:
         >>> import tempfile
@@ -74,7 +109,7 @@ def leftovers(folder: str | os.PathLike[str]) -> dict[Path, str]:
         ...         list(leftovers(folder).values())
         ['note.txt']
     """
-    matches = {path: _TEMPORARY.fullmatch(path.name) for path in sorted(Path(folder).iterdir())}
+    matches = {path: _TEMPORARY.fullmatch(path.name) for path in sorted(user_path(folder).iterdir())}
     return {path: match[1] for path, match in matches.items() if match}
 
 
@@ -93,14 +128,15 @@ def sweep(folder: str | os.PathLike[str], name: str | None = None) -> None:
         ...         temporary.exists()
         True
     """
-    if not os.path.isdir(folder):
+    folder = user_path(folder)
+    if not folder.is_dir():
         return
     for entry in os.listdir(folder):
         match = _TEMPORARY.fullmatch(entry)
-        if match and name in (None, match[1]) and not _is_running(int(match[2])):
+        if match and (name is None or _short(name) == match[1]) and not _is_running(int(match[2])):
             # Another process may have removed the file first, or the folder may be read-only.
             with suppress(OSError):
-                os.unlink(os.path.join(folder, entry))
+                os.unlink(folder / entry)
 
 
 def _is_running(pid: int) -> bool:
@@ -121,7 +157,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
     """Write a file of any kind, such as a page or a picture, atomically; create missing folders.
 
     Args:
-        path: Path of the file; an existing file is replaced.
+        path: Path of the file; an existing file is replaced, and a symbolic link is followed.
         data: Contents of the file.
 
     Returns:
@@ -133,7 +169,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
         ...     write_bytes(f"{folder}/new/page.html", b"<p>").read_bytes()
         b'<p>'
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside(path) as temporary:
         temporary.write_bytes(data)

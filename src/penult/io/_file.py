@@ -15,12 +15,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from penult._checks import usable_device
 from penult._version import __version__
 from penult.io._atomic import aside
+from penult.io._paths import other_kind, user_path
 
 __all__ = ["SCHEMA_VERSION", "File", "FileFormatError", "Record", "decode", "encode", "read", "save_file", "write"]
 
 _METADATA_KEY = "penult"
+_PICKLE = (
+    "penult never unpickles, because that can run any code. Load it yourself, then build penult.Head(weight, bias)"
+)
+_REMEDIES = {
+    "a pickle": _PICKLE,
+    "a zip archive": f"If torch.save wrote it, it holds a pickle: {_PICKLE}",
+    "JSON": "If it is the index of a sharded model, give the shard that it names for the head",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +61,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
     disk: a reader sees the old file or the new one, never a part of either.
 
     Args:
-        path: Path of the file; the folder must exist, an existing file is replaced.
+        path: Path of the file; the folder must exist, an existing file is replaced. If it is a symbolic link, the
+            file to which it leads is replaced and the link stays.
         tensors: Tensors of any shape by name; storage that several tensors share is written several times.
         kind: Kind of the file; `read` can require it.
         metadata: JSON-able entries; the names ``schema``, ``kind`` and ``versions`` are reserved.
@@ -74,7 +85,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
         >>> file.tensors["x"], file.metadata
         (tensor([1., 1.]), {'by': 'me'})
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; give a file name inside it")
     if not path.parent.is_dir():
@@ -110,25 +121,27 @@ def read(
         FileNotFoundError: There is no such file.
         FileFormatError: The file is truncated, is not a safetensors file, was not written by penult or was written by
             a newer penult, or is of another kind.
+        TypeError, ValueError: `device` is no device, or cannot be used here.
 
     Example:
         >>> read("missing.penult.safetensors")
         Traceback (most recent call last):
         FileNotFoundError: missing.penult.safetensors does not exist
     """
-    path = Path(path)
+    path, device = user_path(path), usable_device("device", device)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     # Reading a pipe would block, and reading a device would never end.
     if not path.is_file():
         raise FileFormatError(f"{path} is {'a folder' if path.is_dir() else 'a device or pipe'}, not a penult file")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if _METADATA_KEY not in header:
                 raise FileFormatError(_foreign(path, list(file.keys())))
             record = decode(path, header[_METADATA_KEY], kind)
-            return File({name: _tensor(path, file, name) for name in file.keys()}, *record)
+            # safetensors knows fewer devices than torch, and calls others a fault of the file.
+            return File({name: _tensor(path, file, name).to(device) for name in file.keys()}, *record)
     except SafetensorError as error:
         raise FileFormatError(_damaged(path, error)) from error
 
@@ -156,22 +169,15 @@ def _foreign(path: Path, keys: list[str]) -> str:
 
 
 def _damaged(path: Path, error: SafetensorError) -> str:
-    """Return the message for a file that is not safetensors, by its first bytes."""
+    """Return the message for a file that safetensors cannot read, by its first bytes."""
+    message = other_kind(path, "a safetensors file", _REMEDIES)
+    if message is not None:
+        return message
     with open(path, "rb") as file:
         start = file.read(9)
-    # A safetensors file begins with an eight-byte length and then "{"; torch.save writes a zip or a pickle.
+    # A safetensors file begins with an eight-byte length and then "{".
     if start[8:9] == b"{":
         return f"{path} is truncated or damaged ({error}); copy or write it again"
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return (
-            f"{path} is not a safetensors file but a pickle or zip (torch.save writes such files). penult "
-            "never unpickles, because that can run any code. Load it yourself, then build penult.Head(weight, bias)"
-        )
-    if start[:1] == b"{":
-        return (
-            f"{path} is JSON, not a safetensors file. If it is the index of a sharded model, give the shard that it "
-            "names for the head"
-        )
     return f"{path} is not a safetensors file, or only the first bytes of one ({error})"
 
 

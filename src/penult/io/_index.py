@@ -10,6 +10,7 @@ from typing import Any
 
 from penult.io._atomic import write_bytes
 from penult.io._file import FileFormatError, decode, encode
+from penult.io._paths import user_path
 
 __all__ = ["INDEX_NAME", "Index", "read_index", "write_index"]
 
@@ -69,7 +70,7 @@ def write_index(
         ...     read_index(folder).shards["x-0.safetensors"]["rows"]
         2
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     entries = []
     for name, facts in shards.items():
         if not _is_plain(name):
@@ -104,7 +105,7 @@ def read_index(folder: str | os.PathLike[str], kind: str | Collection[str] | Non
         Traceback (most recent call last):
         FileNotFoundError: missing does not exist
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist")
     if not folder.is_dir():
