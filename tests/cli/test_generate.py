@@ -416,7 +416,7 @@ def test_names_of_classes_are_text_and_nothing_else(penult_json, place):
         ((*DATA, *GAN, "--drawn", "2"), "expected a number from 0 to 1"),
         (("generate", "tiny.penult.safetensors", *DATA[2:]), "holds 30 real activations, and no mixture can be fitted"),
         ((*DATA, "--consistency", "-1"), "consistency"),
-        ((*DATA, "--mean", "0.5,0.5,0.5"), "the images have 1 channels"),
+        ((*DATA, "--mean", "0.5,0.5,0.5"), "the images have 1 channel;"),
         ((*DATA, "--mode", "RGB"), "images of shape (16, 3, 8, 8)"),
         ((*DATA, "--device", "nowhere"), "--device is 'nowhere', which cannot be used"),
         ((*PAIR, "--images", "data.npz", "--val", "small.npz"), "of --val small.npz are of shape (1, 4, 4)"),

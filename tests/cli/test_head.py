@@ -51,6 +51,17 @@ def test_heads_in_files(penult_json):
     assert (facts["classes"], facts["features"], facts["bias"]) == (5, 3, False)
 
 
+def test_paths_as_people_write_them(here, penult_json, monkeypatch):
+    (here / "home" / "[sets]").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(here / "home"))
+    (here / "digits.safetensors").rename(here / "home" / "DIGITS.SAFETENSORS")
+    facts = penult_json("head", "~/DIGITS.SAFETENSORS", "--weight-key", "fc.weight", "--out=~/[sets]/a.SAFETENSORS")
+    assert facts["classes"] == 10
+    assert (here / "home" / "[sets]" / "a.SAFETENSORS").exists()
+    weights = ("--weights=~/DIGITS.SAFETENSORS", "--data", "digits")
+    assert penult_json("head", "usernets:trained", *weights)["classes"] == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -64,11 +75,16 @@ def test_heads_in_files(penult_json):
         (["usernets:Nets.needs", "--shape", "4"], "called without arguments) raised TypeError"),
         (["usernets.py:trained", "--shape", "4"], "is a path; name the module as Python imports it"),
         (["./usernets:trained", "--shape", "4"], "is a path"),
+        ([r"C:\nets\usernets.py:trained", "--shape", "4"], "is a path; name the module as Python imports it"),
+        (["C:/nets/usernets:trained", "--shape", "4"], "is a path"),
+        ([r"nets\usernets:trained", "--shape", "4"], "is a path"),
+        ([r"\\server\share\usernets.py:trained", "--shape", "4"], "is a path"),
+        ([r"D:\usernets.py", "--shape", "4"], "is a path"),
         (["usernets:trained", "--shape", "3,8,8"], "given images of shape (16, 3, 8, 8)"),
         (["usernets:trained", "--data", "digits", "--mode", "RGB"], "see --size, --mode"),
         (
             ["usernets:trained", "--data", "digits", "--mean", "0.1,0.2,0.3"],
-            "--mean has 3 values, but",
+            "mean has 3 values, but the images have 1 channel; expected one value",
         ),
         (["usernets:trained", "--data", "digits", "--shape", "1,8,8"], "exclude each other"),
         (
@@ -91,9 +107,15 @@ def test_heads_in_files(penult_json):
         (["two.safetensors", "--weight-key", "c.weight"], "no tensor 'c.weight'"),
         (["gone.safetensors"], "does not exist"),
         (["pickled.pth"], "pickle"),
+        (["pointer.safetensors"], "pointer.safetensors is a Git LFS pointer"),
+        (["usernets:trained", "--shape", "1,8,8", "--weights", "pointer.safetensors"], "Run git lfs pull"),
+        (["usernets:trained", "--shape", "1,8,8", "--weights", "page.safetensors"], "is an HTML page; expected a safe"),
+        (["usernets:trained", "--shape", "1,8,8", "--weights", "."], "is no file"),
     ],
 )
-def test_bad_input(refused, arguments, words):
+def test_bad_input(here, refused, arguments, words):
+    (here / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (here / "page.safetensors").write_text("<!doctype html>")
     assert words in refused("head", *arguments)
 
 

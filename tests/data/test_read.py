@@ -104,7 +104,7 @@ def test_normalisations_that_are_refused(options, error, message):
 
 
 def test_normalisation_of_other_channels():
-    with pytest.raises(ValueError, match="std has 3 values, but the images have 1 channels; expected one value"):
+    with pytest.raises(ValueError, match="std has 3 values, but the images have 1 channel; expected one value"):
         read("digits", std=(1, 1, 1))[0]
 
 

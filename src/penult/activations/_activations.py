@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -15,6 +14,7 @@ from penult._checks import check_floating, check_integer, check_shares, index_of
 from penult.activations._blocks import Block, Memory, Shard, load, one
 from penult.activations._folder import finished, shards_in, unfinished, writing
 from penult.activations._writer import SHARD_SIZE, Writer, write_index
+from penult.io import _user_path
 from penult.processes import Processes
 
 __all__ = ["Activations"]
@@ -129,7 +129,7 @@ class Activations:
             ...     Activations.open(folder)
             Activations(N=2, d=3, K=2, labels=False, dtype=torch.float32, device=cpu, shards=1)
         """
-        stored = finished(Path(folder))
+        stored = finished(_user_path(folder))
         return cls._of(one(stored.shards), stored.class_names, stored.pre_activation)
 
     @classmethod
@@ -346,7 +346,7 @@ class Activations:
             ...     acts.save(folder, shard_size=50)
             Activations(N=5, d=3, K=2, labels=False, dtype=torch.float32, device=cpu, shards=2)
         """
-        folder = Path(folder)
+        folder = _user_path(folder)
         check_integer("shard_size", shard_size)
         sources = {leaf.path.parent.resolve() for leaf in self._rows.leaves if isinstance(leaf, Shard)}
         if folder.resolve() in sources:

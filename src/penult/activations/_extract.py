@@ -20,6 +20,7 @@ from penult.activations._folder import Stored, finished, name_of, record_of, unf
 from penult.activations._tap import Tap
 from penult.activations._writer import SHARD_SIZE, Writer, check_batch, check_record, checksum, refusal, write_index
 from penult.head import _evaluating, _refuse_unrectified
+from penult.io import _user_path
 from penult.processes import Processes
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def extract(
         }
         if dtype is not None:
             asked |= {"dtype": name_of(dtype), "logits_dtype": name_of(dtype)}
-        return _on_disk(reader, loader, Path(out), asked, overwrite, report, Processes(group))
+        return _on_disk(reader, loader, _user_path(out), asked, overwrite, report, Processes(group))
 
 
 def _in_memory(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from penult._version import __version__
 from penult.cli import demo, distill, draw, extract, fit, generate, head, report, sample, score
@@ -16,6 +18,21 @@ from penult.cli._console import fail, tell
 from penult.cli._launch import lost, own_rank
 
 __all__ = ["app", "main"]
+
+
+class _Command(TyperCommand):
+    """Command that reads ``~`` at the beginning of a path as the home folder, also in ``--out=~/run``.
+
+    Shells replace it at the beginning of an argument alone.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [re.sub(r"(?:^|(?<==))~[^/]*", _home, arg) for arg in args])
+
+
+def _home(match: re.Match[str]) -> str:
+    return os.path.expanduser(match[0])
+
 
 app = typer.Typer(
     name="penult",
@@ -38,7 +55,7 @@ for command in (
 ):
     # Typer keeps the line breaks of a docstring, also where the terminal is narrower than the source.
     text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
-    app.command(command.__name__, help=text)(command)
+    app.command(command.__name__, cls=_Command, help=text)(command)
 
 
 def _version(value: bool) -> None:

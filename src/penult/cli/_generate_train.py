@@ -21,7 +21,6 @@ from penult.cli._inputs import (
     ImageOptions,
     ImageSubset,
     NetworkOptions,
-    Normalization,
     class_names,
     first_images,
     split,
@@ -45,7 +44,7 @@ from penult.report.generate import (
 
 if TYPE_CHECKING:
     from penult.cli._launch import Launch
-    from penult.data import ImageDataset
+    from penult.data import ImageDataset, _Normalization
 
 __all__ = ["CLASSES", "train"]
 
@@ -160,7 +159,7 @@ def train(options: Mapping[str, Any], kind_options: Mapping[str, Any], launch: L
 
 
 def _check_folder(out: Path) -> None:
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         raise ValueError(f"--out is {out}; expected a folder to train in. penult draw draws from a trained generator")
     folder_path(out)
 
@@ -217,7 +216,7 @@ def _activations(
     options: Mapping[str, Any],
     pair: GenerativePair,
     tap: Tap,
-    normalization: Normalization | None,
+    normalization: _Normalization | None,
     training: ImageSubset,
     loading: Mapping[str, Any],
 ) -> Any:

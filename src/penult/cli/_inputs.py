@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from penult.cli._console import RichReporter
 from penult.cli._models import load_model, running
-from penult.data import ImageDataset, read
+from penult.data import ImageDataset, _Normalization, read
 
 if TYPE_CHECKING:
     from penult.activations import Activations, Tap
@@ -28,7 +28,6 @@ __all__ = [
     "Inputs",
     "InputsReader",
     "NetworkOptions",
-    "Normalization",
     "check_logits",
     "check_shape",
     "class_names",
@@ -67,25 +66,33 @@ class ImageOptions:
 
     def read(self, source: str, normalized: bool = True) -> ImageDataset:
         """Read a data set; with `normalized=False` images stay in [0, 1], as before --mean and --std."""
-        transform = self.normalization if normalized else None
-        return read(source, size=_size(self.size), mode=self.mode, transform=transform)
+        mean, std = (self._mean, self._std) if normalized else (None, None)
+        return read(source, size=_size(self.size), mode=self.mode, mean=mean, std=std)
 
     @property
-    def normalization(self) -> Normalization | None:
+    def normalization(self) -> _Normalization | None:
         """The effect of --mean and --std; None where neither is given."""
-        if self.mean is None and self.std is None:
-            return None
-        values = []
-        for option, text, default in (("--mean", self.mean, "0"), ("--std", self.std, "1")):
-            try:
-                values.append([float(part) for part in (text or default).split(",")])
-            except ValueError:
-                raise ValueError(
-                    f"{option} is {text!r}; expected one number, or one per channel such as 0.485,0.456,0.406"
-                ) from None
-        if min(values[1]) <= 0:
+        return _Normalization.of(self._mean, self._std)
+
+    @property
+    def _mean(self) -> list[float] | None:
+        return _per_channel("--mean", self.mean)
+
+    @property
+    def _std(self) -> list[float] | None:
+        std = _per_channel("--std", self.std)
+        if std is not None and min(std) <= 0:
             raise ValueError(f"--std is {self.std}; expected positive numbers")
-        return Normalization(*values)
+        return std
+
+
+def _per_channel(option: str, text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{option} is {text!r}; expected one number, or one per channel such as 0.485,0.456,0.406"
+        ) from None
 
 
 def _size(text: str | None) -> int | tuple[int, int] | None:
@@ -96,24 +103,6 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
         return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
     except (ValueError, IndexError):
         raise ValueError(f"--size is {text!r}; expected one number, or HEIGHTxWIDTH") from None
-
-
-class Normalization(nn.Module):
-    """Subtracts a mean and divides by a standard deviation, channel by channel; can be pickled for workers."""
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.mean, self.std = mean, std
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Images (*B, C, H, W) in [0, 1] to images of the same shape."""
-        for option, values in (("--mean", self.mean), ("--std", self.std)):
-            if len(values) not in (1, image.shape[-3]):
-                raise ValueError(
-                    f"{option} has {len(values)} values, but the images have {image.shape[-3]} channels; see --mode"
-                )
-        mean, std = (image.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (image - mean) / std
 
 
 def first_images(dataset: ImageDataset, source: str, count: int = _FEW) -> Tensor:
@@ -443,8 +432,7 @@ class InputsReader:
     def _extract(self, source: str, labels: bool) -> Inputs:
         from penult.activations import extract
 
-        image_options = ImageOptions.of(self._options)
-        dataset = image_options.read(source)
+        dataset = ImageOptions.of(self._options).read(source)
         if self._options["model"] is None:
             raise ValueError(
                 f"{source} holds images, so the network has to run: give --model package.module:factory (and "
@@ -464,7 +452,7 @@ class InputsReader:
             # Images of different sizes are no fault of the model, so this stands inside.
             with running(tuple(first.shape), f"--model {self._options['model']}"), of_one_size(source):
                 acts = extract(tap, loader, class_names=names, progress=True)
-        return Inputs(source, acts, image_options.read(source, normalized=False))
+        return Inputs(source, acts, dataset.unnormalized())
 
     def _opened(self, images: Tensor) -> Tap:
         """Return the tap of the network, whose head is found with the first images of the first source."""

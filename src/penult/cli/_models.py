@@ -34,7 +34,7 @@ __all__ = [
 
 def is_file(model: str) -> bool:
     """Return whether a MODEL is a file rather than a factory."""
-    return model.endswith(".safetensors") or Path(model).exists()
+    return model.lower().endswith(".safetensors") or Path(model).exists()
 
 
 def load_model(
@@ -60,10 +60,11 @@ def load_model(
         raise ValueError(
             f"{argument} {name!r} is neither a .safetensors file nor of the form package.module:factory{guess}"
         )
-    if module_name.startswith(".") or "/" in module_name or module_name.endswith(".py"):
+    # The colon of a Windows path follows the drive, so the whole name is searched for separators.
+    if module_name.startswith(".") or module_name.endswith(".py") or "/" in name or "\\" in name:
         raise ValueError(
-            f"{argument} {name!r}: {module_name!r} is a path; name the module as Python imports it, such as "
-            "mynets:factory for mynets.py in the current folder"
+            f"{argument} {name!r} is a path; name the module as Python imports it, such as mynets:factory for "
+            "mynets.py in the current folder"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -122,16 +123,20 @@ def _load_weights(model: nn.Module, path: Path, option: str = "--weights") -> No
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.exists():
-        raise ValueError(f"{option} {path} does not exist")
+    from penult.io import _other_kind
+
+    if not path.is_file():
+        raise ValueError(f"{option} {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{option} {path} is no safetensors file, and penult reads no pickles. Convert a .pt or .pth file once: "
+        convert = (
+            "penult reads no pickles. Convert a .pt or .pth file once: "
             f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), "
             f"{path.with_suffix('.safetensors').name!r}); or load it in a factory of your own"
-        ) from error
+        )
+        message = _other_kind(path, "a safetensors file", {"a pickle": convert, "a zip archive": convert})
+        raise ValueError(f"{option} {message or f'{path} is no safetensors file, and {convert}'}") from error
     keys = model.load_state_dict(state, strict=False)
     if keys.missing_keys or keys.unexpected_keys:
         raise ValueError(
@@ -237,7 +242,7 @@ def _bias_of(weight_key: str) -> str:
 
 def pair_path(out: Path) -> Path:
     """Check the path that a pair is to be written to, before anything is computed."""
-    if out.suffix != ".safetensors":
+    if out.suffix.lower() != ".safetensors":
         raise ValueError(
             f"--out is {out}; expected a .safetensors file, for example {out.with_suffix('')}.penult.safetensors"
         )
@@ -248,7 +253,7 @@ def pair_path(out: Path) -> Path:
 
 def folder_path(out: Path) -> Path:
     """Check the path of a folder that is to be written."""
-    if out.suffix in (".npz", ".npy", ".pt", ".pth", ".safetensors", ".parquet"):
+    if out.suffix.lower() in (".npz", ".npy", ".pt", ".pth", ".safetensors", ".parquet"):
         raise ValueError(f"--out is {out}; expected a folder, a name without {out.suffix}")
     return out
 

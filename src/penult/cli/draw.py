@@ -106,9 +106,9 @@ def draw_images(
     from penult._extras import extra
     from penult.generate import load
 
-    if out.suffix not in (".png", ".npz"):
+    if out.suffix.lower() not in (".png", ".npz"):
         raise ValueError(f"--out {out}: images are written to a grid, name.png, or to arrays, name.npz")
-    extra("PIL.Image", PILLOW) if out.suffix == ".png" else extra("numpy", "NumPy writes arrays")
+    extra("PIL.Image", PILLOW) if out.suffix.lower() == ".png" else extra("numpy", "NumPy writes arrays")
     torch_device = device_of(device)
     generator = load(file, device=torch_device)
     labels = list(classes or range(generator.pair.head.num_classes))
@@ -117,7 +117,7 @@ def draw_images(
     y = torch.tensor(labels, device=torch_device).repeat_interleave(count_per_class)
     random = torch.Generator(torch_device).manual_seed(seed)
     images = generator.generate(y, confident, generator=random).float().cpu()
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         data = grid(images, columns)
     else:
         buffer = memory.BytesIO()

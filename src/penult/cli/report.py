@@ -89,7 +89,7 @@ def report(
 
     extra("sklearn.metrics", "scikit-learn measures what a page about a pair shows")
     reporter = RichReporter(stderr=as_json)
-    if out.suffix not in (".html", ".htm"):
+    if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out is {out}; expected a page, for example {out.with_suffix('.html')}")
     sources = _named_sources(ood or [], FAMILIAR)
     for key, source in sources.items():

@@ -125,7 +125,7 @@ def score(
     from penult.scores import Threshold
 
     reporter = RichReporter(stderr=as_json)
-    if out is not None and out.suffix not in (".csv", ".npz"):
+    if out is not None and out.suffix.lower() not in (".csv", ".npz"):
         raise ValueError(f"--out is {out}; expected a table, name.csv, or arrays, name.npz")
     if false_alarm is not None and calibrate is None:
         raise ValueError("--false-alarm goes with --calibrate, which sets the threshold")
@@ -258,7 +258,7 @@ class _Scores:
         """Write the table to a .csv or .npz file."""
         from penult import io
 
-        if out.suffix == ".csv":
+        if out.suffix.lower() == ".csv":
             return io.write_bytes(out, self._csv())
         from penult._extras import extra
 

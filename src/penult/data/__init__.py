@@ -19,6 +19,7 @@ import sys
 from penult.data import _dataset, _shifts
 from penult.data._dataset import ImageDataset, Images
 from penult.data._folder import folder
+from penult.data._normalization import Normalization
 from penult.data._npz import npz
 from penult.data._parquet import parquet
 from penult.data._read import digits, read
@@ -36,6 +37,9 @@ __all__ = [
     "read",
     "shift",
 ]
+
+# Lent to other rooms of the package; not public.
+_Normalization = Normalization
 
 # Pickles that earlier versions wrote name these modules.
 sys.modules["penult.data._images"] = _dataset

@@ -48,9 +48,10 @@ class Normalization(nn.Module):
         channels = images.shape[-3]
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, channels):
+                plural = "s" if channels > 1 else ""
                 raise ValueError(
-                    f"{name} has {len(values)} values, but the images have {channels} channels; expected one value, or "
-                    "one for each channel. Convert the images with mode, or give other values"
+                    f"{name} has {len(values)} values, but the images have {channels} channel{plural}; expected one "
+                    "value, or one for each channel. Convert the images with mode, or give other values"
                 )
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std

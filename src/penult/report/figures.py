@@ -27,6 +27,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
 
 from penult import io
+from penult.io import _user_path
 from penult.report import inline
 from penult.report.markup import seen
 from penult.report.palette import DIVERGING, LIGHT, SEQUENTIAL, SERIES, THEMES, Theme, recolour
@@ -222,10 +223,10 @@ def save(figure: Figure, path: str | Path, theme: Theme = "light", scale: float 
     Raises:
         ValueError: The suffix is neither `.png` nor `.svg`.
     """
-    path = Path(path)
-    if path.suffix == ".svg":
+    path = _user_path(path)
+    if path.suffix.lower() == ".svg":
         data = inline.clean(_document(figure), alt=path.stem, prefix="figure", theme=theme).encode()
-    elif path.suffix == ".png":
+    elif path.suffix.lower() == ".png":
         buffer = BytesIO()
         with style():
             _recoloured(figure, theme).savefig(
