@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from penult._row_blocks import blocks
 
@@ -38,6 +39,7 @@ __all__ = [
     "index_of",
     "integer_labels",
     "is_chance_level",
+    "unreadable",
     "usable_device",
     "validates_by_default",
     "with_remedy",
@@ -156,10 +158,35 @@ def validates_by_default() -> bool:
 # --- tensors ------------------------------------------------------------------------------------------------
 
 
+# Float8 and narrower dtypes only store numbers: torch computes no sums, comparisons or checks in them.
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def unreadable(tensor: Tensor) -> tuple[str, str] | None:
+    """Return why a tensor is not a dense array of real floating-point numbers, and the remedy; None if it is one."""
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        return "not initialised (a lazy parameter)", "Run the model once on a batch"
+    if tensor.is_nested:
+        return "a nested tensor", "Pad it with torch.nested.to_padded_tensor(x, 0.0)"
+    if tensor.layout != torch.strided:
+        return f"a {str(tensor.layout).removeprefix('torch.')} tensor", "Use x.to_dense()"
+    if tensor.is_quantized:
+        return f"a quantised {tensor.dtype} tensor", "Use x.dequantize()"
+    if tensor.is_complex():
+        return f"a complex {tensor.dtype} tensor", "Take real numbers from it, for example x.real or x.abs()"
+    if not tensor.is_floating_point():
+        return described(tensor), "Use x.float() if its values are what you mean"
+    if tensor.dtype not in _FLOATS:
+        return described(tensor), "Use x.to(torch.bfloat16), with the scale of the format if it has one"
+    return None
+
+
 def check_floating(name: str, value: Any, shape: str) -> None:
     """Raise a TypeError unless a value is a floating-point tensor; `shape` is the expected shape in the message."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex() or value.is_quantized):
         raise TypeError(f"{name} is {described(value)}; expected a floating-point tensor {shape}")
+    if (fault := unreadable(value)) is not None:
+        raise TypeError(f"{name} is {fault[0]}; expected a floating-point tensor {shape}. {fault[1]}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -319,6 +346,10 @@ def is_chance_level(accuracy: float, count: int, num_classes: int) -> bool:
 def check_weight(weight: Tensor, empty_rows: bool = False) -> None:
     """Raise unless W is a finite floating tensor (K, d) with K >= 2 and no row of zeros; `empty_rows` admits some."""
     check_floating("weight", weight, "(K, d)")
+    if weight.is_meta:
+        raise ValueError(
+            "weight is on the meta device, which holds no values; expected a tensor in memory. Load the weights first"
+        )
     if weight.ndim != 2 or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (K, d), one row for each class")
     if weight.shape[0] == 1:

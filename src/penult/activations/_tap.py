@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult.head import Head, _capture_forward, _refuse_unrectified, _submodule, _tensor_at, _unwrap
+from penult.head import Head, _capture_forward, _in_memory, _refuse_unrectified, _submodule, _tensor_at, _unwrap
 
 __all__ = ["Tap"]
 
@@ -159,7 +159,8 @@ class Tap(nn.Module):
         """Make W and b of the head views of the model's tensors again, if they were when the tap was made."""
         for name, (source, *layout) in self._shared.items():
             tensor, current = _tensor_at(self.model, source), getattr(self.head, name)
-            if tensor is not None and tensor.data_ptr() != current.data_ptr():
+            # Weights that are offloaded at the moment cannot be shared; the head keeps its own.
+            if tensor is not None and _in_memory(tensor) and tensor.data_ptr() != current.data_ptr():
                 setattr(self.head, name, tensor.detach().as_strided(*layout))
 
 
@@ -169,6 +170,8 @@ def _shared(model: nn.Module, head: Head) -> dict[str, tuple[Any, ...]]:
     for name in ("weight", "bias"):
         view = getattr(head, name)
         for source, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if view is not None and tensor.numel() == view.numel() and tensor.data_ptr() == view.data_ptr():
+            if view is None or not _in_memory(tensor) or tensor.numel() != view.numel():
+                continue
+            if tensor.data_ptr() == view.data_ptr():
                 views[name] = source, view.size(), view.stride(), view.storage_offset()
     return views

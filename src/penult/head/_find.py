@@ -14,11 +14,12 @@ from penult._checks import check_finite
 from penult._row_blocks import blocks, rows_in_double
 from penult.head._capture import capture
 from penult.head._certificate import HeadCertificate, Support
+from penult.head._foreign import in_memory, is_real
 from penult.head._head import Head
 from penult.head._match import Match, axes_of, matches, relative_error
 from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
 from penult.head._origin import Norm, Origin, gain_and_offset, invertible, without_gain
-from penult.head._record import Candidate, Recorder
+from penult.head._record import Candidate, Recorder, Steps
 from penult.head._refusal import are_probabilities, not_confirmed_error, not_found_error, refuse_other_tasks
 
 __all__ = ["find_head"]
@@ -40,10 +41,12 @@ def find_head(
     The model runs on a small batch, in eval mode and without gradients, while every product of activations with one
     matrix is recorded: linear layers and functions, matmul, addmm, einsum, pointwise convolutions, cosines. Products
     whose number of rows is the number of logits are candidates. The logits are computed again from the W, b and h of
-    each candidate, and the one that reproduces them is the head. Names are not used. A scale and a bias added later
-    are fitted. A mean over positions, a position picked from each sample, and a resized map are recognised, because
-    they commute with the head. The head must then reproduce a second batch: the first one reversed, with floats
-    multiplied by 0.7. The model's training flags, buffers and hooks and the random number generators are restored.
+    each candidate, and the one that reproduces them is the head. Names are not used. A scale and a bias added later are
+    fitted. A mean over positions, a position picked from each sample, and a resized map are recognised, because they
+    commute with the head. Tensors that are not dense arrays of real numbers (complex, integer, nested, sparse,
+    quantised, offloaded) are not read, and do no harm elsewhere in the model. The head must then reproduce a second
+    batch: the first one reversed, with floats multiplied by 0.7. The model's training flags, buffers and hooks and the
+    random number generators are restored.
 
     If a LayerNorm or RMSNorm is right before the head (ignoring dropout, casts, views such as a class token, and a
     mean over positions), its gain and offset are folded into the head: the weight becomes W diag(gamma), the bias
@@ -63,8 +66,9 @@ def find_head(
     Raises:
         HeadNotFoundError: No product reproduces the logits, or the model has no softmax (one logit, multi-label). The
             message names the three nearest candidates with their residuals, and the likely cause.
-        TypeError: `model` is not a module or cannot be watched (TorchScript, FSDP), its output holds no logits, or it
-            failed on a mapping that was passed by position.
+        TypeError: `model` is not a module or cannot be watched (TorchScript, torch.export, FSDP), has lazy layers
+            without weights, its output holds no logits (or complex numbers or integers), or it failed on a mapping
+            that was passed by position.
         ValueError: `path` is not a module of the model, the logits are not finite, or the layer is not a valid
             softmax head (see `Head`).
 
@@ -88,10 +92,12 @@ def find_head(
                     "Pass the output of a processor or tokeniser by keyword: find_head(model, **batch), without labels"
                 ) from error
             logits = logits_of(output)
-        squashed_by = recorder.squashed_by(logits) or ("a softmax" if are_probabilities(logits) else None)
         logits = logits.detach()
         refuse_other_tasks(model, logits)
         check_finite("the model's output", logits)
+        steps = recorder.steps_to(logits)
+        if steps.squashed_by is None and are_probabilities(logits):
+            steps = Steps("a softmax")
 
         def limit(match: Match) -> float:
             return _residual_limit(tolerance, logits, match)
@@ -108,7 +114,7 @@ def find_head(
             new_matches = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
             new_matches.sort(key=lambda match: match.residual)
             # For small values even a soft cap looks affine, so a recorded function decides against every match.
-            good = [match for match in new_matches if not squashed_by and match.residual <= limit(match)]
+            good = [match for match in new_matches if not steps.squashed_by and match.residual <= limit(match)]
             good.sort(key=lambda match: (match.scale != 1) + (match.shift is not None))
             refused: list[tuple[Match, float | None]] = []
             for match in good[:_TRIES]:
@@ -121,7 +127,7 @@ def find_head(
                 raise not_confirmed_error(*refused[0], tolerance)
             all_matches += new_matches
         all_matches.sort(key=lambda match: match.residual)
-        raise not_found_error(model, logits, all_matches, recorder.candidates, path, tolerance, squashed_by)
+        raise not_found_error(model, logits, all_matches, recorder.candidates, path, tolerance, steps)
 
 
 def _residual_limit(tolerance: float, logits: Tensor, match: Match) -> float:
@@ -139,8 +145,9 @@ def _is_computed_in(model: nn.Module, module: nn.Module, candidate: Candidate) -
 def _parameter_name(module: nn.Module, tensor: Tensor) -> str | None:
     """Return the name of the parameter or buffer that a tensor is a view of, as a whole; None if there is none."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if value.numel() == tensor.numel() and value.data_ptr() == tensor.data_ptr() and value.device == tensor.device:
-            return name
+        if in_memory(value) and value.numel() == tensor.numel() and value.device == tensor.device:
+            if value.data_ptr() == tensor.data_ptr():
+                return name
     return None
 
 
@@ -182,7 +189,7 @@ def _source_tensors(model: nn.Module, match: Match, norm: Norm | None) -> list[T
 def _exact_shift(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
     """Return the parameter of the model that a fitted shift approximates, or the fitted shift if there is none."""
     for value in (*model.parameters(), *model.buffers()):
-        if value.shape == shift.shape and value.is_floating_point():
+        if is_real(value) and value.shape == shift.shape:
             if relative_error(value.detach().to(shift), shift) <= tolerance:
                 return value.detach()
     return shift
@@ -230,7 +237,11 @@ def _fold_norm(
     # The head must read the whole normalised axis.
     if norm is None or h.shape[-1] != norm.width or match.candidate.stride not in (1, norm.stride):
         return None
-    gain, offset = gain_and_offset(model.get_submodule(norm.path), norm.unit_offset)
+    module = model.get_submodule(norm.path)
+    if any(not in_memory(parameter) for parameter in module.parameters(recurse=False)):
+        # The gain is in memory only while the norm runs, so a tap could not read it.
+        return None
+    gain, offset = gain_and_offset(module, norm.unit_offset)
     if not invertible(gain, offset, h.dtype):
         return None
     z = without_gain(h, gain, offset)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penult.head._foreign import attribute, in_memory
+
 __all__ = [
     "compiled_parts_eager",
     "evaluating",
@@ -33,18 +35,20 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: The model is not a module, or its calls or weights cannot be watched: TorchScript, FSDP, DTensor.
     """
+    _refuse_exported("the model", model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected an nn.Module")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif isinstance(inner := attribute(model, "_orig_mod"), nn.Module):
             model = inner
         else:
             break
     if is_scripted(model):
         raise TypeError("the model is TorchScript, whose calls cannot be watched; pass the model it was scripted from")
     for name, module in model.named_modules():
+        _refuse_exported(repr(name) if name else "the model", module)
         if type(module).__name__ == "FullyShardedDataParallel":
             raise TypeError(
                 f"the weights of {name or 'the model'!r} are sharded (FSDP), and the gathered weights that a head "
@@ -54,6 +58,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         if type(parameter).__name__ == "DTensor":
             raise TypeError(f"parameter {name!r} is a DTensor; gather it (full_tensor()) in a plain copy of the model")
     return model
+
+
+def _refuse_exported(name: str, model: Any) -> None:
+    """Raise a TypeError for a program of torch.export and for the module of one."""
+    # Importing torch.export takes time, and its classes are told by their module.
+    if any(kind.__module__.startswith("torch.export") for kind in type(model).__mro__):
+        raise TypeError(
+            f"{name} is a program of torch.export ({type(model).__name__}), whose layers and modes are gone; pass the "
+            "model that it was exported from"
+        )
 
 
 def is_scripted(module: nn.Module) -> bool:
@@ -113,8 +127,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     The random states of torch, Python and NumPy are restored, but not those of a generator that the model owns.
     """
     buffers = [(module, dict(module._buffers)) for module in model.modules() if not is_scripted(module)]
-    copies = [(value, value.clone()) for _, named in buffers for value in named.values() if value is not None]
-    tensors = list(chain(model.parameters(), (value for value, _ in copies)))
+    values = [value for _, named in buffers for value in named.values() if value is not None]
+    copies = [(value, value.clone()) for value in values if in_memory(value)]
+    tensors = [tensor for tensor in chain(model.parameters(), values) if in_memory(tensor)]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
     # A model with inference tensors runs in inference mode only.
     inference = any(tensor.is_inference() for tensor in tensors)
@@ -171,7 +186,7 @@ def logits_of(output: Any) -> Tensor:
     They are the tensor itself, ``.logits``, ``["logits"]``, ``["out"]``, the first tensor of a tuple or list that is
     not a scalar (such as a loss), or the only such tensor of a mapping or dataclass.
     """
-    candidates = [output, getattr(output, "logits", None)]
+    candidates = [output, attribute(output, "logits")]
     names = ""
     if isinstance(output, Mapping):
         values = list(output.values())
@@ -181,7 +196,7 @@ def logits_of(output: Any) -> Tensor:
         values = list(output)
         candidates += [value for value in values if isinstance(value, Tensor) and value.ndim][:1]
     elif dataclasses.is_dataclass(output):
-        values = [getattr(output, field.name) for field in dataclasses.fields(output)]
+        values = [attribute(output, field.name) for field in dataclasses.fields(output)]
         names = f" with fields {[field.name for field in dataclasses.fields(output)]}"
     else:
         values = []

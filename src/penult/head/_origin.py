@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from penult._row_blocks import version_of
+from penult.head._foreign import attribute, in_memory, is_real, tensor_attribute, tensors_in
 
 __all__ = [
     "PASS_THROUGH",
@@ -21,7 +21,6 @@ __all__ = [
     "gain_and_offset",
     "invertible",
     "key_of",
-    "tensors_in",
     "without_gain",
 ]
 
@@ -146,7 +145,7 @@ class Origins:
 
 def gain_and_offset(module: nn.Module, unit_offset: bool) -> tuple[Tensor | None, Tensor | None]:
     """Return the current gain and offset of a norm layer, in at least float32; None for those that it lacks."""
-    gain, offset = getattr(module, "weight", None), getattr(module, "bias", None)
+    gain, offset = tensor_attribute(module, "weight"), tensor_attribute(module, "bias")
     gain = None if gain is None else gain.to(torch.promote_types(gain.dtype, torch.float32))
     if gain is not None and unit_offset:
         gain = gain + 1
@@ -173,12 +172,14 @@ def _detect_norm(module: nn.Module, path: str, x: Tensor, output: Tensor) -> Nor
 
     The class of the module is not used.
     """
-    gain = getattr(module, "weight", None)
+    if not (is_real(x) and is_real(output)) or x.shape != output.shape or x.numel() == 0:
+        return None
+    affine = [part for name in ("weight", "bias") if (part := tensor_attribute(module, name)) is not None]
     plain = next(module.parameters(), None) is None and "norm" in type(module).__name__.lower()
-    if x.shape != output.shape or not (x.is_floating_point() and output.is_floating_point()) or x.numel() == 0:
+    if not plain and (tensor_attribute(module, "weight") is None or not all(map(is_real, affine))):
         return None
     for axis in (-1, 1) if x.ndim == 4 else (-1,):
-        if plain or (isinstance(gain, Tensor) and gain.shape == output.movedim(axis, -1).shape[-1:]):
+        if plain or all(part.shape == output.movedim(axis, -1).shape[-1:] for part in affine):
             kind = _norm_kind(module, plain, x.movedim(axis, -1), output.movedim(axis, -1))
             if kind is not None:
                 return Norm(path, *kind, output.shape[axis], output.stride(axis))
@@ -189,8 +190,8 @@ def _norm_kind(
     module: nn.Module, plain: bool, x: Tensor, output: Tensor
 ) -> tuple[Literal["layer", "rms"], bool] | None:
     """Return the kind of norm over the last axis that maps x to the output, and whether its gain is 1 + weight."""
-    given_eps = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
-    eps = next((value for value in given_eps if value is not None), 0.0)
+    given_eps = (attribute(module, name) for name in ("eps", "variance_epsilon", "epsilon"))
+    eps = next((value for value in given_eps if _is_number(value)), 0.0)
     x, target = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (x, output))
     bound = max(1e-4, 4 * torch.finfo(output.dtype).eps) * float(target.abs().max())
     for kind in _KINDS:
@@ -205,19 +206,13 @@ def _norm_kind(
     return None
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among some values and directly inside containers among them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from (item for item in value.values() if isinstance(item, Tensor))
-        elif isinstance(value, tuple | list):
-            yield from (item for item in value if isinstance(item, Tensor))
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number or a tensor of one number."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and is_real(value) and value.numel() == 1)
 
 
 def key_of(tensor: Tensor) -> Key | None:
-    """Return the storage and version of a tensor; None if it has no storage, as sparse tensors."""
-    if tensor.layout != torch.strided:
+    """Return the storage and version of a tensor; None if it is not in memory."""
+    if not in_memory(tensor):
         return None
     return StorageWeakRef(tensor.untyped_storage()), version_of(tensor)

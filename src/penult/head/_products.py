@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penult.head._certificate import Kind
+from penult.head._foreign import is_real, tensors_in
 
 __all__ = ["Product", "products"]
 
@@ -48,7 +49,8 @@ def products(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ite
     gives the logits.
     """
     reader = _READERS.get(func)
-    if reader is not None:
+    # Whatever is not read here is no candidate, so nothing else has to know of tensors without values.
+    if reader is not None and all(map(is_real, tensors_in((*args, *kwargs.values())))):
         yield from reader(*args, **kwargs)
 
 

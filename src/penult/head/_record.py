@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from penult.head._foreign import in_memory, tensors_in
 from penult.head._model import first_input, is_scripted
-from penult.head._origin import Key, Origin, Origins, key_of, tensors_in
+from penult.head._origin import PASS_THROUGH, Key, Origin, Origins, key_of
 from penult.head._products import Product, products
 from penult.head._rectified import Rectifiers, is_rectified
 
-__all__ = ["Candidate", "Lineage", "Recorder"]
+__all__ = ["Candidate", "Lineage", "Recorder", "Steps"]
 
 # --- Functions between the products and the output ----------------------------------------------------------
 
@@ -28,42 +30,71 @@ _SQUASHING = frozenset(
 )
 
 
+# Functions that apply one map to every value, or move, average or join values. After any other function, an output need
+# not be what a squashing function made of the last product that was read: the function may be the head itself.
+_READ_THROUGH = (
+    PASS_THROUGH
+    | _SQUASHING
+    | frozenset(
+        "add radd sub rsub mul rmul div rdiv truediv rtruediv neg mean sum avg_pool1d avg_pool2d avg_pool3d "
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d stack cat concat concatenate hstack vstack "
+        "interpolate upsample masked_fill where clamp clip clamp_min clamp_max log_softmax pad constant_pad_nd split "
+        "chunk unbind tensor_split iter roll flip detach requires_grad_ setitem copy".split()
+    )
+)
+
+
+class Steps(NamedTuple):
+    """Functions that were applied to a tensor after its last product.
+
+    Attributes:
+        squashed_by: The first non-affine function, or None.
+        unread: The last function that is neither of those that map or move single values nor a product that was read,
+            or None.
+    """
+
+    squashed_by: str | None = None
+    unread: str | None = None
+
+
 class Lineage:
-    """Follows tensors that depend on a product, and remembers the non-affine function that was applied to them.
+    """Follows tensors that depend on a product, and remembers the functions that were applied to them.
 
     For small values even a soft cap looks affine, so the values alone do not show such a function.
     """
 
     def __init__(self) -> None:
-        # For each tensor that depends on a product: the name of the function, or None.
-        self._squashed_by: dict[Key, str | None] = {}
+        # For each tensor that depends on a product.
+        self._steps: dict[Key, Steps] = {}
 
     def record_function(
         self, func: Any, operands: Sequence[Key | None], outputs: Sequence[Tensor], *, product: bool
     ) -> None:
         """Record a torch function, with the keys of its operands before the call and the tensors that it wrote."""
-        known = [self._squashed_by[key] for key in operands if key is not None and key in self._squashed_by]
+        known = [self._steps[key] for key in operands if key is not None and key in self._steps]
         if product:
-            status = None
+            steps = Steps()
         elif not known:
             return
         else:
             name = getattr(func, "__name__", "").strip("_")
-            status = next((squash for squash in known if squash is not None), None)
+            squash = next((steps.squashed_by for steps in known if steps.squashed_by is not None), None)
+            unread = next((steps.unread for steps in known if steps.unread is not None), None)
             # The logarithm of a softmax gives log-probabilities, which are allowed.
-            if name == "log" and status == "softmax":
-                status = None
-            elif status is None and name in _SQUASHING:
-                status = name
+            if name == "log" and squash == "softmax":
+                squash = None
+            elif squash is None and name in _SQUASHING:
+                squash = name
+            steps = Steps(squash, unread if name in _READ_THROUGH else name)
         for tensor in outputs:
             key = key_of(tensor)
             if key is not None and (product or key not in operands):
-                self._squashed_by[key] = status
+                self._steps[key] = steps
 
-    def squashed_by(self, output: Tensor) -> str | None:
-        """Return the non-affine function that was applied to an output after its last product, or None."""
+    def steps_to(self, output: Tensor) -> Steps:
+        """Return the functions that were applied to an output after its last product."""
         key = key_of(output)
-        return None if key is None else self._squashed_by.get(key)
+        return Steps() if key is None else self._steps.get(key, Steps())
 
 
 # --- Candidates ---------------------------------------------------------------------------------------------
@@ -109,6 +140,11 @@ class Candidate:
     rectified: bool
 
 
+def _is_uninitialized(module: Any) -> bool:
+    """Whether a module is a lazy layer of torch that has no weights yet."""
+    return isinstance(module, LazyModuleMixin) and bool(module.has_uninitialized_params())  # type: ignore[misc]
+
+
 class Recorder(TorchFunctionMode):
     """Records the products of one forward of a model, and the origins of their activations."""
 
@@ -127,8 +163,12 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         with ExitStack() as hooks:
             for module in self._names:
+                if _is_uninitialized(module):
+                    # The module's own hook would create its weights, so this one has to come first.
+                    hooks.callback(module.register_forward_pre_hook(self._refuse_lazy, prepend=True).remove)
                 hooks.callback(module.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(self._end, with_kwargs=True).remove)
+                # A model may catch the errors of its modules, and goes on after the module that raised.
+                hooks.callback(module.register_forward_hook(self._end, with_kwargs=True, always_call=True).remove)
             self._hooks = hooks.pop_all()
         super().__enter__()
         return self
@@ -146,7 +186,7 @@ class Recorder(TorchFunctionMode):
             u = self._rectifiers.pre_activation_of(product, func, args, kwargs)
             self._add_candidate(product, rectified=is_rectified(u, product.h))
             is_product = True
-        operands = list(tensors_in([*args, *kwargs.values()]))
+        operands = [operand for operand in tensors_in([*args, *kwargs.values()]) if in_memory(operand)]
         # The keys are taken before the call, which may change operands in place.
         keys = [key_of(operand) for operand in operands]
         source = self._origin_of(max(operands, key=Tensor.numel, default=None))
@@ -160,13 +200,23 @@ class Recorder(TorchFunctionMode):
         x = first_input(args, kwargs)
         self._running.append((self._names[module], None if x is None else key_of(x)))
 
+    def _refuse_lazy(self, module: nn.Module, _: tuple[Any, ...]) -> None:
+        raise TypeError(
+            f"{self._names[module] or 'the model'!r} is a {type(module).__name__} without weights yet: its first "
+            "forward creates them at random. Run the model once, model(batch), and train it or load its weights "
+            "before finding its head"
+        )
+
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Without an entry of its own, the module was stopped by a hook before it began.
+        if not self._running or self._running[-1][0] != self._names[module]:
+            return
         path, key = self._running.pop()
         self._origins.record_module(module, path, first_input(args, kwargs), key, output)
 
-    def squashed_by(self, output: Tensor) -> str | None:
-        """Return the non-affine function that was applied to an output after its last product, or None."""
-        return self._lineage.squashed_by(output)
+    def steps_to(self, output: Tensor) -> Steps:
+        """Return the functions that were applied to an output after its last product."""
+        return self._lineage.steps_to(output)
 
     def _origin_of(self, tensor: Tensor | None) -> Origin | None:
         return None if tensor is None else self._origins.get(key_of(tensor))

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from penult._row_blocks import version_of
 from penult.head._certificate import HeadCertificate
+from penult.head._foreign import is_real
 from penult.head._model import first_input
 from penult.head._origin import PASS_THROUGH
 from penult.head._products import Product, products
@@ -95,7 +96,7 @@ def _input_of_relu(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """Return the x of a call that computes max(x, 0); None for any other call."""
     name = name.rstrip("_")
     x = first_input(args, dict(kwargs))
-    if x is None or x.layout != torch.strided or x.is_nested or "out" in kwargs:
+    if x is None or "out" in kwargs or not is_real(x):
         return None
     if name in ("clamp", "clip", "clamp_min"):
         bounds = dict(zip(("min", "max"), args[1:], strict=False)) | dict(kwargs)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penult._checks import unreadable
 from penult.head._certificate import HeadNotFoundError
+from penult.head._foreign import attribute, in_memory
 from penult.head._match import Match, relative_error
 from penult.head._model import is_scripted
-from penult.head._record import Candidate
+from penult.head._record import Candidate, Steps
 
 __all__ = ["are_probabilities", "not_confirmed_error", "not_found_error", "refuse_other_tasks"]
 
@@ -23,14 +25,33 @@ _SIGMOID = (
 
 
 def refuse_other_tasks(model: nn.Module, logits: Tensor) -> None:
-    """Raise if the model applies no softmax: one logit for each sample, or labels that do not exclude each other."""
+    """Raise if the output is no array of logits, or the model applies no softmax to it.
+
+    The latter is so for one logit for each sample, and for labels that do not exclude each other.
+    """
+    if (fault := unreadable(logits)) is not None:
+        raise TypeError(
+            f"the model's output is {fault[0]}; expected a floating-point tensor of logits. {fault[1]}, or let the "
+            "model return its logits"
+        )
+    if not in_memory(logits):
+        raise TypeError(
+            f"the model's output is a {type(logits).__name__} on {logits.device}, which holds no values; expected "
+            "logits in memory. Load the weights of the model first, and convert tensors of other packages"
+        )
+    if not logits.numel():
+        raise ValueError(
+            f"the model's output has shape {tuple(logits.shape)}, which holds no logits; expected at least one row. "
+            "Give a batch of at least one sample"
+        )
     if logits.ndim == 0 or max(logits.shape[-1], logits.shape[1] if logits.ndim > 2 else 0) < 2:
         raise HeadNotFoundError(
             f"the model's output has shape {tuple(logits.shape)}: one logit a sample (a sigmoid or a regression) is "
             f"no softmax. {_SIGMOID}"
         )
-    configs = (getattr(module, "config", None) for module in model.modules())
-    problem = next((kind for config in configs if (kind := getattr(config, "problem_type", None))), None)
+    configs = (attribute(module, "config") for module in model.modules())
+    problems = [attribute(config, "problem_type") for config in configs]
+    problem = next((kind for kind in problems if isinstance(kind, str)), None)
     if problem == "regression":
         raise HeadNotFoundError("the model's config says problem_type='regression': its outputs are no logits")
     if problem == "multi_label_classification":
@@ -47,7 +68,7 @@ def not_found_error(
     candidates: Mapping[int, Sequence[Candidate]],
     path: str | None,
     tolerance: float,
-    squashed_by: str | None,
+    steps: Steps,
 ) -> HeadNotFoundError:
     """Return the error that names the three nearest candidates and the likely cause."""
     shape = tuple(logits.shape)
@@ -66,7 +87,7 @@ def not_found_error(
     unseen = f" The module {scripted[0]!r} is TorchScript, so its computation cannot be watched." if scripted else ""
     return HeadNotFoundError(
         f"{subject} reproduces the logits of shape {shape} within tolerance {tolerance:g} ({evidence}). "
-        f"{_likely_cause(logits, list(best.values()), squashed_by)}{unseen} "
+        f"{_likely_cause(logits, list(best.values()), steps)}{unseen} "
         "If W and b are known, build penult.Head(weight, bias) from them"
     )
 
@@ -106,17 +127,25 @@ def are_probabilities(output: Tensor) -> bool:
     return bool((z >= 0).all()) and any(bool(((s - 1).abs() <= 1e-2).all()) for s in sums)
 
 
-def _likely_cause(logits: Tensor, best: Sequence[Match], squashed_by: str | None) -> str:
-    """Return the most likely cause, by the functions that ran and by the values of the output."""
+def _likely_cause(logits: Tensor, best: Sequence[Match], steps: Steps) -> str:
+    """Return the cause as far as the functions that ran and the values of the output show it."""
     z = logits.float()
+    squashed_by = steps.squashed_by
     if z.ndim == 1:
         return "The output is one number for each sample (a sigmoid or a regression), not a softmax."
     if are_probabilities(z):
         return "The output is probabilities (a softmax inside the model): return the logits."
-    if "sigmoid" in (squashed_by or "").lower() or bool(((z >= 0) & (z <= 1)).all()):
+    if squashed_by == "sigmoid" and bool(((z >= 0) & (z <= 1)).all()):
         return (
             "The output lies in 0..1 (a sigmoid inside the model, as for labels that do not exclude each other; they "
             "have no softmax)."
+        )
+    if steps.unread is not None:
+        before = "" if squashed_by is None else f"{squashed_by} and then "
+        return (
+            f"After the last product that is read, the model applies {before}{steps.unread}, which is not read as a "
+            "product of activations with one matrix. If it is one, compute it by nn.Linear, torch.matmul or "
+            "torch.einsum."
         )
     if squashed_by is not None:
         return (
@@ -143,12 +172,12 @@ def _likely_cause(logits: Tensor, best: Sequence[Match], squashed_by: str | None
                 )
     if not best:
         return (
-            "Typical causes: a head that is more than one matrix for each position (a convolution wider than one "
-            "pixel), distances to prototypes, a quantised head."
+            "The cause is not known. Typical causes: a head that is more than one matrix for each position (a "
+            "convolution wider than one pixel), distances to prototypes, a quantised head."
         )
     return (
-        "Typical causes: a scale that depends on the input, a soft cap or an activation after the head, several heads "
-        "averaged, a quantised head."
+        "The cause is not known. Typical causes: a scale that depends on the input, a soft cap or an activation after "
+        "the head, several heads averaged, a quantised head."
     )
 
 
