@@ -33,6 +33,51 @@ def fitted(head, shape="elliptic", ambient=True):
     return Sphere.fit(head, h, shape=shape, ambient=ambient, radii=16)
 
 
+# --- tables and what they were computed from ----------------------------------------------------------------
+
+
+def test_tables_follow_buffers_of_the_base_that_no_counter_sees():
+    head = Head(torch.randn(4, 6, generator=seeded()))
+    h = torch.randn(3, 6, generator=seeded(1))
+    base = Sphere.fit(head, torch.randn(50, 6, generator=seeded(2)), shape="elliptic", radii=8)
+    pair = GenerativePair(head, base)
+    before = pair.log_prob(h)
+    base.scale_tril.data.mul_(1.5)
+    base.radius.detach().numpy()[:] *= 0.5
+    assert not torch.allclose(pair.log_prob(h), before)
+    fresh = GenerativePair(head, base)
+    assert torch.equal(pair.log_prob(h), fresh.log_prob(h))
+    assert torch.equal(pair.prior.probs, fresh.prior.probs)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 128), (1000, 96)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_changed_column_of_a_large_head_is_seen(shape, transposed):
+    weight = torch.randn(*shape, generator=seeded())
+    weight = weight.T.contiguous().T if transposed else weight
+    pair = GenerativePair(Head(weight), sphere())
+    pair.prior  # noqa: B018
+    weight.data[:, shape[1] - 1] += 1e-6
+    with pytest.raises(RuntimeError, match="weights changed"):
+        pair.prior  # noqa: B018
+
+
+def test_a_replaced_tensor_is_compared_in_full():
+    weight = torch.randn(2000, 64, generator=seeded())
+    pair = GenerativePair(Head(weight), sphere())
+    before = pair.prior.probs
+    pair.head.weight = weight.clone()
+    if weight._version == pair.head.weight._version:
+        assert torch.equal(pair.prior.probs, before)
+    for index in ((1, 0), (1, 1)):
+        # At most one of them is among the values that are sampled.
+        other = weight.clone()
+        other[index] += 1
+        pair.head.weight = other
+        with pytest.raises(RuntimeError, match="weights changed"):
+            pair.prior  # noqa: B018
+
+
 # --- the identity -------------------------------------------------------------------------------------------
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from penult._row_blocks import version_of
+from penult._row_blocks import readable, same_values, state_of
+from penult.special import outside_transforms
 
 if TYPE_CHECKING:
     from penult.bases import Base
@@ -23,9 +25,10 @@ _PREFIX = "_table_"
 class DerivedTensors(nn.Module):
     """Module with a head and a base, which keeps tensors that are derived from both.
 
-    A derived tensor is computed at its first use and again after a buffer of the base was replaced or changed in place.
-    The head must not change: `_check_current` raises once its weights did. A move to another device or dtype, a state
-    dict that is loaded, a copy and a pickle all forget the derived tensors.
+    A derived tensor is computed at its first use and again after a buffer of the base was replaced or changed.
+    The head must not change: `_check_current` raises once its weights did. Changes are seen by version counters, by a
+    digest of at most 4096 values of each tensor and, where a tensor of the head was replaced, by all values. A move to
+    another device or dtype, a state dict that is loaded, a copy and a pickle all forget the derived tensors.
 
     Under ``torch.compile`` they are computed while the graph is traced and become inputs of the graph. Inside of
     ``torch.func`` transforms they are computed outside of the transform, unless it replaced buffers of head or base.
@@ -65,13 +68,14 @@ class DerivedTensors(nn.Module):
         if any(torch._C._functorch.is_functorch_wrapped_tensor(b) for b in (*buffers, *self.head.buffers())):
             # A transform replaced these buffers for the time of one call, so the result is not kept.
             return make(self)
-        versions = [version_of(b) for b in buffers]
+        with outside_transforms():
+            states = [state_of(b) for b in buffers]
         entry = self._derived.get(name)
-        if entry is None or not _unchanged(entry[0], buffers, versions):
+        if entry is None or not _unchanged(entry[0], buffers, states):
             with torch.no_grad():
                 tensor = self._compute(make)
             # The buffers themselves are kept, since the id of one that is gone may be given to another.
-            entry = self._derived[name] = list(zip(buffers, versions, strict=True)), tensor
+            entry = self._derived[name] = list(zip(buffers, states, strict=True)), tensor
             setattr(self, _attribute(name), tensor)
         return entry[1]
 
@@ -87,25 +91,41 @@ class DerivedTensors(nn.Module):
     def _remember(self) -> None:
         """Take the head as it is for current, and forget all derived tensors."""
         self._head_version: tuple[int, ...] | None = self.head.version
+        self._head_tensors = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
         self._forget()
 
     def _forget(self) -> None:
-        self._derived: dict[str, tuple[list[tuple[Tensor, int]], Tensor]] = {}
+        self._derived: dict[str, tuple[list[tuple[Tensor, tuple[int, int]]], Tensor]] = {}
         for name in [name for name in self.__dict__ if name.startswith(_PREFIX)]:
             delattr(self, name)
 
     def _check_current(self) -> None:
-        """Raise a RuntimeError if the head's weights changed since `_remember`; compiled code does not check."""
-        if torch.compiler.is_compiling():
+        """Raise a RuntimeError if the head's weights changed since `_remember`.
+
+        Compiled code and a call in which a transform replaced the weights do not check.
+        """
+        if not readable(self.head.weight):
             return
         if self._head_version is None:
             self._remember()
-        elif self.head.version != self._head_version:
+        elif self.head.version != self._head_version or not self._same_tensors():
             raise RuntimeError(
                 "the head's weights changed after this pair was made, so its prior and densities no longer belong to "
                 "them. Make a new GenerativePair (and fit its base again if it was fitted), or build the pair on "
                 "head.clone() to keep the old weights"
             )
+
+    def _same_tensors(self) -> bool:
+        """Whether W and b are those of `_remember`, or others with the same values, as after a move of the model."""
+        tensors = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
+        if len(tensors) != len(self._head_tensors):
+            return False
+        if not all(map(operator.is_, tensors, self._head_tensors)):
+            with outside_transforms():
+                if not all(map(same_values, tensors, self._head_tensors)):
+                    return False
+            self._head_tensors = tensors
+        return True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -130,12 +150,14 @@ def _attribute(name: str) -> str:
     return _PREFIX + name.replace(" ", "_")
 
 
-def _unchanged(seen: list[tuple[Tensor, int]], buffers: list[Tensor], versions: list[int]) -> bool:
-    """Whether the buffers are the same tensors as those seen, in the same versions.
+def _unchanged(
+    seen: list[tuple[Tensor, tuple[int, int]]], buffers: list[Tensor], states: list[tuple[int, int]]
+) -> bool:
+    """Whether the buffers are the same tensors as those seen, in the same states.
 
     Inference tensors have no version counter (-1), so they never match.
     """
     if len(seen) != len(buffers):
         return False
-    pairs = zip(seen, buffers, versions, strict=True)
-    return all(b is old and version == old_version >= 0 for (old, old_version), b, version in pairs)
+    pairs = zip(seen, buffers, states, strict=True)
+    return all(b is old and state == old_state and state[0] >= 0 for (old, old_state), b, state in pairs)

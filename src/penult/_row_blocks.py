@@ -2,19 +2,90 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "mean_row_of", "rounding", "rows_in_double", "span_of", "version_of", "wide_mean_row"]
+__all__ = [
+    "blocks",
+    "mean_row_of",
+    "readable",
+    "rounding",
+    "rows_in_double",
+    "same_values",
+    "span_of",
+    "state_of",
+    "version_of",
+    "wide_mean_row",
+]
+
+# Most values of a tensor that its state depends on.
+_SAMPLE = 4096
+_SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def version_of(tensor: Tensor) -> int:
     """Return the version counter of a tensor, or -1 if it has none."""
     # Inference tensors have no version counter, and torch.compile cannot trace it.
     return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be read now: not in a compiler, a tracer, a CUDA graph or a transform."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or tensor.is_meta:
+        return False
+    # Fake tensors have no values, and modes that count operations should not count these.
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Return the version counter of a tensor and a digest of at most 4096 of its values, at a cost that is constant.
+
+    The counter does not see writes through ``.data`` or a NumPy view; the digest sees those that change a value of the
+    sample. Call it outside of transforms of torch.func.
+    """
+    return version_of(tensor), _digest(tensor) if readable(tensor) else 0
+
+
+@torch.no_grad()
+def _digest(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided or not tensor.numel():
+        return 0
+    step = max(1, tensor.numel() // _SAMPLE)
+    # A step without a common divisor with the number of columns visits all of them.
+    while step > 1 and math.gcd(step, tensor.shape[-1]) > 1:
+        step += 1
+    if step == 1:
+        sample = tensor.reshape(-1)
+    elif tensor.is_contiguous():
+        sample = tensor.view(-1)[::step].contiguous()
+    else:
+        flat = torch.arange(0, tensor.numel(), step, device=tensor.device)
+        sample = tensor[torch.unravel_index(flat, tensor.shape)]
+    integers = _SAME_SIZE.get(sample.element_size())
+    bits = torch.view_as_real(sample).view(torch.int64) if integers is None else sample.view(integers)
+    # Products with different odd numbers, modulo 2^64, tell values that have changed places.
+    return int((bits.reshape(-1) * _odd_numbers(bits.numel(), bits.device)).sum())
+
+
+@functools.lru_cache(maxsize=64)
+def _odd_numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * count, 2, device=device) * 0x1E3779B97F4A7C15
+
+
+@torch.no_grad()
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype, on any devices, hold the same values; one storage is not read."""
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    return all(torch.equal(a.to(b.device), b) for a, b in zip(blocks(one), blocks(other), strict=True))
 
 
 def blocks(tensor: Tensor, rows: int | None = None) -> tuple[Tensor, ...]:

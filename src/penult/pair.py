@@ -18,7 +18,7 @@ from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.distributions import Tilt
 from penult.head import Head
-from penult.special import in_full, outside_transforms, traced, working_dtype
+from penult.special import in_full, in_range, outside_transforms, traced, working_dtype
 
 __all__ = ["GenerativePair", "load"]
 
@@ -48,8 +48,10 @@ class GenerativePair(DerivedTensors):
         Seo, Lee and Kwak, "On The Distribution of Penultimate Activations of Classification Networks", UAI 2021.
 
     Args:
-        head: The head. The pair refers to its weights and raises a RuntimeError once they changed. Changes through
-            ``.data`` or by compiled code are not seen.
+        head: The head. The pair refers to its weights and raises a RuntimeError once they changed. It looks at version
+            counters, at up to 4096 values of each tensor, and at all values of a tensor that was replaced. Not seen
+            are writes through ``.data`` or NumPy to other values only, any change while the pair runs compiled, and a
+            model that was given other weights, unless it runs in a :class:`~penult.Tap` of this head.
         base: The base measure. Default: ``Sphere.from_head(head)``, which needs no data.
 
     Raises:
@@ -114,7 +116,10 @@ class GenerativePair(DerivedTensors):
     def posterior(self, h: Tensor) -> Categorical:
         """Return p(y|h), which equals softmax(head(h)): a Categorical of batch shape (*S,) for h (*S, d)."""
         with in_full(h.device):
-            return Categorical(logits=self.head.centered_logits(self.read(h)), validate_args=False)
+            logits, dtype = self.head.centered_logits(self.read(h)), torch.promote_types(h.dtype, torch.float32)
+            # Only differences of large logits fit into float32.
+            logits = logits if logits.dtype == dtype else logits.log_softmax(-1).to(dtype)
+            return Categorical(logits=logits, validate_args=False)
 
     def log_joint(self, h: Tensor) -> Tensor:
         """Return log p(y) + log p(h|y) for every class, (*S, d) → (*S, K)."""
@@ -304,7 +309,7 @@ class GenerativePair(DerivedTensors):
             return self.head.centered_logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
 
     def read(self, h: Tensor) -> Tensor:
-        """Return h (*S, d) as the base reads it, in float32 or wider.
+        """Return h (*S, d) as the base reads it: in float32 or wider, and in float64 where float32 would overflow.
 
         Raises:
             ValueError: `h` is not floating, or its last dimension is not that of the head.
@@ -316,7 +321,7 @@ class GenerativePair(DerivedTensors):
                 f"expected floating activations (..., {self.head.in_features})"
             )
         with in_full(h.device):
-            return self.base.project(h.to(torch.promote_types(h.dtype, torch.float32)))
+            return self.base.project(in_range(h))
 
 
 def load(

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
-from penult import GenerativePair, Sphere
+from penult import GenerativePair, Marginal, Sphere
 from penult.activations import Tap
 from penult.head import Head, find_head
 from tiers import thin
@@ -500,6 +500,99 @@ def test_a_pair_sees_that_the_model_was_trained(name):
     optimizer.step()
     with pytest.raises(RuntimeError, match="weights changed"):
         pair.log_prob(h.detach())
+
+
+def _assigned(model):
+    model.load_state_dict(
+        {name: value + 0.1 * value.square() for name, value in model.state_dict().items()}, assign=True
+    )
+
+
+def _replaced(model):
+    model[-1] = nn.Linear(model[-1].in_features, model[-1].out_features)
+
+
+def _wrapped(model):
+    model[-1] = nn.Sequential(nn.Linear(model[-1].in_features, model[-1].out_features))
+
+
+def _averaged(model):
+    for parameter in model.parameters():
+        parameter.data.lerp_(torch.ones_like(parameter), 0.5)
+
+
+def _exchanged(model):
+    model[-1].weight.data = model[-1].weight.data.flip(0)
+
+
+def _through_numpy(model):
+    model[-1].bias.detach().numpy()[1] += 1
+
+
+def _foreach(model):
+    torch._foreach_mul_([parameter.data for parameter in model.parameters()], 2.0)
+
+
+CHANGES = [_assigned, _replaced, _wrapped, _averaged, _exchanged, _through_numpy, _foreach]
+
+
+@pytest.mark.filterwarnings("ignore:the weight of the model's head")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pair_sees_every_way_to_change_the_weights(change):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(6, 4)
+    tap = Tap(model, find_head(model, x))
+    bases = [Sphere(1.0), Marginal.fit(tap.head, tap(x)[0].detach(), kind="bank", rectified=False)]
+    pairs = [GenerativePair(tap.head, base) for base in bases]
+    assert all(pair.prior.probs.isfinite().all() for pair in pairs)
+    change(model)
+    h = tap(x)[0].detach()
+    for pair in pairs:
+        with pytest.raises(RuntimeError, match="weights changed"):
+            pair.prior  # noqa: B018
+        with pytest.raises(RuntimeError, match="weights changed"):
+            pair.posterior(h)
+        with pytest.raises(RuntimeError, match="weights changed"):
+            pair.given(0)
+    again = GenerativePair(find_head(model, x), Sphere(1.0))
+    assert torch.allclose(again.posterior(h).logits.softmax(-1), model(x).softmax(-1), atol=1e-6)
+
+
+def test_a_head_that_follows_its_model_has_the_mean_row_of_its_weights():
+    fc = nn.Linear(8, 3)
+    head = Head(fc.weight, fc.bias)
+    fc.weight.data.mul_(3)
+    assert torch.equal(head.centered_weight(), Head(fc.weight).centered_weight())
+    with torch.no_grad():
+        fc.weight.add_(torch.arange(8.0))
+    fresh = GenerativePair(Head(fc.weight, fc.bias), Sphere(2.0))
+    assert torch.equal(GenerativePair(head, Sphere(2.0)).prior.logits, fresh.prior.logits)
+
+
+@pytest.mark.parametrize("derive", [Head.clone, lambda head: head.with_temperature(2.0), Head.centered])
+@pytest.mark.parametrize("name", ["mlp", "layer norm", "weight norm", "functional"])
+def test_a_tap_says_that_its_head_is_another_than_the_models(name, derive):
+    model, x = FOUND[name].make(), FOUND[name].inputs
+    tap = Tap(model, derive(find_head(model, x)))
+    pair = GenerativePair(tap.head, Sphere(1.0))
+    h = tap(x)[0].detach()
+    pair.log_prob(h)
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape)
+    with pytest.warns(UserWarning, match="is not that of this tap's head"):
+        tap(x)
+    with pytest.raises(RuntimeError, match="weights changed"):
+        pair.log_prob(h)
+
+
+def test_a_pair_on_a_copy_of_the_head_stays_when_the_model_is_trained():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    pair = GenerativePair(find_head(model, torch.randn(6, 4)).clone(), Sphere(1.0))
+    before = pair.prior.probs
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    assert torch.equal(pair.prior.probs, before)
 
 
 def test_a_head_outlives_its_model():

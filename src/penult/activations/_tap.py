@@ -90,6 +90,9 @@ class Tap(nn.Module):
         Returns:
             h (*S, d) and the model's logits (*S, K), both part of the autograd graph.
 
+        Warns:
+            UserWarning: The model's head has another W than `head`, whose tensors are its own, as after a clone.
+
         Raises:
             RuntimeError: The head did not run in this forward.
             TypeError: The model's output has no logits.
@@ -98,7 +101,7 @@ class Tap(nn.Module):
         if not torch.compiler.is_compiling():
             # The model may have been moved, or its state loaded, outside of the tap.
             self._share()
-        return _capture_forward(self.model, self.head.certificate, args, kwargs)
+        return _capture_forward(self.model, self.head.certificate, args, kwargs, head=self.head)
 
     def pre_activation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Run the model and return the input of the ReLU right before the head instead of its output.
@@ -142,7 +145,7 @@ class Tap(nn.Module):
         # Nothing is compiled before torch._dynamo is imported, which takes seconds.
         if "torch._dynamo" in sys.modules:
             run = torch.compiler.disable(_capture_forward)
-        return run(self.model, self.head.certificate, args, kwargs, pre_activation=True)
+        return run(self.model, self.head.certificate, args, kwargs, pre_activation=True, head=self.head)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Tap:
         super()._apply(fn, recurse)
@@ -160,7 +163,9 @@ class Tap(nn.Module):
         for name, (source, *layout) in self._shared.items():
             tensor, current = _tensor_at(self.model, source), getattr(self.head, name)
             # Weights that are offloaded at the moment cannot be shared; the head keeps its own.
-            if tensor is not None and _in_memory(tensor) and tensor.data_ptr() != current.data_ptr():
+            if tensor is None or not _in_memory(tensor) or tensor.numel() != current.numel():
+                continue
+            if tensor.data_ptr() != current.data_ptr():
                 setattr(self.head, name, tensor.detach().as_strided(*layout))
 
 

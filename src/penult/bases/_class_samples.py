@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from penult._row_blocks import readable
 from penult.head import Head
 from penult.special import in_double, outside_transforms, working_dtype
 
@@ -191,7 +192,7 @@ class RowIndex:
         """Return whether this is the index of a head in its current version."""
         same = self._head is head and self._weight is head.weight
         # Versions are not known while torch.compile traces.
-        return same and (torch.compiler.is_compiling() or self._version == head.version)
+        return same and (not readable(head.weight) or self._version == head.version)
 
     def classes(self, weight: Tensor) -> Tensor:
         """Return the classes (*B,) of rows (*B, d); −1 for a row that is not in the head."""

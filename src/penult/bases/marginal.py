@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penult._checks import check_choice, check_integer, described, index_of
-from penult._row_blocks import mean_row_of
+from penult._row_blocks import mean_row_of, readable
 from penult.activations import Activations, _ActivationSource
 from penult.bases._class_samples import RowIndex, accept, block_size, class_means, expected_posterior, pick
 from penult.bases._distribution_module import Law, Sampler
@@ -379,7 +379,7 @@ class Marginal(Base):
         self._index, self._head_version = None, None
 
     def _check_current(self) -> None:
-        if torch.compiler.is_compiling():
+        if not readable(self.head.weight):
             return
         if self._head_version is None:
             self._head_version = self.head.version

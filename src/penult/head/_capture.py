@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from penult._row_blocks import readable
 from penult.head._certificate import HeadCertificate
 from penult.head._match import Layout
 from penult.head._model import compiled_parts_eager, has_compiled_parts, logits_of, tensor_at
 from penult.head._origin import gain_and_offset, without_gain
 from penult.head._products import products
 from penult.head._rectified import Rectifiers, check_rectified
+from penult.head._tensors import HeadTensors
 
 __all__ = ["capture"]
 
@@ -28,11 +31,15 @@ def capture(
     kwargs: Mapping[str, Any],
     *,
     pre_activation: bool = False,
+    head: HeadTensors | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model and return activations (*S, d) and logits (*S, K), classes last, as part of the autograd graph.
 
     The model's training mode is not changed. With `pre_activation`, for a rectified head, u is returned instead of
     h = max(u, 0).
+
+    Warns:
+        UserWarning: The product's W differs from that of `head`, apart from its temperature; its version changes.
 
     Raises:
         RuntimeError: The head did not run in this forward, its positions became logits in another way than when it was
@@ -66,9 +73,45 @@ def capture(
         h = layout.apply(*watch.captured, logits)
         if not compiling and certificate.positions not in ("same", "picked"):
             _check_positions(layout, watch.captured[1], logits, certificate)
+    gain: Tensor | None = None
     if certificate.folded is not None and certificate.norm_path is not None:
-        h = without_gain(h, *gain_and_offset(model.get_submodule(certificate.norm_path), certificate.unit_offset))
+        gain, offset = gain_and_offset(model.get_submodule(certificate.norm_path), certificate.unit_offset)
+        h = without_gain(h, gain, offset)
+    if head is not None and watch.operand is not None and readable(watch.operand):
+        _check_weight(head, watch.operand, gain, certificate)
     return h, logits
+
+
+# Rows and columns of W that are compared.
+_GRID = 64
+
+
+@torch.no_grad()
+def _check_weight(head: HeadTensors, operand: Tensor, gain: Tensor | None, certificate: HeadCertificate) -> None:
+    """Warn if W (K, d) of a head is not the model's, up to a positive factor and a common row."""
+    weight = head.weight
+    if weight.data_ptr() == operand.data_ptr() or not readable(weight):
+        return
+    rows, columns = (slice(None, None, max(1, size // _GRID)) for size in weight.shape)
+    own, model = (part[rows, columns].to(weight.device, torch.float64, copy=True) for part in (weight, operand))
+    if gain is not None:
+        model *= gain[columns].to(model)
+    own, model = (part - part[:1] for part in (own, model))
+    # A temperature divides W, and the model may multiply W h by a number.
+    factor = (own * model).sum() / model.square().sum()
+    error = float((own - factor * model).abs().max() / own.abs().max())
+    # A folded gain has the precision of float32.
+    coarse = max(torch.finfo(dtype).eps for dtype in (weight.dtype, operand.dtype, torch.float32))
+    if not (error <= 16 * coarse and factor > 0):
+        # Pairs that were made with this head raise an error from now on.
+        head._disagreements += 1
+        warnings.warn(
+            f"the weight of the model's head at {certificate.path!r} is not that of this tap's head: rows differ by "
+            f"{error:.2g} of their largest value. Activations and logits are those of the model as it is now. Find the "
+            "head again with penult.find_head(model, inputs), and make a new pair",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()
@@ -112,6 +155,7 @@ class _Watch(TorchFunctionMode):
             self.weight = tensor_at(model, certificate.weight)
         self.num_calls = 0
         self.captured: tuple[Tensor, Tensor] | None = None
+        self.operand: Tensor | None = None
         self.picked: Tensor | None = None
         self._product: Tensor | None = None
 
@@ -128,7 +172,7 @@ class _Watch(TorchFunctionMode):
                         h = check_rectified(self.rectifiers.pre_activation_of(product, func, args, kwargs), h)
                     # A copy, because the model may change h in place later.
                     self.captured = h.clone(), output.movedim(product.axis, -1)
-                    self._product = output
+                    self._product, self.operand = output, product.weight
                 self.num_calls += 1
         if self.picks and self.captured is not None and self._product is not None and len(args) > 0:
             self._follow(func, args, output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, final
 
@@ -13,16 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penult._checks import check_bias, check_choice, check_finite, check_positive, check_weight, index_of
-from penult._row_blocks import blocks, mean_row_of, rounding, rows_in_double, span_of, version_of, wide_mean_row
+from penult._row_blocks import (
+    blocks,
+    mean_row_of,
+    rounding,
+    rows_in_double,
+    span_of,
+    state_of,
+)
 from penult.head._calibration import calibration
 from penult.head._certificate import HeadCertificate
+from penult.head._tensors import HeadTensors
 from penult.special import in_full, outside_transforms
 
 __all__ = ["Head"]
 
 
 @final
-class Head(nn.Module):
+class Head(HeadTensors):
     """A softmax head: logits = W h + b.
 
     The head shares the memory of W and b with the model, detached: it needs no memory of its own, and changes if the
@@ -60,10 +68,6 @@ class Head(nn.Module):
         Head(num_classes=3, in_features=2, bias=True)
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    mean_row: Tensor
-    certificate: HeadCertificate | None
     norm: Literal["layer", "rms"] | None
     radius: float | None
     temperature: float
@@ -111,17 +115,8 @@ class Head(nn.Module):
         head.certificate, head.norm, head.temperature = None, norm, 1.0
         head.radius = None if norm is None else math.sqrt(head.in_features)
         head._sources = [weakref.ref(source) for source in sources]
-        head._seen = [version_of(source) for source in sources]
+        head._seen = [state_of(source) for source in sources]
         return head
-
-    def _set_tensors(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.register_buffer("weight", weight.detach())
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_buffer("mean_row", wide_mean_row(self.weight), persistent=False)
-        self._span: tuple[Tensor, int, Tensor] | None = None
-        self._sources: list[weakref.ref[Tensor]] = []
-        # The last known version of each source, which may be deleted before the head. Pickles hold it by this name.
-        self._seen: list[int] = []
 
     def _derive(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, temperature: float = 1.0) -> Head:
         """Build a head of the same classes with other tensors, which are not checked: centered rows may be zero."""
@@ -153,12 +148,13 @@ class Head(nn.Module):
 
     @property
     def version(self) -> tuple[int, ...]:
-        """Changes whenever W or b, or a tensor of the model that they were computed from, is changed in place."""
-        for i, source in enumerate(self._sources):
-            tensor = source()
-            if tensor is not None:
-                self._seen[i] = version_of(tensor)
-        return version_of(self.weight), 0 if self.bias is None else version_of(self.bias), *self._seen
+        """Changes whenever W, b or a tensor of the model that they were computed from changes.
+
+        It consists of the version counter and a digest of at most 4096 values of each tensor, so that writes through
+        ``.data`` or a NumPy view to other values are not seen; and it changes if a `Tap` finds that its model has
+        another W.
+        """
+        return self._states()
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the logits of activations.
@@ -218,6 +214,7 @@ class Head(nn.Module):
             >>> Head(torch.tensor([[3.0, 0.0], [1.0, 0.0]])).centered_weight(torch.tensor([1]))
             tensor([[-1.,  0.]])
         """
+        self._follow()
         rows = self.weight if index is None else self.weight[index_of(index)]
         return rows - self.mean_row
 
@@ -231,6 +228,7 @@ class Head(nn.Module):
             >>> [part for part, rows in Head(torch.eye(3)).centered_blocks()]
             [slice(0, 3, None)]
         """
+        self._follow()
         start = 0
         for rows in blocks(self.weight):
             part = slice(start, start + len(rows))
@@ -428,10 +426,10 @@ class Head(nn.Module):
             tensor([[1., 0.]])
         """
         cached = self._span
-        version = version_of(self.weight)
-        if cached is None or cached[0] is not self.weight or cached[1] != version:
-            with outside_transforms():
-                self._span = cached = (self.weight, version, span_of(self.weight))
+        with outside_transforms():
+            state = state_of(self.weight)
+            if cached is None or cached[0] is not self.weight or cached[1] != state:
+                self._span = cached = (self.weight, state, span_of(self.weight))
         return cached[2]
 
     def clone(self) -> Head:
@@ -442,39 +440,12 @@ class Head(nn.Module):
             >>> head.clone().weight.data_ptr() == head.weight.data_ptr()
             False
         """
-        return self._derive(self.weight.clone(), None if self.bias is None else self.bias.clone())
+        head = self._derive(self.weight.clone(), None if self.bias is None else self.bias.clone())
+        head._sources, head._seen = [], []
+        return head
 
     def extra_repr(self) -> str:
         """Return the part of ``repr(head)`` between the brackets."""
         text = f"num_classes={self.num_classes}, in_features={self.in_features}, bias={self.bias is not None}"
         text += "" if self.norm is None else f", norm={self.norm!r}"
         return text if self.temperature == 1 else f"{text}, temperature={self.temperature:.4g}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Head:
-        if self.certificate is not None and self.certificate.folded is not None:
-            # Half precision is too coarse for a folded weight.
-            fn = _at_least_single(fn)
-        super()._apply(fn, recurse)
-        # The cached span refers to the old weight, and conversion to half precision would round the mean row.
-        self._span = None
-        self.mean_row = wide_mean_row(self.weight)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy does not belong to the model.
-        return {**self.__dict__, "_sources": [], "_seen": []}
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.mean_row = wide_mean_row(self.weight)
-
-
-def _at_least_single(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a conversion that keeps floating tensors in at least float32."""
-
-    def converted(tensor: Tensor) -> Tensor:
-        new = fn(tensor)
-        narrow = new.is_floating_point() and torch.finfo(new.dtype).bits < 32
-        return tensor.to(new.device, torch.promote_types(tensor.dtype, torch.float32)) if narrow else new
-
-    return converted

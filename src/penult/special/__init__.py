@@ -23,7 +23,7 @@ from penult.special._moments import (
     mean_resultant_deficit,
     mean_resultant_length,
 )
-from penult.special._precision import in_double, in_full, outside_transforms, traced, working_dtype
+from penult.special._precision import in_double, in_full, in_range, outside_transforms, traced, working_dtype
 
 __all__ = [
     "concentration",
@@ -34,6 +34,7 @@ __all__ = [
     "gauss_legendre",
     "in_double",
     "in_full",
+    "in_range",
     "log_sphere_area",
     "log_sphere_mgf",
     "log_sphere_mgf_deficit",

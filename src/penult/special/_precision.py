@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from penult._checks import check_floating, check_integer
+from penult._row_blocks import readable
 
-__all__ = ["checked_dim", "in_double", "in_full", "outside_transforms", "traced", "working_dtype"]
+__all__ = ["checked_dim", "in_double", "in_full", "in_range", "outside_transforms", "traced", "working_dtype"]
 
 # Device types without float64.
 SINGLE_ONLY = frozenset({"mps"})
@@ -26,6 +27,35 @@ def working_dtype(device: torch.device) -> torch.dtype:
 def in_double(tensor: Tensor) -> Tensor:
     """Return a tensor in float64, on the CPU if its device has no float64. For sums that a fit computes once."""
     return (tensor.cpu() if tensor.device.type in SINGLE_ONLY else tensor).double()
+
+
+# Largest value whose products and squares are computed in float32, and largest one of all.
+_LARGE, _LARGEST = 2.0**20, 1e150
+
+
+def in_range(h: Tensor, name: str = "h") -> Tensor:
+    """Return a tensor in float32 or wider, and in float64 if it has values whose squares could overflow in float32.
+
+    Values are not looked at under torch.compile and inside torch.func transforms.
+
+    Raises:
+        ValueError: A finite value is above 1e150, or one is above 1e18 on a device without float64.
+
+    Example:
+        >>> in_range(torch.tensor([1e20, 1.0])).dtype, in_range(torch.ones(2).half()).dtype
+        (torch.float64, torch.float32)
+    """
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    if not readable(h) or not h.numel():
+        return wide
+    largest = float(h.detach().abs().amax())
+    if largest <= _LARGE:
+        return wide
+    single = h.device.type in SINGLE_ONLY
+    limit = 1e18 if single else _LARGEST
+    if limit < largest < float("inf"):
+        raise ValueError(f"the largest value of {name} is {largest:.3g}; expected at most {limit:.0e}. Scale the rows")
+    return wide if single else wide.double()
 
 
 def in_full(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,0 +1,91 @@
+"""Tensors of a head, the mean row of W, and their changes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penult._row_blocks import readable, state_of, wide_mean_row
+from penult.head._certificate import HeadCertificate
+from penult.special import outside_transforms
+
+__all__ = ["HeadTensors"]
+
+
+class HeadTensors(nn.Module):
+    """Buffers W (K, d), b (K,) or None and the mean row (d,), which follows the changes of W."""
+
+    weight: Tensor
+    bias: Tensor | None
+    mean_row: Tensor
+    certificate: HeadCertificate | None
+    # State of W that the mean row belongs to, None in a copy and in older pickles.
+    _mean_state: tuple[int, int] | None = None
+    # How often a tap has found another W in its model; counted in ``version``.
+    _disagreements = 0
+
+    def _set_tensors(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("mean_row", None, persistent=False)
+        self._renew_mean_row()
+        self._span: tuple[Tensor, tuple[int, int], Tensor] | None = None
+        self._sources: list[weakref.ref[Tensor]] = []
+        # The last known state of each source, which may be deleted before the head. Pickles hold it by this name.
+        self._seen: list[tuple[int, int]] = []
+
+    def _states(self) -> tuple[int, ...]:
+        """Return the states of W, b and the tensors that they were computed from, see `state_of`."""
+        with outside_transforms():
+            for i, source in enumerate(self._sources):
+                tensor = source()
+                if tensor is not None:
+                    self._seen[i] = state_of(tensor)
+            own = [state_of(tensor) for tensor in (self.weight, self.bias) if tensor is not None]
+            self._follow(own[0])
+        return (*(number for state in (*own, *self._seen) for number in state), self._disagreements)
+
+    def _follow(self, state: tuple[int, int] | None = None) -> None:
+        """Compute the mean row again if W, in a given state, has changed since the last time."""
+        if readable(self.weight):
+            with outside_transforms():
+                state = state_of(self.weight) if state is None else state
+                if self._mean_state != state:
+                    self._renew_mean_row(state)
+
+    def _renew_mean_row(self, state: tuple[int, int] | None = None) -> None:
+        self.mean_row = wide_mean_row(self.weight)
+        self._mean_state = state_of(self.weight) if state is None else state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HeadTensors:
+        if self.certificate is not None and self.certificate.folded is not None:
+            # Half precision is too coarse for a folded weight.
+            fn = _at_least_single(fn)
+        super()._apply(fn, recurse)
+        # The cached span refers to the old weight, and conversion to half precision would round the mean row.
+        self._span = None
+        self._renew_mean_row()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy does not belong to the model, and its tensors count their changes from 0.
+        return {**self.__dict__, "_sources": [], "_seen": [], "_mean_state": None}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._renew_mean_row()
+
+
+def _at_least_single(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a conversion that keeps floating tensors in at least float32."""
+
+    def converted(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        narrow = new.is_floating_point() and torch.finfo(new.dtype).bits < 32
+        return tensor.to(new.device, torch.promote_types(tensor.dtype, torch.float32)) if narrow else new
+
+    return converted
