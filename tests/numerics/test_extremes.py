@@ -1,11 +1,13 @@
 """Heads and activations of any size, next to each other, and at the ends of what a dtype holds."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import penult
+from penult import Sphere, scores
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e4, 1e8])
@@ -150,3 +152,61 @@ def test_a_marginal_has_no_law_of_a_class_that_is_never_predicted(problem):
     head = penult.Head(problem.head().weight, bias.to(problem.device, problem.dtype))
     with pytest.raises(ValueError, match="class 2 has probability 0"):
         problem.pair("mixture", head)
+
+
+# --- activations whose squares overflow ---------------------------------------------------------------------
+
+
+LARGE_HEAD = penult.Head(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+LARGE_ROWS = torch.randn(200, 4, generator=torch.Generator().manual_seed(1)) + 0.5
+FITS = {
+    "round": lambda: Sphere.fit(LARGE_HEAD, LARGE_ROWS),
+    "elliptic": lambda: Sphere.fit(LARGE_HEAD, LARGE_ROWS, shape="elliptic"),
+    "span": lambda: Sphere.fit(LARGE_HEAD, LARGE_ROWS, ambient=False),
+    "gaussian": lambda: penult.Gaussian.fit(LARGE_HEAD, LARGE_ROWS),
+    "mixture": lambda: penult.Marginal.fit(LARGE_HEAD, LARGE_ROWS, components=3),
+}
+
+
+def large_scores(base):
+    if base == "fitted":
+        labels = LARGE_HEAD(LARGE_ROWS).argmax(-1)
+        return [
+            scores.Mahalanobis.fit(LARGE_ROWS, labels),
+            scores.RelativeMahalanobis.fit(LARGE_ROWS, labels),
+            scores.KNN.fit(LARGE_ROWS, k=3),
+            scores.ViM.fit(LARGE_HEAD, LARGE_ROWS, dims=2),
+        ]
+    pair = penult.GenerativePair(LARGE_HEAD, FITS[base]())
+    of_pair = [scores.density, scores.energy, scores.msp, *([scores.directional] if base in SPHERES else [])]
+    laws = [pair.log_prob, pair.given(0).log_prob, lambda h: pair.posterior(h).probs]
+    return [partial(score, pair) for score in of_pair] + laws
+
+
+SPHERES = ("round", "elliptic", "span")
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e19, 1e25, 1e37])
+@pytest.mark.parametrize("base", [*FITS, "fitted"])
+def test_large_activations_have_the_scores_that_float64_gives(base, scale):
+    h = scale * LARGE_ROWS[:20]
+    for score in large_scores(base):
+        value, wide = score(h), score(h.double())
+        assert value.dtype == torch.float32
+        assert not value.isnan().any()
+        assert torch.allclose(value, wide.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_directions_do_not_depend_on_the_norm():
+    h = LARGE_ROWS[:20]
+    knn = scores.KNN.fit(h, k=2)
+    assert torch.allclose(knn(1e25 * h), knn(h), atol=1e-5)
+    assert torch.allclose(scores.KNN.fit(1e25 * h, k=2)(h), knn(h), atol=1e-5)
+    base, row = Sphere(torch.tensor([1.0])), LARGE_HEAD.centered_weight()[:1].expand(20, -1)
+    assert torch.allclose(base.cosine(1e25 * h, row), base.cosine(h, row), atol=1e-6)
+
+
+def test_activations_beyond_the_range_of_float64_are_refused():
+    pair = penult.GenerativePair(LARGE_HEAD, Sphere(1.0))
+    with pytest.raises(ValueError, match=r"the largest value of h is 1e\+200; expected at most 1e\+150"):
+        pair.log_prob(torch.full((1, 4), 1e200, dtype=torch.float64))

@@ -303,7 +303,10 @@ class Sphere(Base):
             table: From :meth:`radial_table`.
         """
         u = self.read(h)
-        mass = log_mass_at(table, torch.linalg.vector_norm(u, dim=-1)) + special.log_sphere_area(u.shape[-1])
+        # Squares could overflow in the dtype of u.
+        mass = log_mass_at(table, torch.linalg.vector_norm(u, dim=-1, dtype=table.dtype)) + special.log_sphere_area(
+            u.shape[-1]
+        )
         return (_log_partition(head, h).to(mass.dtype) - mass).to(u.dtype)
 
     def kappa(self, weight: Tensor) -> Tensor:
@@ -315,9 +318,9 @@ class Sphere(Base):
         """Return the cosine of activations to rows in the chart, u·w' / (‖u‖ ‖w'‖): (N, d), (N, d) → (N,)."""
         self._check_features(weight, "weight")
         pulled, _ = self._chart.pull(weight)
-        u = self.read(h)
+        u = self.read(special.in_range(h))
         cosine: Tensor = torch.cosine_similarity(u, pulled.to(u.dtype), dim=-1)
-        return cosine
+        return cosine.to(torch.promote_types(h.dtype, torch.float32))
 
     def quadrature(self, nodes: int) -> tuple[Tensor, Tensor] | None:
         """Return a product rule on the spheres of all radii, in chart dimension 3 or less."""

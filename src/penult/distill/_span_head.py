@@ -82,8 +82,9 @@ class SpanHead(nn.Module):
 
         C is the cosine between a von Mises-Fisher direction with κ = r‖w_y‖ and its mean direction.
         """
-        norms = torch.linalg.vector_norm(u, dim=-1)
-        cosine = (u * self.directions[y]).sum(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        # Squares could overflow in the dtype of u.
+        norms = torch.linalg.vector_norm(u, dim=-1, dtype=special.working_dtype(u.device))
+        cosine = ((u * self.directions[y]).sum(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)).to(u.dtype)
         # In one dimension cosines are −1 or 1, and a rounded 1 − ε would have probability 0.
         if u.shape[-1] == 1:
             cosine = cosine.sign()

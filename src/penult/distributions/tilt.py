@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
 from penult._checks import as_size, validates_by_default
-from penult.special import in_full, traced
+from penult.special import in_full, in_range, traced
 
 __all__ = ["Tilt", "Tiltable"]
 
@@ -91,9 +91,10 @@ class Tilt(Distribution):
         if self._validate_args and not traced(value):
             self._validate_sample(value)
         with in_full(value.device):
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
-            inner = (self.base.project(value) * self.weight).sum(-1)
-            return inner + self.base.log_prob(value) - self.base.log_mgf(self.weight)
+            wide, dtype = in_range(value, "value"), torch.promote_types(value.dtype, torch.float32)
+            inner = (self.base.project(wide) * self.weight).sum(-1)
+            log_density: Tensor = inner + self.base.log_prob(wide) - self.base.log_mgf(self.weight)
+            return log_density.to(torch.promote_types(dtype, self.weight.dtype))
 
     def sample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         """Sample activations of shape (*sample_shape, *B, d)."""

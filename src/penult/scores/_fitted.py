@@ -12,8 +12,8 @@ from penult._checks import check_between, check_integer, integer_labels
 from penult.activations import Activations, _ActivationSource
 from penult.head import Head
 from penult.scores._pair_scores import raw_logits
-from penult.scores._score import Score
-from penult.special import in_double, in_full, working_dtype
+from penult.scores._score import Score, as_score
+from penult.special import in_double, in_full, in_range, working_dtype
 
 __all__ = [
     "KNN",
@@ -83,9 +83,9 @@ class Mahalanobis(Score):
 
     def score(self, h: Tensor) -> Tensor:
         """Return the squared distances (B,) of activations (B, d) to the nearest mean."""
-        h = self._read(h)
+        wide = self._read(h)
         with in_full(h.device):
-            return _squared_distance_to_nearest(h, self.means, self.whitener)
+            return as_score(_squared_distance_to_nearest(wide, self.means, self.whitener), h)
 
 
 @final
@@ -146,10 +146,10 @@ class RelativeMahalanobis(Score):
 
     def score(self, h: Tensor) -> Tensor:
         """Return the differences of squared distances (B,) of activations (B, d)."""
-        h = self._read(h)
+        wide = self._read(h)
         with in_full(h.device):
-            to_class = _squared_distance_to_nearest(h, self.means, self.whitener)
-            return to_class - _squared_distance_to_nearest(h, self.mean[None], self.total_whitener)
+            to_class = _squared_distance_to_nearest(wide, self.means, self.whitener)
+            return as_score(to_class - _squared_distance_to_nearest(wide, self.mean[None], self.total_whitener), h)
 
 
 @final
@@ -181,7 +181,7 @@ class KNN(Score):
         if bank.dim() != 2 or k > len(bank):
             raise ValueError(f"bank has shape {tuple(bank.shape)}; expected (N, d) with N >= k = {k}")
         self.k = k
-        self.register_buffer("bank", F.normalize(bank.detach(), dim=-1))
+        self.register_buffer("bank", F.normalize(in_range(bank.detach(), "bank"), dim=-1).to(bank.dtype))
 
     @classmethod
     def fit(
@@ -227,10 +227,11 @@ class KNN(Score):
 
     def score(self, h: Tensor) -> Tensor:
         """Return the distances (B,) of activations (B, d), in [0, 2]."""
-        h = F.normalize(self._read(h), dim=-1)
-        bank = self.bank.to(h.dtype)
+        rows = as_score(F.normalize(self._read(h), dim=-1), h)
+        bank = self.bank.to(rows.dtype)
         with in_full(h.device):
-            return torch.cat([self._distances(rows, bank) for rows in h.split(1024)]) if len(h) else h.new_zeros(0)
+            parts = [self._distances(part, bank) for part in rows.split(1024)]
+            return torch.cat(parts) if parts and len(rows) else rows.new_zeros(0)
 
     def _distances(self, rows: Tensor, bank: Tensor) -> Tensor:
         # Products in float32 lose the digits that separate close neighbours, so these are found in a wider dtype.
@@ -340,11 +341,11 @@ class ViM(Score):
 
     def score(self, h: Tensor) -> Tensor:
         """Return scaled norms outside the principal space minus log-sum-exps of logits, (B,)."""
-        h = self._read(h)
+        wide = self._read(h)
         with in_full(h.device):
-            outside = torch.linalg.vector_norm((h - self.origin.to(h.dtype)) @ self.residual.to(h.dtype), dim=-1)
-        virtual_logit: Tensor = self.alpha.to(h.dtype) * outside
-        return virtual_logit - raw_logits(self.head, h).logsumexp(-1)
+            deviations = (wide - self.origin.to(wide.dtype)) @ self.residual.to(wide.dtype)
+        virtual_logit: Tensor = self.alpha.to(wide.dtype) * torch.linalg.vector_norm(deviations, dim=-1)
+        return as_score(virtual_logit - raw_logits(self.head, wide).logsumexp(-1), h)
 
     def extra_repr(self) -> str:
         """Return the dimension of the principal space and α, for ``print``."""

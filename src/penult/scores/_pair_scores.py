@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from penult.bases import Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
-from penult.special import in_full
+from penult.scores._score import as_score
+from penult.special import in_full, in_range
 
 __all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits", "usual"]
 
@@ -56,7 +56,7 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
         )
     table = pair.derived("radial table", _radial_table)
     with in_full(h.device):
-        return -base.direction_log_prob(pair.head, pair.read(h), table)
+        return as_score(-base.direction_log_prob(pair.head, pair.read(h), table), h)
 
 
 def energy(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def energy(pair: GenerativePair, h: Tensor) -> Tensor:
         >>> energy(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
         tensor([-9.0002])
     """
-    return -raw_logits(pair.head, h).logsumexp(-1)
+    return as_score(-raw_logits(pair.head, h).logsumexp(-1), h)
 
 
 def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
         >>> max_logit(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
         tensor([-9.])
     """
-    return -raw_logits(pair.head, h).amax(-1)
+    return as_score(-raw_logits(pair.head, h).amax(-1), h)
 
 
 def msp(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def msp(pair: GenerativePair, h: Tensor) -> Tensor:
     logits = raw_logits(pair.head, h)
     largest, index = logits.max(-1, keepdim=True)
     others = (logits - largest).exp().scatter(-1, index, 0.0).sum(-1)
-    return others / (1 + others)
+    return as_score(others / (1 + others), h)
 
 
 def density(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def density(pair: GenerativePair, h: Tensor) -> Tensor:
         >>> density(pair, torch.zeros(1, 2))
         tensor([2.0879])
     """
-    return -pair.log_prob(pair.read(h))
+    return as_score(-pair.log_prob(pair.read(h)), h)
 
 
 def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
@@ -173,10 +173,10 @@ def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
 
 
 def raw_logits(head: Head, h: Tensor) -> Tensor:
-    """Return the model's own logits (*S, K) of activations (*S, d), in at least float32."""
+    """Return the model's own logits (*S, K) of activations (*S, d), in float32, or in float64 where that overflows."""
     if not h.is_floating_point():
         raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations")
-    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    wide = in_range(h)
     with in_full(h.device):
         if wide.dtype == head.weight.dtype:
             logits: Tensor = head(wide)
