@@ -25,7 +25,8 @@ def save(tmp_path):
     ("images", "labels"),
     [("images", "labels"), ("image", "label"), ("x", "y"), ("X", "Y"), ("x_train", "y_train"), ("data", "target"),
      ("val_images", "val_labels"), ("arr_0", "arr_1"), ("data", "targets"), ("X_train", "y_train"), ("imgs", "labels"),
-     ("trainX", "trainY"), ("images", "targets"), ("test_data", "test_label"), ("inputs", "classes")],
+     ("trainX", "trainY"), ("images", "targets"), ("test_data", "test_label"), ("inputs", "classes"),
+     ("image", "image_label"), ("train_x", "train_data_labels")],
 )  # fmt: skip
 def test_usual_keys(save, images, labels):
     with pytest.warns(UserWarning, match=r"a.npz: arrays that are not read: weights$"):

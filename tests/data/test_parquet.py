@@ -108,6 +108,15 @@ def test_folders_that_are_one_set(tmp_path, make, names):
     assert values(read(tmp_path)) == values(parquet(str(tmp_path))) == list(range(len(names)))
 
 
+def test_files_left_out_of_a_folder_are_counted(tmp_path, make):
+    (tmp_path / "data").mkdir()
+    make.parquet(tmp_path / "data" / "train.parquet", [3], [0])
+    for name in ("README.md", "data/extra.arrow", "data/train.csv", "infos.json"):
+        (tmp_path / name).write_text("words")
+    with pytest.warns(UserWarning, match=r"^3 files \(data/extra.arrow, data/train.csv, infos.json\) of .* left out"):
+        assert values(read(tmp_path)) == [3]
+
+
 def test_images_next_to_parquet_files(tmp_path, make):
     for name in ("data", "assets"):
         (tmp_path / name).mkdir()

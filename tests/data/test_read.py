@@ -31,7 +31,8 @@ def test_by_looking(tmp_path, make):
     np.savez(tmp_path / "b.npz", images=np.zeros((4, 2, 2), "uint8"))
     (tmp_path / "c").mkdir()
     make.grey(1).save(tmp_path / "c" / "1.png")
-    assert len(read(tmp_path)) == 3  # a folder that holds parquet files
+    with pytest.warns(UserWarning, match=r"1 file \(b.npz\) of .* left out"):
+        assert len(read(tmp_path)) == 3  # a folder that holds parquet files
     assert len(read(tmp_path / "a.parquet")) == len(read(f"{tmp_path}/*.parquet")) == 3
     assert len(read([tmp_path / "a.parquet"])) == 3
     assert len(read(tmp_path / "b.npz")) == 4
@@ -56,9 +57,9 @@ def test_what_is_not_read(tmp_path):
 
 def test_suffixes_in_capitals(tmp_path, make):
     make.parquet(tmp_path / "A.PARQUET", [1, 2], [0, 1])
+    assert len(read(tmp_path / "A.PARQUET")) == len(read(tmp_path)) == len(read(f"{tmp_path}/*.PARQUET")) == 2
     with open(tmp_path / "B.NPZ", "wb") as file:
         np.savez(file, images=np.zeros((4, 2, 2), "uint8"))
-    assert len(read(tmp_path / "A.PARQUET")) == len(read(tmp_path)) == len(read(f"{tmp_path}/*.PARQUET")) == 2
     assert len(read(tmp_path / "B.NPZ")) == 4
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,13 +12,10 @@ import torch
 from penult.data._dataset import ImageDataset, Size, Transform
 from penult.data._decode import suffixes
 from penult.data._normalization import PerChannel
-from penult.data._splits import counted, files_below, is_split, splits
+from penult.data._splits import counted, files_below, is_split, splits, warn_of_others
 from penult.io import _user_path
 
-__all__ = ["folder", "images_among", "warn_of_others"]
-
-# Files that accompany data sets and hold none of the data.
-_DOCUMENTS = frozenset("readme license licence notice citation changelog thumbs desktop".split())
+__all__ = ["folder", "images_among"]
 
 
 class _Files:
@@ -102,7 +98,7 @@ def folder(
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if names:
         _check_classes(root, names, images, others)
-    warn_of_others(others, root)
+    warn_of_others(others, root, "names of images, and links that lead to a file")
     if not names:
         return ImageDataset(_Files(root, images), mode=mode, size=size, mean=mean, std=std, transform=transform)
     numbers = {name: number for number, name in enumerate(names)}
@@ -160,13 +156,3 @@ def images_among(files: Iterable[Path]) -> list[Path]:
     """Return the files that are images by their suffix."""
     known = suffixes()
     return [file for file in files if file.suffix.lower() in known and os.path.isfile(file)]
-
-
-def warn_of_others(files: Iterable[Path], root: Path) -> None:
-    """Warn of files that are left out."""
-    if left_out := [file for file in files if file.stem.lower() not in _DOCUMENTS]:
-        warnings.warn(
-            f"{counted(left_out, root)} of {root} left out: expected names of images, and links that lead to a file",
-            UserWarning,
-            stacklevel=4,
-        )

@@ -175,6 +175,8 @@ def _key(keys: list[str], wanted: str | None, path: Path) -> str:
             raise _NoKeyError(f"{path} has no array {wanted!r}; its arrays are {', '.join(keys) or 'none'}")
         return wanted
     candidates = [key for key in keys if _words(key) & _IMAGES]
+    # image_labels are labels.
+    candidates = [key for key in candidates if not _words(key) & _LABELS] or candidates
     # An array of exactly that name goes before those with further words, such as image_ids.
     candidates = [key for key in candidates if key.lower() in _IMAGES] or candidates
     candidates = candidates or [key for key in keys if key == "arr_0"]
@@ -198,7 +200,7 @@ def _partner(images: str, keys: list[str], path: Path) -> str | None:
         return "arr_1" if "arr_1" in keys else None
     further = _words(images) - _IMAGES
     others = [key for key in keys if key != images]
-    candidates = [key for key in others if (words := _words(key)) & _LABELS and words - _LABELS == further]
+    candidates = [key for key in others if (words := _words(key)) & _LABELS and words - _LABELS - _IMAGES == further]
     if len(candidates) > 1:
         raise _NoKeyError(f"{path} has several arrays that may be the labels: {', '.join(candidates)}; pass labels=")
     return candidates[0] if candidates else None

@@ -18,8 +18,9 @@ from torch import Tensor
 from penult._checks import class_names_tuple
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
+from penult.data._decode import suffixes
 from penult.data._normalization import PerChannel
-from penult.data._splits import files_below, matches, one_set
+from penult.data._splits import files_below, matches, one_set, warn_of_others
 from penult.io import _other_kind, _user_path
 
 __all__ = ["Rows", "is_parquet", "open_parquet", "parquet", "reading"]
@@ -115,7 +116,8 @@ def _paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
         return paths
     path = _user_path(source)
     if path.is_dir():
-        paths = [file for file in files_below(path) if is_parquet(file)]
+        files = files_below(path)
+        paths = [file for file in files if is_parquet(file)]
         if not paths:
             raise FileNotFoundError(f"there is no .parquet file in {path}")
         if len(folders := sorted({file.parent for file in paths})) > 1:
@@ -125,6 +127,10 @@ def _paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) ->
                 f"which may be splits; read one of them: {folders[0]}"
             )
         one_set(paths, folders[0])
+        # Rows may refer to image files.
+        known = suffixes()
+        others = [file for file in files if not is_parquet(file) and file.suffix.lower() not in known]
+        warn_of_others(others, path, ".parquet files")
         return paths
     if path.exists() or not glob.has_magic(str(path)):
         return [path]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-__all__ = ["counted", "files_below", "matches", "one_set", "splits"]
+__all__ = ["counted", "files_below", "is_split", "matches", "one_set", "splits", "warn_of_others"]
 
 _WORDS = {
     "training": "train training trn trainset traindata trainval",
@@ -24,6 +25,9 @@ _KINDS = {word: kind for kind, words in _WORDS.items() for word in words.split()
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # Names such as train-00000-of-00004.parquet.
 _SHARD = re.compile(r"(.+)-\d+-of-\d+")
+
+# Files that accompany data sets and hold none of the data.
+_DOCUMENTS = frozenset("readme license licence notice citation changelog thumbs desktop".split())
 
 
 class _Split(NamedTuple):
@@ -65,7 +69,14 @@ def files_below(root: Path) -> list[Path]:
     """Return all files below a folder, also through symbolic links, sorted; names that begin with a dot are skipped.
 
     Links that lead nowhere are among them.
+
+    Raises:
+        OSError: A folder cannot be read.
     """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     files = []
     for top in root.iterdir():
         if top.name.startswith("."):
@@ -74,7 +85,7 @@ def files_below(root: Path) -> list[Path]:
             files.append(top)
             continue
         entered: set[str] = set()
-        for parent, folders, names in os.walk(top, followlinks=True):
+        for parent, folders, names in os.walk(top, onerror=fail, followlinks=True):
             # Symbolic links can form cycles.
             if (real_path := os.path.realpath(parent)) in entered:
                 folders.clear()
@@ -128,3 +139,9 @@ def counted(files: Sequence[Path], root: Path) -> str:
     """Return the number of files, and the first of them as examples."""
     shown = ", ".join(str(file.relative_to(root)) for file in files[:3]) + (", ..." if len(files) > 3 else "")
     return f"{len(files)} file{'s' if len(files) > 1 else ''} ({shown})"
+
+
+def warn_of_others(files: Iterable[Path], root: Path, expected: str) -> None:
+    """Warn of files that a reader leaves out."""
+    if left_out := [file for file in files if file.stem.lower() not in _DOCUMENTS]:
+        warnings.warn(f"{counted(left_out, root)} of {root} left out; expected {expected}", UserWarning, stacklevel=4)
