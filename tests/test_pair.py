@@ -563,3 +563,11 @@ def test_distributions_of_classes_map_over_labels():
 def test_tilts_that_are_not_finite_are_refused(weight):
     with pytest.raises(ValueError, match="expected finite tilts"):
         Tilt(Sphere(1.0), torch.tensor(weight), validate_args=True)
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", 99])
+def test_a_bad_device_is_no_fault_of_the_file(tmp_path, device):
+    path = GenerativePair(Head(torch.eye(3)), Sphere(2.0)).save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"^device is .*expected a device of this machine") as caught:
+        penult.load(path, device=device)
+    assert not isinstance(caught.value, penult.io.FileFormatError)

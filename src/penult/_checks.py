@@ -219,6 +219,8 @@ def usable_device(name: str, device: Any) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name} is {str(device)!r}, which cannot be used here ({reason}); expected {want}") from error
+    if found_device.type == "meta":
+        raise ValueError(f"{name} is 'meta', which holds no values; expected {want}")
     return found_device
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from penult import io
-from penult._checks import as_size, described, integer_labels
+from penult._checks import as_size, described, integer_labels, usable_device
 from penult._derived import DerivedTensors
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
@@ -344,6 +344,7 @@ def load(
         FileNotFoundError: There is no such file.
         penult.io.FileFormatError: The file is damaged, of another program or of a newer schema, or its base class is
             neither one of penult's nor among ``bases``.
+        TypeError, ValueError: `device` is no device, or cannot be used here.
 
     Example:
         >>> import tempfile, pathlib
@@ -353,8 +354,10 @@ def load(
         ...     print(load(path).base)
         Sphere(radius=2)
     """
-    file = io.read(path, kind="pair", device=device)
-    return from_parts(path, file.tensors, file.metadata, bases)
+    device = usable_device("device", device)
+    file = io.read(path, kind="pair")
+    # The pair is rebuilt on the CPU, so that an error of the device is not taken for a fault of the file.
+    return from_parts(path, file.tensors, file.metadata, bases).to(device)
 
 
 def to_parts(pair: GenerativePair) -> tuple[dict[str, Tensor], dict[str, Any]]:
