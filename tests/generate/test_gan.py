@@ -769,7 +769,10 @@ def test_settings_come_back(setting, tmp_path):
     [
         ({"image_shape": (28, 28)}, ValueError, "image_shape is"),
         ({"image_shape": (3, 30, 30)}, ValueError, "cannot be halved"),
-        ({"image_shape": (1, 5, 5)}, ValueError, "too small for convolutions"),
+        *(
+            ({"image_shape": shape}, ValueError, rf"^images of {shape[1]}×{shape[2]} pixels are too small for conv")
+            for shape in ((1, 5, 5), (1, 7, 9), (3, 4, 16), (2, 9, 6))
+        ),
         ({"condition": "labels"}, ValueError, "condition is 'labels'; expected"),
         ({"loss": "wasserstein"}, ValueError, "loss is 'wasserstein'; expected 'non-saturating' or 'hinge'"),
         ({"latent": 0}, ValueError, "latent"),

@@ -93,8 +93,10 @@ def folder(
     taken = set(images)
     others = [file for file in files if file not in taken]
     if not images:
-        held = f"It holds {counted(others, root)}" if others else "It is empty"
-        raise ValueError(f"{root} contains no image; expected images, or one folder of images for each class. {held}")
+        contained = f"It holds {counted(others, root)}" if others else "It is empty"
+        raise ValueError(
+            f"{root} contains no image; expected images, or one folder of images for each class. {contained}"
+        )
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if names:
         _check_classes(root, names, images, others)
@@ -123,15 +125,15 @@ def _check_classes(root: Path, names: list[str], images: list[Path], others: lis
             f"{root} contains both folders ({', '.join(names[:3])}) and images ({loose.name}); "
             "expected one folder for each class, or images alone"
         )
-    if found := splits(names) or (names if all(map(is_split, names)) else []):
+    if split_names := splits(names) or (names if all(map(is_split, names)) else []):
         raise ValueError(
-            f"{root} contains splits, not classes ({', '.join(found)}); read one of them: {root / found[0]}"
+            f"{root} contains splits, not classes ({', '.join(split_names)}); read one of them: {root / split_names[0]}"
         )
     for parent, folders in sorted(children.items()):
-        if found := splits(folders):
+        if split_names := splits(folders):
             raise ValueError(
-                f"{parent} contains splits ({', '.join(found)}), which would be merged. Read a folder with the class "
-                "folders of one split alone"
+                f"{parent} contains splits ({', '.join(split_names)}), which would be merged. Read a folder with "
+                "the class folders of one split alone"
             )
     # A folder of folders may be a split, or the class folders may be one level deeper.
     for name in names:
@@ -144,10 +146,10 @@ def _check_classes(root: Path, names: list[str], images: list[Path], others: lis
                 "are the classes"
             )
     if empty := [name for name in names if not children[root / name]]:
-        held = [file for file in others if file.relative_to(root).parts[0] in empty]
+        contained = [file for file in others if file.relative_to(root).parts[0] in empty]
         raise ValueError(
             f"{root} has classes without an image: {', '.join(empty)}; expected images in each folder. "
-            + (f"They hold {counted(held, root)}. " if held else "")
+            + (f"They hold {counted(contained, root)}. " if contained else "")
             + "Put folders that are no classes somewhere else"
         )
 

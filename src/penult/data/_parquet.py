@@ -170,7 +170,7 @@ def _read_shard(path: Path, image: str | None, label: str | None, first: _Shard 
         columns = {name: str(kind) for name, kind in types.items()}
         features = _features(schema.metadata or {})
         if first is not None:
-            # Columns that are not read may differ: writers add some, and infer types for each file anew.
+            # Columns that are not read may differ: writers add some, and infer the types of each file by itself.
             for name in filter(None, (first.image, first.label)):
                 _check_same(first, path, f"column {name!r}", "present", "present" if name in columns else "missing")
         images = _choose("images", image, ("image", "img"), "Image", features, columns, path)

@@ -34,15 +34,15 @@ class _Split(NamedTuple):
     """Split in a name: its kind, and the letters of the name without its word."""
 
     kind: str
-    rest: str
+    remainder: str
 
 
 def _split(name: str) -> _Split | None:
     """Return the split that a name tells, such as the training split in ``mnist-train2``, or None."""
     for match in _WORD.finditer(name):
         if (kind := _KINDS.get(match[0].lower())) is not None:
-            rest = name[: match.start()] + name[match.end() :]
-            return _Split(kind, re.sub(r"[\W\d_]+", "", rest).lower())
+            remainder = name[: match.start()] + name[match.end() :]
+            return _Split(kind, re.sub(r"[\W\d_]+", "", remainder).lower())
     return None
 
 
@@ -54,15 +54,15 @@ def splits(names: Iterable[str]) -> list[str]:
     """
     kinds = defaultdict(set)
     known = {name: split for name in names if (split := _split(name)) is not None}
-    for kind, rest in known.values():
-        kinds[rest].add(kind)
-    return sorted(name for name, split in known.items() if len(kinds[split.rest]) > 1)
+    for kind, remainder in known.values():
+        kinds[remainder].add(kind)
+    return sorted(name for name, split in known.items() if len(kinds[split.remainder]) > 1)
 
 
 def is_split(name: str) -> bool:
     """Whether a name is the word for a split, and perhaps numbers."""
     split = _split(name)
-    return split is not None and not split.rest
+    return split is not None and not split.remainder
 
 
 def files_below(root: Path) -> list[Path]:
