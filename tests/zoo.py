@@ -140,6 +140,11 @@ def tokens(self, x):
     return self.a(x[:, None] * torch.arange(1, 6)[:, None]).sin()
 
 
+def product_net(product):
+    """A network whose W h is computed by a function of h and W."""
+    return net(lambda self, x: product(self.a(x).relu(), self.fc.weight))
+
+
 def cosine(self, x):
     return 16 * F.linear(F.normalize(self.a(x)), F.normalize(self.w))
 
@@ -251,6 +256,112 @@ FOUND = {
     "inner": Case(lambda: net(lambda self, x: torch.inner(self.a(x), self.fc.weight)), "", "Linear", "reals"),
     "tensordot": Case(
         lambda: net(lambda self, x: torch.tensordot(self.a(x), self.fc.weight, dims=([1], [1]))), "", "Linear", "reals"
+    ),
+    "bmm": Case(
+        lambda: product_net(lambda h, w: torch.bmm(h[None], w.T[None]).squeeze(0)), "", "relu", "orthant",
+        says={"kind": "bmm", "weight": "fc.weight"},
+    ),
+    "bmm of expanded rows": Case(
+        lambda: product_net(lambda h, w: torch.bmm(h.unsqueeze(1), w.T.expand(len(h), 8, 3)).squeeze(1)), "", "relu",
+        "orthant", says={"kind": "bmm", "weight": "fc.weight"},
+    ),
+    "bmm of repeated rows": Case(
+        lambda: product_net(lambda h, w: h.unsqueeze(1).bmm(w.T.repeat(len(h), 1, 1)).squeeze(1)), "", "relu",
+        "orthant", says={"kind": "bmm", "weight": None}, shares=False,
+    ),
+    "bmm, W first": Case(
+        lambda: product_net(lambda h, w: torch.bmm(w.expand(len(h), 3, 8), h.unsqueeze(2)).squeeze(2)), "", "relu",
+        "orthant", says={"kind": "bmm", "weight_first": True},
+    ),
+    "bmm, a sample": Case(
+        lambda: product_net(lambda h, w: torch.bmm(h.unsqueeze(1), w.T.expand(len(h), 8, 3)).squeeze(1)), "", "relu",
+        "orthant", VECTORS[:1],
+    ),
+    "matmul of batches": Case(
+        lambda: product_net(lambda h, w: torch.matmul(h[None], w.T[None])[0]), "", "relu", "orthant",
+        says={"kind": "bmm"},
+    ),
+    "matmul, broadcast": Case(
+        lambda: product_net(lambda h, w: (h @ w.T.expand(1, 1, 8, 3)).flatten(0, 2)), "", "relu", "orthant",
+        says={"kind": "bmm"},
+    ),
+    "matmul of batches of tokens": Case(
+        lambda: net(lambda self, x: tokens(self, x) @ self.fc.weight.T[None] + self.fc.bias), "", "sin", "reals",
+        says={"kind": "bmm", "axes": ("batch", "token"), "bias": True},
+    ),
+    "matmul of batches, W first": Case(
+        lambda: net(lambda self, x: torch.matmul(self.fc.weight[None], tokens(self, x).mT)), "", "sin", "reals",
+        says={"kind": "bmm", "class_axis": 1},
+    ),
+    "matmul by keywords": Case(
+        lambda: product_net(lambda h, w: torch.matmul(other=w.T, input=h)), "", "relu", "orthant"
+    ),
+    "baddbmm": Case(
+        lambda: net(lambda self, x: torch.baddbmm(self.fc.bias[None, None], self.a(x).relu()[None],
+                                                  self.fc.weight.T[None])[0]),
+        "", "relu", "orthant", says={"kind": "bmm", "bias": True},
+    ),
+    "baddbmm, weighted": Case(
+        lambda: net(lambda self, x: torch.baddbmm(self.fc.bias.expand(6, 1, 3), self.a(x).relu().unsqueeze(1),
+                                                  self.fc.weight.T.expand(6, 8, 3), alpha=2.0)[:, 0]),
+        "", "relu", "orthant", says={"scale": 2.0, "bias": True}, shares=False,
+    ),
+    "addmm of an expanded bias": Case(
+        lambda: net(lambda self, x: torch.addmm(self.fc.bias.expand(len(x), 3), self.a(x), self.fc.weight.T)), "",
+        "Linear", "reals", says={"bias": True, "kind": "matmul"},
+    ),
+    "multi_dot": Case(
+        lambda: product_net(lambda h, w: torch.linalg.multi_dot([h, w.T])), "", "relu", "orthant",
+        says={"kind": "matmul"},
+    ),
+    "multi_dot of three": Case(
+        lambda: net(lambda self, x: torch.linalg.multi_dot([self.a(x), self.b, self.fc.weight.T]), b=param(8, 8)), "",
+        "Linear", "reals", shares=False, says={"weight": None},
+    ),
+    "aten.linear": Case(
+        lambda: net(lambda self, x: torch.ops.aten.linear(self.a(x).relu(), self.fc.weight, self.fc.bias)), "", "relu",
+        "orthant", says={"kind": "linear", "bias": True},
+    ),
+    "aten.mm": Case(
+        lambda: product_net(lambda h, w: torch.ops.aten.mm.default(h, torch.ops.aten.t(w))), "", "relu", "orthant"
+    ),
+    "aten.addmm": Case(
+        lambda: net(lambda self, x: torch.ops.aten.addmm.default(self.fc.bias, torch.ops.aten.relu.default(self.a(x)),
+                                                                 self.fc.weight.T)),
+        "", "relu", "orthant", says={"bias": True, "rectified": True},
+    ),
+    "aten.matmul, einsum": Case(
+        lambda: product_net(lambda h, w: torch.ops.aten.einsum("bd,kd->bk", [h, w])), "", "relu", "orthant",
+        says={"kind": "einsum"},
+    ),
+    "aten.convolution": Case(
+        lambda: conv_net(lambda self, x: torch.ops.aten.convolution(
+            self.a(x), self.fc.weight, self.fc.bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)),
+        "", "Conv2d", "reals", MAPS, says={"kind": "conv", "class_axis": 1},
+    ),
+    "sum of products": Case(
+        lambda: product_net(lambda h, w: (h.unsqueeze(1) * w).sum(-1)), "", "relu", "orthant",
+        says={"kind": "sum", "weight": "fc.weight"},
+    ),
+    "sum of products, W first": Case(
+        lambda: product_net(lambda h, w: torch.sum(w * h[:, None], dim=2)), "", "relu", "orthant",
+        says={"kind": "sum", "weight_first": True},
+    ),
+    "sum of products, classes last": Case(
+        lambda: product_net(lambda h, w: torch.mul(h[:, :, None], w.T).sum(1)), "", "relu", "orthant",
+        says={"kind": "sum"},
+    ),
+    "mean of products": Case(
+        lambda: product_net(lambda h, w: (h.unsqueeze(-2) * w[None]).mean((-1,))), "", "relu", "orthant",
+        says={"kind": "sum", "scale": 1 / 8}, shares=False,
+    ),
+    "sum of products, a token": Case(
+        lambda: net(lambda self, x: (tokens(self, x)[:, :, None] * self.fc.weight).sum(-1) + self.fc.bias), "", "sin",
+        "reals", says={"kind": "sum", "axes": ("batch", "token")},
+    ),
+    "vecdot": Case(
+        lambda: product_net(lambda h, w: torch.linalg.vecdot(h[:, None], w)), "", "relu", "orthant",
+        says={"kind": "sum"},
     ),
     "cosine": Case(
         lambda: net(cosine, w=param(3, 8)), "", "normalize", "sphere", shares=False,

@@ -17,7 +17,7 @@ from penult.head._certificate import HeadCertificate
 from penult.head._match import Layout
 from penult.head._model import compiled_parts_eager, has_compiled_parts, logits_of, tensor_at
 from penult.head._origin import gain_and_offset, without_gain
-from penult.head._products import products
+from penult.head._products import ElementwiseProducts, products, signature_of
 from penult.head._rectified import Rectifiers, check_rectified
 from penult.head._tensors import HeadTensors
 
@@ -142,7 +142,8 @@ class _Watch(TorchFunctionMode):
         self, model: nn.Module, certificate: HeadCertificate, *, compiling: bool, pre_activation: bool
     ) -> None:
         super().__init__()
-        self.signature = (*certificate.shape, certificate.weight_first)
+        self.signature = signature_of(certificate.kind, certificate.shape, certificate.weight_first)
+        self.elementwise = ElementwiseProducts()
         self.rectifiers = Rectifiers() if pre_activation else None
         # Whether the whole forward is watched, so that calls are counted in the model and not in the module.
         self.whole_model = compiling or pre_activation
@@ -164,16 +165,18 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
         output = func(*args, **kwargs) if self.rectifiers is None else self.rectifiers.run(func, args, kwargs)
-        for product in products(func, args, kwargs):
+        call = self.elementwise.joined(func, args, kwargs)
+        for product in products(*call):
             if product.signature == self.signature and self._is_weight(product.operand):
                 if self.num_calls == self.call:
                     h = product.h
                     if self.rectifiers is not None:
-                        h = check_rectified(self.rectifiers.pre_activation_of(product, func, args, kwargs), h)
+                        h = check_rectified(self.rectifiers.pre_activation_of(product, *call), h)
                     # A copy, because the model may change h in place later.
                     self.captured = h.clone(), output.movedim(product.axis, -1)
                     self._product, self.operand = output, product.weight
                 self.num_calls += 1
+        self.elementwise.remember(func, args, output)
         if self.picks and self.captured is not None and self._product is not None and len(args) > 0:
             self._follow(func, args, output)
         return output

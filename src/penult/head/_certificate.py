@@ -8,7 +8,7 @@ from typing import Literal
 
 __all__ = ["HeadCertificate", "HeadNotFoundError", "Kind", "Positions", "Support"]
 
-Kind = Literal["linear", "matmul", "einsum", "conv", "cosine"]
+Kind = Literal["linear", "matmul", "bmm", "sum", "einsum", "conv", "cosine"]
 
 
 Positions = Literal[
@@ -38,8 +38,9 @@ class HeadCertificate:
 
     Attributes:
         path: Name of the module in whose forward the head's product is computed, ``""`` for the model itself.
-        kind: Operation that computes it: ``"linear"``, ``"matmul"``, ``"einsum"``, a pointwise ``"conv"``, or
-            ``"cosine"`` where h and the rows of W before the scale have norm 1.
+        kind: Operation that computes it: ``"linear"``, ``"matmul"``, ``"bmm"`` with one matrix for the whole
+            batch, the ``"sum"`` of h * W over an axis, ``"einsum"``, a pointwise ``"conv"``, or ``"cosine"`` where h
+            and the rows of W before the scale have norm 1.
         scale: Number by which the model multiplies W h before it returns the logits.
         residual: max abs(head(h) - logits) / max(1, max abs(logits)), computed after a log-softmax where
             ``log_softmax``.

@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from penult._checks import check_finite
 from penult._row_blocks import blocks, rows_in_double
 from penult.head._capture import capture
-from penult.head._certificate import HeadCertificate, Support
+from penult.head._certificate import HeadCertificate, Kind, Support
 from penult.head._foreign import in_memory, is_real
 from penult.head._head import Head
 from penult.head._match import Match, axes_of, matches, relative_error
 from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
 from penult.head._origin import Norm, Origin, gain_and_offset, invertible, without_gain
+from penult.head._products import Product
 from penult.head._record import Candidate, Recorder, Steps
 from penult.head._refusal import are_probabilities, not_confirmed_error, not_found_error, refuse_other_tasks
 
@@ -39,14 +40,14 @@ def find_head(
     """Find the linear map that gives a model's logits, and verify it.
 
     The model runs on a small batch, in eval mode and without gradients, while every product of activations with one
-    matrix is recorded: linear layers and functions, matmul, addmm, einsum, pointwise convolutions, cosines. Products
-    whose number of rows is the number of logits are candidates. The logits are computed again from the W, b and h of
-    each candidate, and the one that reproduces them is the head. Names are not used. A scale and a bias added later are
-    fitted. A mean over positions, a position picked from each sample, and a resized map are recognised, because they
-    commute with the head. Tensors that are not dense arrays of real numbers (complex, integer, nested, sparse,
-    quantised, offloaded) are not read, and do no harm elsewhere in the model. The head must then reproduce a second
-    batch: the first one reversed, with floats multiplied by 0.7. The model's training flags, buffers and hooks and the
-    random number generators are restored.
+    matrix is recorded: linear layers and functions, matmul, addmm, bmm, einsum, h * W summed over an axis, pointwise
+    convolutions, cosines. Products whose number of rows is the number of logits are candidates. The logits are computed
+    again from the W, b and h of each candidate, and the one that reproduces them is the head. Names are not used. A
+    scale and a bias added later are fitted. A mean over positions, a position picked from each sample, and a resized
+    map are recognised, because they commute with the head. Tensors that are not dense arrays of real numbers (complex,
+    integer, nested, sparse, quantised, offloaded) are not read, and do no harm elsewhere in the model. The head must
+    then reproduce a second batch: the first one reversed, with floats multiplied by 0.7. The model's training flags,
+    buffers and hooks and the random number generators are restored.
 
     If a LayerNorm or RMSNorm is right before the head (ignoring dropout, casts, views such as a class token, and a
     mean over positions), its gain and offset are folded into the head: the weight becomes W diag(gamma), the bias
@@ -299,7 +300,7 @@ def _certify(
         call = recorder.earlier_calls_in_module(candidate, by_address=name is not None)
     return HeadCertificate(
         path=candidate.path,
-        kind="cosine" if norm is None and _is_cosine(norms, candidate.product.weight) else candidate.product.kind,
+        kind=_kind(candidate.product, norms, norm),
         scale=match.scale,
         residual=residual,
         shape=(head.num_classes, head.in_features),
@@ -328,6 +329,14 @@ def _certify(
         unit_offset=norm is not None and norm.unit_offset,
         rectified=candidate.rectified and norm is None and layout.positions in ("same", "swapped", "picked"),
     )
+
+
+def _kind(product: Product, norms: Tensor, norm: Norm | None) -> Kind:
+    """Return the kind of a head's product: a cosine, also if it is computed by another call; else that of the call."""
+    # Calls of their own kind are recognised by it.
+    if norm is None and product.kind not in ("bmm", "sum") and _is_cosine(norms, product.weight):
+        return "cosine"
+    return product.kind
 
 
 def _is_cosine(norms: Tensor, weight: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from penult._checks import unreadable
 
-__all__ = ["attribute", "in_memory", "is_real", "tensor_attribute", "tensors_in"]
+__all__ = ["attribute", "in_memory", "is_real", "name_of", "tensor_attribute", "tensors_in"]
 
 
 def attribute(owner: Any, name: str) -> Any:
@@ -54,6 +54,11 @@ def in_memory(tensor: Tensor) -> bool:
 def is_real(tensor: Tensor) -> bool:
     """Whether a tensor is a dense array of real floating-point numbers, so that it can be part of a head."""
     return in_memory(tensor) and unreadable(tensor) is None
+
+
+def name_of(func: Any) -> str:
+    """Return the name of a torch function; that of the operator for overloads such as torch.ops.aten.mm.default."""
+    return str(getattr(func, "__name__", "")).partition(".")[0]
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from penult._row_blocks import version_of
-from penult.head._foreign import attribute, in_memory, is_real, tensor_attribute, tensors_in
+from penult.head._foreign import attribute, in_memory, is_real, name_of, tensor_attribute, tensors_in
 
 __all__ = [
     "PASS_THROUGH",
@@ -110,7 +110,7 @@ class Origins:
 
     def record_function(self, func: Any, source: Origin | None, output: Any) -> None:
         """Record that a torch function returned `output` for a tensor of origin `source`."""
-        name = getattr(func, "__name__", "")
+        name = name_of(func)
         if name in PASS_THROUGH:
             self._record(output, source, rank=0, replaced_rank=-1)
         else:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
-from penult.head._foreign import in_memory, tensors_in
+from penult.head._foreign import in_memory, name_of, tensors_in
 from penult.head._model import first_input, is_scripted
 from penult.head._origin import PASS_THROUGH, Key, Origin, Origins, key_of
-from penult.head._products import Product, products
+from penult.head._products import ElementwiseProducts, Product, Signature, products
 from penult.head._rectified import Rectifiers, is_rectified
 
 __all__ = ["Candidate", "Lineage", "Recorder", "Steps"]
@@ -77,7 +77,7 @@ class Lineage:
         elif not known:
             return
         else:
-            name = getattr(func, "__name__", "").strip("_")
+            name = name_of(func).strip("_")
             squash = next((steps.squashed_by for steps in known if steps.squashed_by is not None), None)
             unread = next((steps.unread for steps in known if steps.unread is not None), None)
             # The logarithm of a softmax gives log-probabilities, which are allowed.
@@ -114,7 +114,7 @@ class ProductCall(NamedTuple):
     """
 
     modules: frozenset[str]
-    signature: tuple[int, int, bool]
+    signature: Signature
     address: int
     operand: int
 
@@ -158,6 +158,7 @@ class Recorder(TorchFunctionMode):
         self._origins = Origins()
         self._lineage = Lineage()
         self._rectifiers = Rectifiers()
+        self._elementwise = ElementwiseProducts()
         self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(lambda: deque(maxlen=_MAX_CANDIDATES))
 
     def __enter__(self) -> Recorder:
@@ -181,16 +182,19 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        is_product = False
-        for product in products(func, args, kwargs):
-            u = self._rectifiers.pre_activation_of(product, func, args, kwargs)
-            self._add_candidate(product, rectified=is_rectified(u, product.h))
-            is_product = True
         operands = [operand for operand in tensors_in([*args, *kwargs.values()]) if in_memory(operand)]
         # The keys are taken before the call, which may change operands in place.
         keys = [key_of(operand) for operand in operands]
         source = self._origin_of(max(operands, key=Tensor.numel, default=None))
         output = self._rectifiers.run(func, args, kwargs)
+        # Calls are read after they ran, so that an invalid one raises torch's own error.
+        is_product = False
+        call = self._elementwise.joined(func, args, kwargs)
+        for product in products(*call):
+            u = self._rectifiers.pre_activation_of(product, *call)
+            self._add_candidate(product, rectified=is_rectified(u, product.h))
+            is_product = True
+        self._elementwise.remember(func, args, output)
         self._origins.record_function(func, source, output)
         changed = [operand for operand, key in zip(operands, keys, strict=True) if key_of(operand) != key]
         self._lineage.record_function(func, keys, [*tensors_in([output]), *changed], product=is_product)

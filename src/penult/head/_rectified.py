@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from penult._row_blocks import version_of
 from penult.head._certificate import HeadCertificate
-from penult.head._foreign import is_real
+from penult.head._foreign import is_real, name_of
 from penult.head._model import first_input
 from penult.head._origin import PASS_THROUGH
 from penult.head._products import Product, products
@@ -35,7 +35,7 @@ class Rectifiers:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a torch function, and remember u if its output is the output of a ReLU."""
-        name = getattr(func, "__name__", "")
+        name = name_of(func)
         u = _input_of_relu(name, args, kwargs)
         if u is not None:
             in_place = _is_in_place(name, args, kwargs)
@@ -68,22 +68,28 @@ class Rectifiers:
         arguments = self._with_inputs(args, kwargs, skip=product.operand)
         if arguments is None:
             return None
-        return next(other.h for other in products(func, *arguments) if other.first == product.first)
+        readings = products(func, *arguments)
+        return next((other.h for other in readings if other.signature == product.signature), None)
 
     def _with_inputs(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], skip: Tensor | None = None
     ) -> Arguments | None:
         """Return the arguments with each output of a ReLU replaced by its input u; None if there is no such output."""
+        num_replaced = 0
 
-        def known(value: Any) -> bool:
-            return isinstance(value, Tensor) and value is not skip and self._input_of(value) is not None
+        def replaced(value: Any) -> Any:
+            nonlocal num_replaced
+            # Some functions take a list of operands.
+            if isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value):
+                items = [replaced(item) for item in value]
+                return items if isinstance(value, list) else tuple(items)
+            if not isinstance(value, Tensor) or value is skip or (u := self._input_of(value)) is None:
+                return value
+            num_replaced += 1
+            return u
 
-        if not any(map(known, (*args, *kwargs.values()))):
-            return None
-        return (
-            tuple(self._input_of(value) if known(value) else value for value in args),
-            {name: self._input_of(value) if known(value) else value for name, value in kwargs.items()},
-        )
+        arguments = tuple(map(replaced, args)), {name: replaced(value) for name, value in kwargs.items()}
+        return arguments if num_replaced else None
 
     def _input_of(self, output: Tensor) -> Tensor | None:
         """Return the u of an output of a ReLU that was not changed since, or None."""
