@@ -32,6 +32,7 @@ __all__ = [
     "check_labels",
     "check_not_negative",
     "check_positive",
+    "check_seed",
     "check_shares",
     "check_weight",
     "class_names_tuple",
@@ -78,51 +79,67 @@ def with_remedy(error: _Error, parameter: str, purpose: str) -> _Error:
 
 # --- numbers ------------------------------------------------------------------------------------------------
 
+# Numbers of other kinds, such as those of NumPy, are admitted. The checks return them as Python's own, because
+# arithmetic in float32 or int64, generators and JSON treat the others in another way.
 
-def check_integer(name: str, value: Any, low: int = 1, high: int | None = None) -> None:
-    """Raise unless a value is an integer (bool is not) from `low` to `high`."""
+
+def check_integer(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
+    """Return a value as an int; raise unless it is an integer (bool is not) from `low` to `high`."""
     want = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; expected {want}")
     if int(value) < low or (high is not None and int(value) > high):
         raise ValueError(f"{name} is {value}; expected {want}")
+    return int(value)
 
 
-def _check_number(name: str, value: Any, want: str) -> None:
+def check_seed(seed: Any) -> int:
+    """Return a seed as an int; raise unless it is an integer that generators of torch take."""
+    return check_integer("seed", seed, -(1 << 63), (1 << 64) - 1)
+
+
+def _number(name: str, value: Any, want: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}; expected {want}")
+    return float(value)
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise unless a number is positive and finite."""
+def check_positive(name: str, value: Any) -> float:
+    """Return a number as a float; raise unless it is positive and finite."""
     want = "a positive, finite number"
-    _check_number(name, value, want)
-    if not (math.isfinite(value) and value > 0):
+    number = _number(name, value, want)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} is {value}; expected {want}")
+    return number
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Raise unless a number is finite and at least 0."""
+def check_not_negative(name: str, value: Any) -> float:
+    """Return a number as a float; raise unless it is finite and at least 0."""
     want = "a finite number of at least 0"
-    _check_number(name, value, want)
-    if not (math.isfinite(value) and value >= 0):
+    number = _number(name, value, want)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} is {value}; expected {want}")
+    return number
 
 
-def check_between(name: str, value: Any, low: float = 0, high: float = 1, *, inclusive: bool = False) -> None:
-    """Raise unless a number lies between two others; `inclusive` admits these as well."""
+def check_between(name: str, value: Any, low: float = 0, high: float = 1, *, inclusive: bool = False) -> float:
+    """Return a number as a float; raise unless it lies between two others, which `inclusive` admits as well."""
     want = (
         f"a number from {low:g} to {high:g}" if inclusive else f"a number between {low:g} and {high:g}, neither of them"
     )
-    _check_number(name, value, want)
-    if not (low < value < high or (inclusive and value in (low, high))):
+    number = _number(name, value, want)
+    if not (low < number < high or (inclusive and number in (low, high))):
         raise ValueError(f"{name} is {value}; expected {want}")
+    return number
 
 
-def check_shares(shares: Sequence[float]) -> None:
-    """Raise unless fractions of a data set are positive and sum to at most 1."""
-    if not shares or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
-        raise ValueError(f"shares is {tuple(shares)}; expected positive numbers that sum to at most 1")
+def check_shares(shares: Sequence[Any]) -> tuple[float, ...]:
+    """Return fractions of a data set as floats; raise unless they are positive and sum to at most 1."""
+    want = "positive numbers that sum to at most 1, one argument each: split(0.8, 0.2)"
+    numbers = tuple(_number(f"shares[{i}]", share, want) for i, share in enumerate(shares))
+    if not numbers or not min(numbers) > 0 or not sum(numbers) <= 1 + 1e-6:
+        raise ValueError(f"shares is {numbers}; expected {want}")
+    return numbers
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

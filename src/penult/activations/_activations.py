@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from penult._checks import check_floating, check_integer, check_shares, index_of, integer_labels, with_remedy
+from penult._checks import (
+    check_floating,
+    check_integer,
+    check_seed,
+    check_shares,
+    index_of,
+    integer_labels,
+    with_remedy,
+)
 from penult.activations._blocks import Block, Memory, Shard, load, one
 from penult.activations._folder import finished, shards_in, unfinished, writing
 from penult.activations._writer import SHARD_SIZE, Writer, write_index
@@ -269,7 +277,7 @@ class Activations:
             >>> [len(part) for part in acts.batches(2)]
             [2, 2, 1]
         """
-        check_integer("size", size)
+        size = check_integer("size", size)
         return (self._checked(load(self[start : start + size]._rows)) for start in range(0, len(self), size))
 
     def split(self, *shares: float, seed: int = 0) -> list[Activations]:
@@ -291,8 +299,8 @@ class Activations:
             >>> len(fitting), len(held_out)
             (4, 1)
         """
-        check_shares(shares)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        shares = check_shares(shares)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(check_seed(seed)))
         ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
         return [
             self._like(self._rows.take(order[start:end].sort().values))
@@ -347,7 +355,7 @@ class Activations:
             Activations(N=5, d=3, K=2, labels=False, dtype=torch.float32, device=cpu, shards=2)
         """
         folder = _user_path(folder)
-        check_integer("shard_size", shard_size)
+        shard_size = check_integer("shard_size", shard_size)
         sources = {leaf.path.parent.resolve() for leaf in self._rows.leaves if isinstance(leaf, Shard)}
         if folder.resolve() in sources:
             raise ValueError(f"{folder} contains rows of this set; choose another folder")

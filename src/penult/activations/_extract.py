@@ -131,7 +131,7 @@ def extract(
         raise ValueError(f"device={device} is for rows in memory, but out={out} is a folder; pass one of them")
     if group is not None and out is None:
         raise ValueError("out is None; expected a folder that all processes of the group can read")
-    check_integer("shard_size", shard_size)
+    shard_size = check_integer("shard_size", shard_size)
     if pre_activation:
         assert tap.head.certificate is not None
         _refuse_unrectified(tap.head.certificate)

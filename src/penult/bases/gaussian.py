@@ -94,7 +94,7 @@ class Gaussian(Base):
             torch.Size([3])
         """
         check_choice("covariance_type", covariance_type, get_args(CovarianceType))
-        check_between("shrinkage", shrinkage, inclusive=True)
+        shrinkage = check_between("shrinkage", shrinkage, inclusive=True)
         loc, covariance = tilted_gaussian(
             head, _ActivationSource(activations, head, min_rows=2, group=group), covariance_type, shrinkage
         )

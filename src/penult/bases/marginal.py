@@ -103,11 +103,11 @@ class Marginal(Base):
                 "torch.distributions.Independent"
             )
         if samples is not None:
-            check_integer("samples", samples, 2, _MOST_SAMPLES)
-        check_integer("seed", seed, -(1 << 63), (1 << 63) - 1)
+            samples = check_integer("samples", samples, 2, _MOST_SAMPLES)
+        seed = check_integer("seed", seed, -(1 << 63), (1 << 63) - 1)
         k, d = head.num_classes, head.in_features
         affordable = max(1 << 12, min(_SAMPLES, _LOGITS // k, _OPERATIONS // (k * d)))
-        self._hold(head, head.full_bias.clone(), Law(distribution), int(samples or affordable), int(seed))
+        self._hold(head, head.full_bias.clone(), Law(distribution), samples or affordable, seed)
         prior, error = self._estimate()
         self.register_buffer("log_prior", prior.log())
         self.register_buffer("standard_error", error)
@@ -182,6 +182,7 @@ class Marginal(Base):
             Marginal(PrincipalMixture(4 components in 3 of 3 dimensions, 53 floats), standard_error=...)
         """
         check_choice("kind", kind, get_args(MarginalKind))
+        seed = check_integer("seed", seed, -(1 << 63), (1 << 63) - 1)
         source = _ActivationSource(activations, head, min_rows=2, group=group)
         source.rectified = _rectified(head, source, rectified, kind)
         if positive is None:

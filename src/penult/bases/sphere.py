@@ -126,7 +126,7 @@ class Sphere(Base):
             radius = torch.tensor([head.radius], dtype=dtype, device=head.weight.device)
             hyperplane = _zero_sum_basis(head.in_features).to(radius) if head.norm == "layer" else None
             return cls(radius, subspace=hyperplane)
-        check_between("confidence", confidence)
+        confidence = check_between("confidence", confidence)
         subspace = None if ambient else head.span().to(dtype)
         implied = torch.tensor([implied_radius(head, subspace, confidence)], dtype=dtype, device=head.weight.device)
         return cls(implied, subspace=subspace)
@@ -174,8 +174,7 @@ class Sphere(Base):
             torch.Size([64])
         """
         check_choice("shape", shape, get_args(Shape))
-        check_between("shrinkage", shrinkage, inclusive=True)
-        check_integer("radii", radii)
+        shrinkage, radii = check_between("shrinkage", shrinkage, inclusive=True), check_integer("radii", radii)
         if not 0 <= trim < 0.5:
             raise ValueError(f"trim is {trim}; expected a number of at least 0 and below 0.5")
         if trim and shape != "elliptic":

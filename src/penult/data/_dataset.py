@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from penult._checks import check_choice, check_shares, class_names_tuple, integer_labels
+from penult._checks import check_choice, check_seed, check_shares, class_names_tuple, integer_labels
 from penult.data._decode import adapt, decode
 from penult.data._normalization import Normalization, PerChannel
 
@@ -236,8 +236,8 @@ class Images(NamedTuple):
         Raises:
             ValueError: A share is not positive, or they sum to more than 1.
         """
-        check_shares(shares)
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        shares = check_shares(shares)
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(check_seed(seed)))
         ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
         return [
             Images(self.images[order[start:end]], self.labels[order[start:end]], self.class_names)

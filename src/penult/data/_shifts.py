@@ -28,7 +28,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, first: int, count: int) -> None:
-        self._seed, self._numbers = seed, range(first, first + count)
+        self._seed, self._numbers = operator.index(seed), range(first, first + count)
 
     def __call__(self, sample: Callable[[Generator], Tensor]) -> Tensor:
         """Sample one tensor for each image, and stack them."""
@@ -157,8 +157,7 @@ def shift(
 def shifted(images: Tensor, kind: str, severity: float, seed: int, first: int, textures: Tensor | None) -> Tensor:
     """Apply `shift` to arguments that `check_shift` has checked."""
     _check_images("images", images)
-    check_integer("first", first, 0)
-    first = operator.index(first)
+    first = check_integer("first", first, 0)
     if severity == 0:
         return images.clone()
     out = torch.empty_like(images, memory_format=torch.contiguous_format)

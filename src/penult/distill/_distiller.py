@@ -107,9 +107,9 @@ class Distiller(LightningModule):
                     f"{name} is {described(factory)}; expected a function that makes one, such as "
                     "functools.partial(torch.optim.SGD, lr=0.1)"
                 )
-        check_positive("rate", rate)
+        self.rate = check_positive("rate", rate)
         self.student, self.loss = student, loss
-        self.optimizer, self.scheduler, self.rate = optimizer, scheduler, float(rate)
+        self.optimizer, self.scheduler = optimizer, scheduler
         # Micro average, which needs no number of classes.
         self.val_accuracy = MulticlassAccuracy(average="micro")
         self.certificate: HeadCertificate | None = None

@@ -140,14 +140,12 @@ class Gate(nn.Module):
 
     def __init__(self, pair: GenerativePair, trust: float = 1.0, tail: float = _TAIL, sharpness: float = 1.0) -> None:
         super().__init__()
-        check_between("trust", trust, inclusive=True)
-        check_between("tail", tail)
-        check_not_negative("sharpness", sharpness)
+        trust = check_between("trust", trust, inclusive=True)
+        self.tail, self.sharpness = check_between("tail", tail), check_not_negative("sharpness", sharpness)
         self.canonical = SpanHead.of(pair)
         self.pair = pair
-        self.tail, self.sharpness = float(tail), float(sharpness)
         self.summary: GateSummary | None = None
-        self.register_buffer("trust", torch.tensor(float(trust), device=pair.head.weight.device))
+        self.register_buffer("trust", torch.tensor(trust, device=pair.head.weight.device))
 
     @classmethod
     @torch.no_grad()

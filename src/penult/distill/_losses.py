@@ -45,9 +45,8 @@ class SoftTargetLoss(nn.Module):
 
     def __init__(self, temperature: float = 4.0, weight: float = 0.9) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
-        check_between("weight", weight, inclusive=True)
-        self.temperature, self.weight = float(temperature), float(weight)
+        self.temperature = check_positive("temperature", temperature)
+        self.weight = check_between("weight", weight, inclusive=True)
 
     def forward(self, logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
         """Return the mean loss of a batch, ().
@@ -131,11 +130,9 @@ class ActivationLoss(nn.Module):
         hint: float = 0.0,
     ) -> None:
         super().__init__()
-        check_not_negative("strength", strength)
-        check_not_negative("hint", hint)
-        check_integer("in_features", in_features)
+        self.strength, self.hint = check_not_negative("strength", strength), check_not_negative("hint", hint)
+        self.in_features = in_features = check_integer("in_features", in_features)
         self.canonical = head = SpanHead.of(pair)
-        self.strength, self.in_features = float(strength), in_features
         rank = len(head.span)
         if isinstance(projector, nn.Linear):
             widths = (projector.in_features, projector.out_features)
@@ -145,7 +142,6 @@ class ActivationLoss(nn.Module):
                     f"to {rank}, the rank of the head"
                 )
         self.projector = nn.Linear(in_features, rank).to(head.rows) if projector is None else projector
-        self.hint = float(hint)
         self.hint_projector = nn.Linear(in_features, head.span.shape[1]).to(head.rows) if hint else None
 
     @property

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from penult._checks import check_choice, check_floating, check_integer, check_positive, described, integer_labels
+from penult._checks import (
+    check_choice,
+    check_floating,
+    check_integer,
+    check_positive,
+    check_seed,
+    described,
+    integer_labels,
+)
 from penult.activations import Activations, _ActivationSource
 from penult.distill._gate import Gate, predicted_classes
 from penult.distill._span_head import SpanHead, check_pair
@@ -57,12 +65,12 @@ def class_soft_targets(
         >>> class_soft_targets(pair)[0]
         tensor([0.7656, 0.2258, 0.0086])
     """
-    check_positive("temperature", temperature)
+    temperature, seed = check_positive("temperature", temperature), check_seed(seed)
     check_pair(pair)
     head = pair.head
     k = head.num_classes
     draws = max(_MIN_SAMPLES, min(_SAMPLES, _ALL_SAMPLES // k)) if draws is None else draws
-    check_integer("draws", draws)
+    draws = check_integer("draws", draws)
     generator = torch.Generator(head.weight.device).manual_seed(seed)
     classes_per_block = max(1, _NUMBERS // (draws * max(k, head.in_features)))
     parts = []

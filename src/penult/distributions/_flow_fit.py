@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from penult._checks import check_integer
+from penult._checks import check_integer, check_seed
 from penult.distributions._principal_components import Rows
 from penult.distributions.principal_mixture import PrincipalMixture
 
@@ -108,12 +108,10 @@ def fit_flow(
 ) -> tuple[Tensor, Tensor, Tensor, PrincipalMixture]:
     """Fit centres, scales, knots and base of a flow; steps, arguments and errors as `NormalizingFlow.fit`."""
     zuko()
-    check_integer("components", components)
-    if dims is not None:
-        check_integer("dims", dims)
-    check_integer("bins", bins, 2)
-    check_integer("iterations", iterations, 0)
-    check_integer("epochs", epochs, 0)
+    components, bins = check_integer("components", components), check_integer("bins", bins, 2)
+    dims = None if dims is None else check_integer("dims", dims)
+    iterations, epochs = check_integer("iterations", iterations, 0), check_integer("epochs", epochs, 0)
+    seed = check_seed(seed)
     rows = Rows(activations)
     d, dtype = len(rows.mean), torch.promote_types(rows.dtype, torch.float32)
     generator = torch.Generator().manual_seed(seed)

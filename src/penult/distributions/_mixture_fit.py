@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from penult._checks import check_integer, check_not_negative
+from penult._checks import check_integer, check_not_negative, check_seed
 from penult.distributions._positive import NEXT_TO_ZERO, unsquare
 from penult.distributions._principal_components import Rows
 from penult.processes import Processes
@@ -62,10 +62,9 @@ def by_maximisation(
     group: ProcessGroup | None,
 ) -> Fitted:
     """Fit by expectation maximisation in principal components; arguments and errors as `PrincipalMixture.fit`."""
-    check_integer("components", components)
-    check_integer("dims", dims)
-    check_integer("iterations", iterations)
-    check_not_negative("tolerance", tolerance)
+    components, dims = check_integer("components", components), check_integer("dims", dims)
+    iterations, tolerance = check_integer("iterations", iterations), check_not_negative("tolerance", tolerance)
+    seed = check_seed(seed)
     rows, softness = _read(activations, rectified, positive, Processes(group))
     plane, across = rows.plane(dims)
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +92,7 @@ def by_posterior(
     group: ProcessGroup | None,
 ) -> Fitted:
     """Fit one component for each class, in closed form; arguments and errors as `PrincipalMixture.from_posterior`."""
-    check_integer("dims", dims)
+    dims = check_integer("dims", dims)
     rows, softness = _read(activations, rectified, positive, Processes(group))
     plane, across = rows.plane(dims)
 

@@ -143,20 +143,18 @@ class ActivationGAN(ActivationGenerator):
         if loss is None:
             loss = "hinge" if condition == "activation" and is_grey else "non-saturating"
         check_choice("loss", loss, get_args(Adversarial))
-        check_positive("rate", rate)
+        self.rate = check_positive("rate", rate)
         penalty = (_PENALTY if loss == "non-saturating" else 0.0) if penalty is None else penalty
-        check_not_negative("penalty", penalty)
-        check_not_negative("consistency", consistency)
-        check_between("drawn", drawn, inclusive=True)
+        self.penalty = check_not_negative("penalty", penalty)
+        self.consistency = check_not_negative("consistency", consistency)
+        self.drawn = check_between("drawn", drawn, inclusive=True)
         if drawn and condition == "label":
             raise ValueError(f"drawn is {drawn} with condition='label', which samples all activations: leave drawn out")
         check_below_one("decay", decay)
-        if width is not None:
-            check_integer("width", width)
-        self.width, self.penalty = width, float(penalty)
+        self.width = width = None if width is None else check_integer("width", width)
         self.loss: Adversarial = loss
-        self.consistency, self.drawn, self.decay = float(consistency), float(drawn), float(decay)
-        self.optimizer, self.scheduler, self.rate = optimizer, scheduler, float(rate)
+        self.decay = float(decay)
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.own, self.own_discriminator = generator is not None, discriminator is not None
         if generator is None or discriminator is None:
             default_generator, default_discriminator = adversaries(

@@ -69,8 +69,7 @@ class ActivationGenerator(RecordedModule, ABC):
             raise TypeError(f"pair is {described(pair)}; expected a penult.GenerativePair")
         check_choice("condition", condition, get_args(Condition))
         self.image_shape = check_image_shape(tuple(image_shape))
-        check_integer("latent", latent)
-        self.latent, self.condition = int(latent), condition
+        self.latent, self.condition = check_integer("latent", latent), condition
         self.pair = pair
         self.sight = FrozenClassifier(tap, preprocess, pair.head)
         self.standardize = Standardizer.of_pair(pair, activations)
@@ -169,7 +168,7 @@ class ActivationGenerator(RecordedModule, ABC):
         first, last = self._labels("y0", y0), self._labels("y1", y1)
         if first.shape != last.shape:
             raise ValueError(f"y0 has shape {tuple(first.shape)} and y1 {tuple(last.shape)}; expected the same shape")
-        check_integer("steps", steps, 2)
+        steps = check_integer("steps", steps, 2)
         h0, h1 = (draw(self.pair, y.reshape(-1), confident, generator) for y in (first, last))
         z = self.random_codes(len(h0), generator)
         weights = torch.linspace(0, 1, steps, device=h0.device)

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult._checks import check_finite, check_integer, described, integer_labels
+from penult._checks import check_finite, check_integer, check_seed, described, integer_labels
 from penult.activations import Tap
 from penult.generate._image_metrics import Balls, Normal, classification_accuracy, nearer, nearest, overlap
 from penult.generate._images import Source, check_images, read_source, shuffled
@@ -209,10 +209,9 @@ class Judge:
         seed: int = 0,
         batch_size: int = 500,
     ) -> None:
-        check_integer("neighbours", neighbours)
-        check_integer("most", most, neighbours + 1)
-        check_integer("batch_size", batch_size)
-        self._neighbours, self._most, self._seed, self._batch_size = neighbours, most, seed, batch_size
+        self._neighbours = check_integer("neighbours", neighbours)
+        self._most = check_integer("most", most, self._neighbours + 1)
+        self._batch_size, self._seed = check_integer("batch_size", batch_size), check_seed(seed)
         self._classifier, self._cas = classifier, cas
         if not isinstance(evaluator, nn.Module):
             raise TypeError(

@@ -131,17 +131,14 @@ class ActivationVAE(ActivationGenerator):
         if likelihood is None:
             likelihood = "bernoulli" if self.image_shape[0] == 1 else "gaussian"
         check_choice("likelihood", likelihood, get_args(Likelihood))
-        check_positive("beta", beta)
-        check_positive("rate", rate)
-        check_not_negative("consistency", consistency)
+        self.beta, self.rate = check_positive("beta", beta), check_positive("rate", rate)
+        self.consistency = check_not_negative("consistency", consistency)
         if (encoder is None) != (decoder is None):
             present, missing = ("encoder", "decoder") if decoder is None else ("decoder", "encoder")
             raise ValueError(f"{missing} is None; expected a network, because {present} is one. Give both or neither")
-        if width is not None:
-            check_integer("width", width)
+        self.width = width = None if width is None else check_integer("width", width)
         self.likelihood: Likelihood = likelihood
-        self.width, self.beta, self.consistency = width, float(beta), float(consistency)
-        self.optimizer, self.scheduler, self.rate = optimizer, scheduler, float(rate)
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.own = encoder is not None
         if encoder is None or decoder is None:
             encoder, decoder = autoencoder(self.image_shape, pair.head.in_features, self.latent, width)

@@ -269,7 +269,7 @@ class Head(HeadTensors):
             (tensor([[1.5000, 0.0000],
                     [0.5000, 0.0000]]), 2.0)
         """
-        check_positive("row_norm", row_norm)
+        row_norm = check_positive("row_norm", row_norm)
         mean = mean_row_of(self.weight)
         norms = torch.cat([(rows - mean).norm(dim=1) for rows in rows_in_double(self.weight)])
         norm = norms.mean().item()
@@ -294,9 +294,9 @@ class Head(HeadTensors):
             >>> Head(torch.eye(2)).with_temperature(2.0).with_temperature(2.0).temperature
             4.0
         """
-        check_positive("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
         bias = None if self.bias is None else self.bias / temperature
-        return self._derive(self.weight / temperature, bias, temperature=float(temperature))
+        return self._derive(self.weight / temperature, bias, temperature=temperature)
 
     def with_bias(self, bias: Tensor | None) -> Head:
         """Return a head with the same rows, shared, and another bias, as for another class prior.

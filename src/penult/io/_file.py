@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -65,7 +66,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
             file to which it leads is replaced and the link stays.
         tensors: Tensors of any shape by name; storage that several tensors share is written several times.
         kind: Kind of the file; `read` can require it.
-        metadata: JSON-able entries; the names ``schema``, ``kind`` and ``versions`` are reserved.
+        metadata: JSON-able entries, whose numbers may also be NumPy's or tensors (); the names ``schema``, ``kind``
+            and ``versions`` are reserved.
 
     Returns:
         The path written.
@@ -210,13 +212,22 @@ def encode(kind: str, metadata: Mapping[str, Any], indent: int | None = None, **
     versions = {"penult": __version__, "torch": torch.__version__}
     record = {"schema": SCHEMA_VERSION, "kind": kind, **metadata, **own, "versions": versions}
     try:
-        return json.dumps(record, allow_nan=False, indent=indent)
+        return json.dumps(record, allow_nan=False, indent=indent, default=_plain)
     except TypeError as error:
         raise TypeError(
             f"metadata must be made of JSON values (dict, list, str, number, bool, None): {error}"
         ) from error
     except ValueError as error:
         raise ValueError(f"metadata must be plain JSON without NaN, infinity or cycles: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of another kind, such as NumPy's, or a tensor () as a number that JSON has."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    raise TypeError(f"a {type(value).__name__} is no such value")
 
 
 def decode(path: Path, text: str | bytes, kind: str | Collection[str] | None) -> Record:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from penult._checks import described
+from penult._checks import check_seed, described
 from penult._progress import Progress, reporting
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
@@ -268,6 +268,7 @@ def choose(
         candidates = {name: fit for name, fit in CANDIDATES.items() if name not in missing}
     if not candidates:
         raise ValueError("there are no candidates; pass name to fit(head, activations) -> Base, or None for CANDIDATES")
+    seed = check_seed(seed)
     generator = torch.Generator(head.weight.device).manual_seed(seed)
     source, label_origin = source_with_labels(head, activations, labels, generator)
     fit_index, test_index = split_by_class(source.labels, _FITTED, torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from penult._checks import check_integer, described, is_chance_level
+from penult._checks import check_integer, check_seed, described, is_chance_level
 from penult._progress import Progress, reporting
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Marginal, Sphere
@@ -88,7 +88,7 @@ def compare(
     require_sklearn()
     if not isinstance(pair, GenerativePair):
         raise TypeError(f"pair is {described(pair)}; expected a penult.GenerativePair")
-    head = pair.head
+    head, seed = pair.head, check_seed(seed)
     generator = torch.Generator(head.weight.device).manual_seed(seed)
     source, label_origin = source_with_labels(head, activations, labels, generator)
     other = None if reference is None else _reference_source(head, reference, label_origin == "drawn", generator)
@@ -261,7 +261,7 @@ def measure_real(
         TypeError: `max_per_class` is not an integer.
         ValueError: There are too few rows, or `max_per_class` is below 50.
     """
-    check_integer("max_per_class", max_per_class, _MIN_PER_CLASS)
+    max_per_class = check_integer("max_per_class", max_per_class, _MIN_PER_CLASS)
     head = source.head
     rows = match_rows(
         source,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penult._checks import check_choice
+from penult._checks import check_choice, check_seed
 
 __all__ = ["FOLDS", "TESTS", "auc_standard_error", "require_sklearn", "two_sample_auc"]
 
@@ -83,6 +83,7 @@ def two_sample_auc(
         )
     for test in tests:
         check_choice("a test", test, TESTS)
+    seed = check_seed(seed)
     selection = require_sklearn("sklearn.model_selection")
     rows = torch.cat([x, y]).detach().cpu().float()
     is_x = torch.cat([torch.ones(len(x)), torch.zeros(len(y))]).long()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penult import scores
-from penult._checks import check_between, described
+from penult._checks import check_between, check_seed, described
 from penult._extras import extra
 from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
@@ -112,6 +112,7 @@ def page(
     extra("sklearn.metrics", "a page on a pair is measured with scikit-learn")
     others, other_images = dict(others or {}), dict(other_images or {})
     _check(pair, familiar, others, images, other_images, false_alarm)
+    seed = check_seed(seed)
     scored = _scored(pair, {FAMILIAR: familiar, **others}, score, false_alarm, seed)
     names = familiar.class_names or tuple(map(str, range(pair.head.num_classes)))
     report = PairPage(

@@ -177,7 +177,7 @@ class KNN(Score):
 
     def __init__(self, bank: Tensor, k: int = 20) -> None:
         super().__init__()
-        check_integer("k", k)
+        k = check_integer("k", k)
         if bank.dim() != 2 or k > len(bank):
             raise ValueError(f"bank has shape {tuple(bank.shape)}; expected (N, d) with N >= k = {k}")
         self.k = k
@@ -204,7 +204,7 @@ class KNN(Score):
             TypeError: `activations` are neither a floating tensor nor `Activations`, or k is not an integer.
             ValueError: k < 1, or there are fewer than k activations, or `size` < k.
         """
-        check_integer("k", k)
+        k = check_integer("k", k)
         if size < k:
             raise ValueError(f"size is {size}; expected at least k = {k}")
         source = _ActivationSource(activations, dtype="wide")
@@ -311,7 +311,7 @@ class ViM(Score):
         """
         d = head.in_features
         dims = (1000 if d >= 2048 else 512 if d >= 768 else d // 2) if dims is None else dims
-        check_integer("dims", dims, 1, d - 1)
+        dims = check_integer("dims", dims, 1, d - 1)
         source = _ActivationSource(activations, dtype="wide")
         if source.in_features != d:
             raise ValueError(f"activations has {source.in_features} features; expected {d}, as the head has")
@@ -365,7 +365,7 @@ def _class_moments(
     activations: Tensor | Activations, labels: Tensor | None, shrinkage: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return means (K, d) of classes that have rows, covariance within classes, total mean (d,) and covariance."""
-    check_between("shrinkage", shrinkage, inclusive=True)
+    shrinkage = check_between("shrinkage", shrinkage, inclusive=True)
     if labels is None and isinstance(activations, Activations):
         labels = activations.labels
     if labels is None:

@@ -146,7 +146,8 @@ class Threshold(nn.Module):
 
     def p_value(self, h: Tensor) -> Tensor:
         """Return the p-values of activations (B, d), (B,) of float32; a NaN score gets the smallest one."""
-        return self._rank(h) / (len(self.calibration) + 1)
+        # A quotient of integers would be of the default dtype, which may have half precision.
+        return self._rank(h).float() / (len(self.calibration) + 1)
 
     def rate_bound(self, confidence: float = 0.95) -> float:
         r"""Return an upper bound of the false alarm rate of this threshold, at a confidence over calibration sets.
@@ -159,7 +160,7 @@ class Threshold(nn.Module):
         References:
             Vovk, "Conditional validity of inductive conformal predictors", ACML 2012.
         """
-        check_between("confidence", confidence)
+        confidence = check_between("confidence", confidence)
         n, k = len(self.calibration), self._max_rank
         j = torch.arange(k, n + 1, dtype=torch.float64)
         log_binomial = torch.lgamma(torch.tensor(n + 1.0).double()) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
@@ -187,7 +188,7 @@ class Threshold(nn.Module):
 
 
 def _check(calibration: Tensor, false_alarm: float) -> None:
-    check_between("false_alarm", false_alarm)
+    false_alarm = check_between("false_alarm", false_alarm)
     if calibration.dim() != 1 or not calibration.is_floating_point() or bool(calibration.isnan().any()):
         wrong = f", {int(calibration.isnan().sum())} of them NaN" if calibration.dim() == 1 else ""
         raise ValueError(

@@ -113,7 +113,7 @@ def traced(*values: Any) -> bool:
 def checked_dim(dim: int, **tensors: Tensor) -> int:
     """Validate `dim`, and that all named tensors are floating; return `dim`."""
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        check_integer("dim", dim)
+        dim = check_integer("dim", dim)
     for name, tensor in tensors.items():
         check_floating(name, tensor, "of any shape")
     # range(dim).stop equals dim, but torch.compile makes it a constant, so that each dimension gets its own graph.

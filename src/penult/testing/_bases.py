@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penult._checks import check_seed
 from penult.bases import Base, Marginal, Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
@@ -52,7 +53,7 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
         >>> print(report.laws[4].name, report.laws[4].passed)
         posterior equals softmax(head(h)) True
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     if head is None:
         if base.in_features is None:
             raise ValueError("head is None and this base has no fixed dimension; pass a head")
@@ -100,7 +101,7 @@ def check_pair(pair: GenerativePair, samples: int = 100_000, seed: int = 0) -> L
         >>> check_pair(penult.GenerativePair(penult.Head(torch.eye(3)), penult.Sphere(2.0))).passed
         True
     """
-    laws = tuple(_pair_laws(pair, samples, torch.Generator().manual_seed(seed)))
+    laws = tuple(_pair_laws(pair, samples, torch.Generator().manual_seed(check_seed(seed))))
     return LawReport(f"pair of {pair.head} and {pair.base.info.name}", laws).raise_unless_passed()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, MultivariateNormal, biject_to, constraints, kl_divergence, transform_to
 
+from penult._checks import check_seed
 from penult.bases import Base
 from penult.distributions import Tilt
 from penult.testing._laws import Law, fact, score
@@ -211,7 +212,7 @@ class Subject:
     """
 
     def __init__(self, distribution: Distribution, seed: int) -> None:
-        self.law, self._seed = distribution, seed
+        self.law, self._seed = distribution, check_seed(seed)
         # Read before any property is computed, because torch's distributions cache these as attributes.
         given = [name for name in distribution.arg_constraints if isinstance(vars(distribution).get(name), Tensor)]
         self.device = next((vars(distribution)[name].device for name in given), torch.device("cpu"))
