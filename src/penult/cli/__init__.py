@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from penult._version import __version__
 from penult.cli import demo, distill, draw, extract, fit, generate, head, report, sample, score
-from penult.cli._console import fail, tell
+from penult.cli._console import fail, printing_never_fails, tell
 from penult.cli._launch import lost, own_rank
 
 __all__ = ["app", "main"]
@@ -75,6 +75,11 @@ def _options(
 
 def main() -> None:
     """Run the command line; bad input ends with one line and exit code 2."""
+    with printing_never_fails():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except SystemExit as stop:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
+import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["RichReporter", "fail", "quiet", "show_cursor", "tell", "warnings_as_lines"]
+__all__ = [
+    "RichReporter",
+    "fail",
+    "json_text",
+    "print_json",
+    "printing_never_fails",
+    "quiet",
+    "show_cursor",
+    "tell",
+    "warnings_as_lines",
+]
 
 _T = TypeVar("_T")
 
@@ -35,6 +48,84 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 def _text(value: Any, style: str = "") -> Text:
     """Return text without markup, control characters, and characters that cannot be encoded."""
     return Text(str(value).encode("utf-8", "backslashreplace").decode().translate(_CONTROLS), style=style)
+
+
+class _Output:
+    """A text stream that drops text once its reader has gone, as after ``| head``."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, which is then as good as printed."""
+        try:
+            self._stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        """Write the text that the stream holds."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        # Python flushes the stream at exit, and would report the error again.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+
+@contextmanager
+def printing_never_fails() -> Iterator[None]:
+    """Let nothing that is printed stop a command: its files count for more than its text.
+
+    Characters that a console cannot encode are printed as escapes, and text without a reader is dropped.
+    """
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        # A program without a console has no streams.
+        if stream is not None:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, cast("TextIO", _Output(stream)))
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+
+
+def json_text(results: Mapping[str, Any]) -> str:
+    """Return results as JSON, with null for NaN and infinities, which JSON does not have; a line on stderr says so."""
+    lost: list[str] = []
+    text = json.dumps(_finite(results, "", lost), indent=2, allow_nan=False)
+    if lost:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        tell(f"warning: {shown}: not finite, so that JSON has null there")
+    return text
+
+
+def _finite(value: Any, name: str, lost: list[str]) -> Any:
+    """Return JSON data with None for numbers that are not finite, whose names are appended to `lost`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part, f"{name}.{key}".lstrip("."), lost) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part, f"{name}[{i}]", lost) for i, part in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(f"{name} is {value}")
+        return None
+    return value
+
+
+def print_json(results: Mapping[str, Any]) -> None:
+    """Print results as JSON on stdout."""
+    print(json_text(results))
 
 
 class RichReporter:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from penult import io
-from penult.cli._console import RichReporter, quiet
+from penult.cli._console import RichReporter, json_text, print_json, quiet
 from penult.cli._options import plain
 from penult.processes import Processes
 
@@ -265,7 +264,7 @@ class TrainingRun:
 
     def finish(self, results: Mapping[str, Any], *lines: str) -> None:
         """Write the log, which completes the folder, and print lines, the path of the page, and the results as JSON."""
-        io.write_bytes(self.out / LOG_FILE, json.dumps(results, indent=2).encode())
+        io.write_bytes(self.out / LOG_FILE, json_text(results).encode())
         for line in lines:
             self._reporter.line(line)
         self._reporter.line(f"{self.out / PAGE_FILE}")
@@ -273,7 +272,7 @@ class TrainingRun:
 
     def _print(self, results: Mapping[str, Any]) -> None:
         if self._options["as_json"]:
-            typer.echo(json.dumps(results, indent=2))
+            print_json(results)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

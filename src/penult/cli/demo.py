@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from penult.cli._console import RichReporter
+from penult.cli._console import RichReporter, print_json
 from penult.cli._options import AsJson, Seed
 
 __all__ = ["demo"]
@@ -34,4 +33,4 @@ def demo(
     torch.set_num_threads(1)
     job = run(out, seed, RichReporter(stderr=as_json))
     if as_json:
-        typer.echo(json.dumps(job.results, indent=2))
+        print_json(job.results)

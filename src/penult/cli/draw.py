@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io as memory
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penult.cli._console import RichReporter
+from penult.cli._console import RichReporter, print_json
 from penult.cli._models import device_of
 from penult.cli._options import AsJson, Classes, Confident, Count, Device, Seed
 
@@ -56,7 +55,7 @@ def draw(
         )
     results = draw_images(file, out, classes, count, confident, seed, device, RichReporter(stderr=as_json))
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        print_json(results)
 
 
 def generator_in(source: str) -> Path | None:

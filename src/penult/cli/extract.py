@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from penult.cli._console import RichReporter, tell
+from penult.cli._console import RichReporter, print_json, tell
 from penult.cli._launch import Launch
 from penult.cli._models import folder_path, is_file
 from penult.cli._options import (
@@ -145,7 +144,7 @@ def extract(
     if as_json:
         results = {"out": str(out), "samples": len(acts), "features": acts.in_features, "classes": acts.num_classes}
         results |= {"labels": acts.labels is not None, "dtype": dtype.value, "pre_activation": pre_activation}
-        typer.echo(json.dumps(results | {"resumed_after_shards": len(shards), "was_complete": complete}, indent=2))
+        print_json(results | {"resumed_after_shards": len(shards), "was_complete": complete})
 
 
 def _report_accuracy(acts: Activations, reporter: RichReporter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._console import RichReporter, print_json, warnings_as_lines
 from penult.cli._launch import Launch
 from penult.cli._models import load_head, pair_path
 from penult.cli._options import AsJson, BiasKey, Device, Devices, NumNodes, Seed, Strategy, WeightKey
@@ -188,7 +187,7 @@ def fit(
     _report_prior(results, None if prior_acts is None else f"{len(prior_acts)} activations of {prior_from}", reporter)
     _report_confidence(results, base, reporter)
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        print_json(results)
 
 
 def _report_prior(results: dict[str, Any], source: str | None, reporter: RichReporter) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from penult.cli._console import RichReporter
+from penult.cli._console import RichReporter, print_json
 from penult.cli._launch import Launch
 from penult.cli._options import (
     AsJson,
@@ -223,7 +222,7 @@ def generate(
         _refuse(training, "training", f"{source} is a trained generator")
         results = draw_images(file, out, classes, count, confident, seed, device, reporter)
         if as_json:
-            typer.echo(json.dumps(results, indent=2))
+            print_json(results)
         return
     _check_training(context.params, given)
     own = KINDS[kind.value]

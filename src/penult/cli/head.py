@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penult.cli._console import RichReporter
+from penult.cli._console import RichReporter, print_json
 from penult.cli._models import device_of, is_file, load_head, load_pair, pair_path
 from penult.cli._options import (
     AsJson,
@@ -97,7 +96,7 @@ def head(
                 "for the default confidence of samples. penult fit takes the observed radius"
             )
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        print_json(results)
 
 
 def _inputs(options: Mapping[str, Any]) -> Tensor:

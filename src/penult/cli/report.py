@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._console import RichReporter, print_json, warnings_as_lines
 from penult.cli._models import device_of, load_pair, same_source
 from penult.cli._options import (
     AsJson,
@@ -116,6 +115,7 @@ def report(
             footer="Made by `penult report`. Every figure on this page was computed by that run.",
             progress=True,
         )
+    results["out"] = str(page.write(out))
     reporter.line(
         f"of {results['judged']} familiar inputs {results['false_alarm_measured']:.1%} are called strange; the bound "
         f"is {results['false_alarm']:.1%} on average over such sets of {results['calibrated_on']}, and "
@@ -130,10 +130,9 @@ def report(
                 for own in (other["scores"][results["score"]],)
             ],
         )
-    results["out"] = str(page.write(out))
     reporter.line(f"{out}")
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        print_json(results)
 
 
 def _stem(pair: str) -> str:

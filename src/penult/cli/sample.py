@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from penult.cli._console import RichReporter
+from penult.cli._console import RichReporter, print_json
 from penult.cli._models import device_of, folder_path, load_pair
 from penult.cli._options import AsJson, BiasKey, Device, Pair, Seed, WeightKey
 from penult.cli.extract import HEAD_FILE
@@ -72,4 +71,4 @@ def sample(
         f"mean norm {results['norm']:.4g}"
     )
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        print_json(results)

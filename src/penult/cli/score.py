@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io as memory
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._console import RichReporter, print_json, warnings_as_lines
 from penult.cli._models import device_of, load_pair, same_source
 from penult.cli._options import (
     AsJson,
@@ -152,12 +151,13 @@ def score(
             scores = _Scores.compute(loaded, function, acts, threshold)
     results = {"data": data, "count": len(scores.score), "score": function.__name__.replace("_", "-"), "why": reason}
     results |= scores.summary() | _verdicts(scores, calibrate, threshold)
-    _report_scores(results, _class_names(familiar, acts), reporter)
     if out is not None:
         results["out"] = str(scores.write(out))
+    _report_scores(results, _class_names(familiar, acts), reporter)
+    if out is not None:
         reporter.line(f"{out}: {len(acts)} rows")
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        print_json(results)
 
 
 def score_of(pair: GenerativePair, name: ScoreName | None) -> tuple[Callable[[GenerativePair, Tensor], Tensor], str]:
