@@ -258,6 +258,7 @@ def integer_labels(
     name: str = "labels",
     offset: int = 0,
     values: bool = True,
+    remedy: str = "",
 ) -> Tensor:
     """Check labels and return them as an int64 tensor on their own device.
 
@@ -268,6 +269,7 @@ def integer_labels(
         name: Name of the labels in messages.
         offset: Number added to the index that a message names.
         values: Whether to check the values; on an accelerator that waits for the device.
+        remedy: What to do about labels that are out of range, as a sentence.
 
     Raises:
         TypeError: They are not integers.
@@ -295,7 +297,7 @@ def integer_labels(
             where = f"{name}[{offset + first}]" if wide.ndim else name
             raise ValueError(
                 f"{where} is {int(flat[first])}, out of range ({int(wrong.sum())} such labels); expected 0 to "
-                f"{num_classes - 1}. The head has {num_classes} classes"
+                f"{num_classes - 1}. The head has {num_classes} classes" + (f". {remedy}" if remedy else "")
             )
     return wide
 
@@ -305,11 +307,11 @@ def index_of(index: Any) -> Any:
     return index.to(torch.int64) if isinstance(index, Tensor) and index.dtype in _INTEGERS else index
 
 
-def check_labels(labels: Any, logits_shape: torch.Size, offset: int = 0) -> None:
+def check_labels(labels: Any, logits_shape: torch.Size, offset: int = 0, remedy: str = "") -> None:
     """Raise unless labels are an integer tensor with one label in 0..K-1 for each row of logits (..., K)."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is {described(labels)}; expected a tensor of integer class indices")
-    integer_labels(labels, logits_shape[:-1], logits_shape[-1], offset=offset)
+    integer_labels(labels, logits_shape[:-1], logits_shape[-1], offset=offset, remedy=remedy)
 
 
 def class_names_tuple(names: Any, num_classes: int | None = None) -> tuple[str, ...]:

@@ -389,7 +389,8 @@ def from_parts(
     parts: dict[str, dict[str, Tensor]] = {"head": {}, "base": {}}
     for key, tensor in tensors.items():
         part, _, name_in_part = key.partition(".")
-        parts.setdefault(part, {})[name_in_part] = tensor
+        # The tensors may be the file, mapped into memory: whoever writes to it would change the pair.
+        parts.setdefault(part, {})[name_in_part] = tensor.clone()
     try:
         head = Head.from_config(head_config, parts["head"])
         base = known[name].from_config(config, parts["base"], head)

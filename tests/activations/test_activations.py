@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import numpy
 import pytest
 import torch
 
@@ -80,6 +81,13 @@ def test_indexing(place, name, labels):
     found = place(acts)[index]
     labels = acts.labels[index] if labels else None
     same(found, Activations(acts.activations[index], acts.logits[index], labels, NAMES))
+
+
+@pytest.mark.parametrize("index", [3, -3, 99, numpy.int64(3), numpy.uint8(3), torch.tensor(3), numpy.array(3)])
+def test_an_integer_is_no_index(index, place):
+    start = {99: 99}.get(int(index), 3)
+    with pytest.raises(TypeError, match=rf"the index is the integer {int(index)}; .* acts\[{start} : {start + 1}\] is"):
+        place(some())[index]
 
 
 def test_indexing_what_was_indexed(place):

@@ -50,6 +50,19 @@ def tagger(classes=7):
     return Tap(model, find_head(model, torch.arange(10).reshape(2, 5) % 7))
 
 
+class Unsized:
+    """Batches that do not know their number."""
+
+    def __init__(self, batches, error):
+        self.batches, self.error = batches, error
+
+    def __len__(self):
+        raise self.error
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 def loaders():
     x, y = seeded(10, 4), torch.arange(10) % 3
     parts = list(zip(x.split(4), y.split(4), strict=True))
@@ -65,6 +78,9 @@ def loaders():
         "a mapping that is no dict": ([UserDict(pixel_values=a, labels=b) for a, b in parts], True),
         "data loader": (DataLoader(TensorDataset(x, y), batch_size=3), True),
         "generator": (((a, b.int()) for a, b in parts), True),
+        "stream without a length": (Unsized(parts, TypeError), True),
+        "stream whose length is not implemented": (Unsized(parts, NotImplementedError), True),
+        "stream whose data set has no length": (Unsized(parts, AttributeError), True),
     }
 
 
@@ -284,6 +300,10 @@ BAD = [
         r"labels\[3\] is 3, out of range .*expected 0 to 2",
     ),
     ([(seeded(2, 4), torch.tensor([0, -1]))], ValueError, r"labels\[1\] is -1"),
+    *(
+        ([(seeded(3, 4), torch.tensor([-100, 0, ignored]))], ValueError, r"Samples to leave out have the label -100")
+        for ignored in (-1, 255, 3)
+    ),
     ([(seeded(2, 4), torch.tensor([[0], [1]]))], ValueError, r"labels has shape \(2, 1\)"),
     ([(seeded(2, 4), torch.tensor([0]))], ValueError, r"labels has shape \(1,\)"),
     ([(seeded(2, 4), torch.tensor([0.0, 1.0]))], TypeError, r"labels is a torch\.float32 tensor"),

@@ -51,6 +51,16 @@ def test_images_labels_and_names(tmp_path, make):
     assert repr(dataset) == f"ImageDataset(N=3, K=3, source={tmp_path / 'a.parquet'})"
 
 
+@pytest.mark.parametrize("name", ["binary", "large_binary", "binary_view"])
+@pytest.mark.parametrize("wrap", [lambda kind: kind, lambda kind: pa.struct([("bytes", kind), ("path", pa.string())])])
+def test_all_types_of_bytes(name, wrap, tmp_path, make):
+    kind = wrap(getattr(pa, name)())
+    pngs = [row["bytes"] for row in pq.read_table(make.parquet(tmp_path / "a.parquet", [7, 8, 9]))["image"].to_pylist()]
+    rows = [{"bytes": png, "path": None} for png in pngs] if pa.types.is_struct(kind) else pngs
+    pq.write_table(pa.table({"image": pa.array(rows, kind), "label": [0, 1, 2]}), tmp_path / "b.parquet")
+    assert values(parquet(tmp_path / "b.parquet")) == [7, 8, 9]
+
+
 def test_shards_are_sorted(shards):
     files = sorted(shards.iterdir(), reverse=True)
     for source in (shards, str(shards), shards / "*.parquet", f"{shards}/train-*-of-00003.parquet", files):
@@ -331,11 +341,11 @@ def test_files_that_are_no_parquet(tmp_path, make):
 
 def test_damaged_row_groups_are_named(tmp_path, make):
     path = make.parquet(tmp_path / "a.parquet", range(6), [0] * 6, rows=3)
-    dataset = parquet(path)
     content = bytearray(path.read_bytes())
     start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     content[start : start + 40] = b"\xff" * 40
     path.write_bytes(content)
+    dataset = parquet(path)
     assert dataset[2][1] == 0
     with pytest.raises(ValueError, match=r"row group 1 of .*a.parquet cannot be read"):
         dataset[3]

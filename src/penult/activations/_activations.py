@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Activations:
       the file.
     - If they lie in several shards, or are selected rows, these tensors are copies, made at each access. Use `batches`
       for sets that do not fit in memory.
+    - Files that are written or changed after the set was opened raise a `penult.io.FileFormatError` when they are read.
 
     A set is indexed by rows: ``acts[slice]``, ``acts[indices]``, ``acts[mask]``. Contiguous slices of a set on disk
     copy nothing, all other indices copy the selected rows. A set is immutable.
@@ -228,10 +230,10 @@ class Activations:
 
     def __getitem__(self, index: Any) -> Activations:
         """Rows by a slice, by indices (M,) of any integer dtype, or by a mask (N,) of bool."""
-        if isinstance(index, int):
-            start = index % len(self) if -len(self) <= index < len(self) else index
+        if (number := _integer(index)) is not None:
+            start = number % len(self) if -len(self) <= number < len(self) else number
             raise TypeError(
-                f"the index is the integer {index}; expected a slice, indices (M,) or a mask (N,). "
+                f"the index is the integer {number}; expected a slice, indices (M,) or a mask (N,). "
                 f"acts[{start} : {start + 1}] is a set of one row, and acts.batches(size) iterates over all rows"
             )
         index = index_of(index)
@@ -370,6 +372,17 @@ class Activations:
                 writer.add(load(part._rows))
             write_index(folder, [writer.finish()])
         return self.open(folder)
+
+
+def _integer(index: Any) -> int | None:
+    """Return an index that is one integer of any kind, such as a tensor (), or None."""
+    # Tensors (1,) can be converted, too, but they are indices of rows.
+    if getattr(index, "ndim", 0):
+        return None
+    try:
+        return operator.index(index)
+    except TypeError:
+        return None
 
 
 def _comparable(part: Activations) -> dict[str, Any]:

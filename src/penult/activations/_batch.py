@@ -17,7 +17,7 @@ from penult.activations._blocks import Memory
 from penult.activations._tap import Tap
 from penult.processes import Processes
 
-__all__ = ["Reader", "share_of"]
+__all__ = ["Reader", "length_of", "share_of"]
 
 _LABEL_KEYS = ("labels", "label", "y")
 # Label of samples that are left out, as in torch.nn.functional.cross_entropy.
@@ -120,7 +120,8 @@ class Reader:
                 "torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)"
             )
         keep = keep & has_class
-        check_labels(labels.masked_fill(~keep, 0), shape, offset=self._seen)
+        remedy = f"Samples to leave out have the label {_IGNORED}"
+        check_labels(labels.masked_fill(~keep, 0), shape, offset=self._seen, remedy=remedy)
         self._seen += labels.numel()
         return labels.flatten(), keep.flatten()
 
@@ -177,8 +178,8 @@ def share_of(loader: Iterable[Any], processes: Processes) -> tuple[int, Iterable
     """
     if processes.count == 1:
         return 0, loader
-    total = operator.length_hint(loader, -1)
-    if total < 0:
+    total = length_of(loader)
+    if total is None:
         raise TypeError(
             f"loader is a {type(loader).__name__} without a length, so processes cannot share its batches; expected a "
             "DataLoader of a data set with a length, or a list"
@@ -191,6 +192,16 @@ def share_of(loader: Iterable[Any], processes: Processes) -> tuple[int, Iterable
         )
     own = processes.share(total)
     return own.start, _narrow(loader, own.start, own.stop)
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """Return the number of batches of a loader, or None if it does not know it."""
+    try:
+        length = operator.length_hint(loader, -1)
+    except (NotImplementedError, AttributeError):
+        # Streams raise these where they have no length; torch advises NotImplementedError for samplers.
+        return None
+    return length if length >= 0 else None
 
 
 def _narrow(loader: Iterable[Any], start: int, stop: int) -> Iterable[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,6 +108,8 @@ class Shard:
     facts: Facts
     count: int  # number of rows of the file
     rows: range | Tensor  # ascending numbers of the rows in this block
+    # Identity of the file when it was opened. The default serves objects pickled by versions without this field.
+    identity: io._Identity | None = None
 
     @property
     def leaves(self) -> Sequence[Block]:
@@ -117,6 +119,7 @@ class Shard:
         return len(self.rows)
 
     def read(self, *names: str) -> tuple[Tensor, ...]:
+        io._check_unchanged(self.path, self.identity)
         tensors = io.read(self.path, kind=KIND).tensors
         facts = self.facts
         expected = {
@@ -137,11 +140,11 @@ class Shard:
         return tuple(tensors[name][index] for name in names)
 
     def narrow(self, start: int, stop: int) -> Shard:
-        return Shard(self.path, self.facts, self.count, self.rows[start:stop])
+        return replace(self, rows=self.rows[start:stop])
 
     def take(self, rows: Tensor) -> Shard:
         rows = rows + self.rows.start if isinstance(self.rows, range) else self.rows[rows]
-        return Shard(self.path, self.facts, self.count, rows)
+        return replace(self, rows=rows)
 
 
 class _Several:

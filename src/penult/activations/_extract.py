@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from penult import io
 from penult._checks import check_integer, described
 from penult._progress import Progress, reporting
 from penult.activations._activations import Activations
-from penult.activations._batch import Reader, share_of
+from penult.activations._batch import Reader, length_of, share_of
 from penult.activations._blocks import Memory
 from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
 from penult.activations._tap import Tap
@@ -156,7 +155,7 @@ def _in_memory(
     reader: Reader, loader: Iterable[Any], names: tuple[str, ...] | None, pre_activation: bool, report: Progress
 ) -> Activations:
     parts: list[Memory] = []
-    total = _length(loader)
+    total = length_of(loader)
     for batch in loader:
         parts.append(reader.rows(batch))
         report(len(parts), total)
@@ -183,7 +182,7 @@ def _on_disk(
     processes: Processes,
 ) -> Activations:
     first, share = share_of(loader, processes)
-    total = _length(share)
+    total = length_of(share)
     if processes.first((folder / io.INDEX_NAME).exists() and not overwrite):
         stored = finished(folder)
         # An error in the first process ends the others, too.
@@ -223,7 +222,7 @@ def _on_disk(
 def _check_finished(reader: Reader, loader: Iterable[Any], folder: Path, asked: dict[str, Any], stored: Stored) -> None:
     """Raise unless a complete folder has the record that is asked for, and the first batch of the loader."""
     check_record(folder, stored.record, asked)
-    total = _length(loader)
+    total = length_of(loader)
     if total is not None and total != stored.batches:
         raise refusal(folder, f"the loader has {total} batches, but {stored.batches} are stored")
     for batch in loader:
@@ -232,11 +231,6 @@ def _check_finished(reader: Reader, loader: Iterable[Any], folder: Path, asked: 
         check_batch(folder, 0, stored.first_batch(), rows)
         return
     _check_any(0, 0)
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    length = operator.length_hint(loader, -1)
-    return length if length >= 0 else None
 
 
 def _check_any(batches: int, rows: int) -> None:

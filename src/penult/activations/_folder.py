@@ -201,10 +201,12 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
     if not counts:
         raise ValueError("there is no shard")
     # A record that claims more rows than its files can contain would make readers allocate memory for them.
-    for name, count in counts.items():
-        if count * max(facts.row_bytes, 1) > (size := (folder / name).stat().st_size):
-            raise ValueError(f"{name} has {size} bytes, too few for {count} rows of {facts.row_bytes}")
-    return Stored([Shard(folder / name, facts, n, range(n)) for name, n in counts.items()], record, batches)
+    shards = [Shard(folder / name, facts, n, range(n), io._identity(folder / name)) for name, n in counts.items()]
+    for shard in shards:
+        assert shard.identity is not None
+        if len(shard) * max(facts.row_bytes, 1) > (size := shard.identity.size):
+            raise ValueError(f"{shard.path.name} has {size} bytes, too few for {len(shard)} rows of {facts.row_bytes}")
+    return Stored(shards, record, batches)
 
 
 @contextmanager

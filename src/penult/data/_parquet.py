@@ -21,7 +21,7 @@ from penult.data._dataset import ImageDataset, Size, Transform
 from penult.data._decode import suffixes
 from penult.data._normalization import PerChannel
 from penult.data._splits import files_below, matches, one_set, warn_of_others
-from penult.io import _other_kind, _user_path
+from penult.io import _check_unchanged, _Identity, _identity, _other_kind, _user_path
 
 __all__ = ["Rows", "is_parquet", "open_parquet", "parquet", "reading"]
 
@@ -48,7 +48,7 @@ def parquet(
     of integers, may differ. A folder or glob with several splits (``train.parquet`` and ``test.parquet``) is refused.
 
     Files are read by row group. Each process keeps the last row groups, up to 64 MiB: a small data set is read once, a
-    large one is best read in order.
+    large one is best read in order. A file that is written or changed after this call raises an error when it is read.
 
     Args:
         source: File, glob, folder with ``.parquet`` files in it or in one of its subfolders, or list of files; they
@@ -88,7 +88,7 @@ def parquet(
     first = _read_shard(paths[0], image, label)
     shards = [first, *(_read_shard(path, first.image, first.label or label, first) for path in paths[1:])]
     name = str(first.path) if len(shards) == 1 else f"{first.path.parent} ({len(shards)} files)"
-    rows = Rows(name, first.image, [(shard.path, shard.counts) for shard in shards])
+    rows = Rows(name, first.image, [(shard.path, shard.counts, shard.identity) for shard in shards])
     labels = [shard.labels for shard in shards if shard.labels is not None]
     return ImageDataset(
         rows,
@@ -151,6 +151,7 @@ class _Shard(NamedTuple):
         names: Names of the classes.
         counts: Number of rows of each row group.
         labels: Labels of all rows.
+        identity: _Identity of the file before it was read.
     """
 
     path: Path
@@ -159,10 +160,13 @@ class _Shard(NamedTuple):
     names: tuple[str, ...] | None
     counts: list[int]
     labels: Tensor | None
+    identity: _Identity
 
 
 def _read_shard(path: Path, image: str | None, label: str | None, first: _Shard | None = None) -> _Shard:
     """Read the columns of a file; raise if it does not belong to the first one."""
+    _require_file(path)
+    opened = _identity(path)
     with open_parquet(path) as file:
         with reading(f"the schema of {path} cannot be read"):
             schema, metadata = file.schema_arrow, file.metadata
@@ -200,7 +204,7 @@ def _read_shard(path: Path, image: str | None, label: str | None, first: _Shard 
             _check_same(first, path, "column of labels", first.label, target)
             _check_same(first, path, "class names", first.names, names)
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    return _Shard(path, images, target, names, counts, labels)
+    return _Shard(path, images, target, names, counts, labels, opened)
 
 
 def _class_names(names: Any, path: Path) -> tuple[str, ...] | None:
@@ -241,7 +245,9 @@ def _is_image_type(kind: Any) -> bool:
 
     if pa.types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
-    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    # The oldest supported pyarrow does not know views.
+    tests = (getattr(pa.types, f"is_{name}", None) for name in ("binary", "large_binary", "binary_view"))
+    return kind is not None and any(test(kind) for test in tests if test is not None)
 
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
@@ -274,6 +280,12 @@ def _check_same(first: _Shard, other: Path, name: str, in_first: Any, in_other: 
 _KEPT = 64 * 2**20
 
 
+def _require_file(path: Path) -> None:
+    """Raise unless there is such a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+
+
 def open_parquet(path: Path) -> Any:
     """Open a parquet file; the result is a context manager.
 
@@ -283,8 +295,7 @@ def open_parquet(path: Path) -> Any:
         ValueError: It is not a parquet file.
     """
     parquet = extra("pyarrow.parquet", "parquet files are read by pyarrow")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    _require_file(path)
     try:
         return parquet.ParquetFile(path)
     except _errors() as error:
@@ -314,12 +325,14 @@ class _Group(NamedTuple):
         number: Number of the group in the file.
         row: First row of the group in the file.
         start: Index of that row in the data set.
+        identity: _Identity of the file when its labels were read; None in pickles of earlier versions.
     """
 
     path: Path
     number: int
     row: int
     start: int
+    identity: _Identity | None = None
 
 
 class Rows:
@@ -331,17 +344,17 @@ class Rows:
     Args:
         name: Name of the data set in messages.
         column: Column of the images: bytes, or structs of bytes and path.
-        files: All files, with the number of rows of each of their row groups.
+        files: All files, with the number of rows of each of their row groups and their identity.
     """
 
-    def __init__(self, name: str, column: str, files: Iterable[tuple[Path, list[int]]]) -> None:
+    def __init__(self, name: str, column: str, files: Iterable[tuple[Path, list[int], _Identity]]) -> None:
         self._name, self._column = name, column
         self._groups: list[_Group] = []
         self._length = 0
-        for path, counts in files:
+        for path, counts, opened in files:
             row = 0
             for number, count in enumerate(counts):
-                self._groups.append(_Group(path, number, row, self._length))
+                self._groups.append(_Group(path, number, row, self._length, opened))
                 row += count
                 self._length += count
         self._starts = [group.start for group in self._groups]
@@ -406,6 +419,8 @@ class Rows:
 
 
 def _fetch(group: _Group, column: str) -> Any:
+    # The rows of a file that was written again would get the labels of others.
+    _check_unchanged(group.path, group.identity)
     with open_parquet(group.path) as file:
         with reading(f"row group {group.number} of {group.path} cannot be read"):
             # Threads of pyarrow must not run while a process is forked.

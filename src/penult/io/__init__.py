@@ -5,6 +5,7 @@ of such files, its shards, with a JSON index that is written last (`write_index`
 """
 
 from penult.io._atomic import aside, leftovers, sweep, write_bytes
+from penult.io._changes import Identity, check_unchanged, identity
 from penult.io._file import SCHEMA_VERSION, File, FileFormatError, read, save_file, write
 from penult.io._index import INDEX_NAME, Index, read_index, write_index
 from penult.io._paths import contents, other_kind, user_path
@@ -28,3 +29,5 @@ __all__ = [
 
 # Lent to other rooms of the package; not public.
 _contents, _other_kind, _user_path = contents, other_kind, user_path
+_check_unchanged, _identity = check_unchanged, identity
+_Identity = Identity

@@ -27,9 +27,10 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
 def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary file in the folder of ``path``; rename it to ``path`` at the end, or remove it on an error.
 
-    A reader sees the old file or the new one, never a part of either. A writer that was killed leaves its temporary
-    file behind; the next writer of the same ``path`` removes it. If ``path`` is a symbolic link, the file to which it
-    leads is replaced and the link stays; the temporary file is then in the folder of that file.
+    A reader sees the old file or the new one, never a part of either. The new file has the mode of the old one. A
+    writer that was killed leaves its temporary file behind; the next writer of the same ``path`` removes it. If
+    ``path`` is a symbolic link, the file to which it leads is replaced and the link stays; the temporary file is then
+    in the folder of that file.
 
     Raises:
         OSError: The disk is full or not writable, or ``path`` leads to no place for a file; the error names ``path``.
@@ -49,12 +50,16 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         sweep(target.parent, target.name)
         with open(temporary, "xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        # A file that its owner made private stays private, also while it is written.
+        with suppress(FileNotFoundError):
+            mode = stat.S_IMODE(os.stat(target).st_mode)
+            os.chmod(temporary, mode | stat.S_IRUSR | stat.S_IWUSR)
         yield temporary
-        # safetensors may create files that only their owner can read.
-        os.chmod(temporary, mode)
         # Without fsync, a power cut could leave the new name on an empty file.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        # safetensors may create files that only their owner can read.
+        os.chmod(temporary, mode)
         os.replace(temporary, target)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:

@@ -59,7 +59,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], kind: str
     """Write tensors and metadata to one file, atomically.
 
     The data is written to a temporary file in the same folder, which is renamed to ``path`` once it is complete and on
-    disk: a reader sees the old file or the new one, never a part of either.
+    disk: a reader sees the old file or the new one, never a part of either. The new file has the mode of the old one.
 
     Args:
         path: Path of the file; the folder must exist, an existing file is replaced. If it is a symbolic link, the
@@ -109,7 +109,7 @@ def read(
     """Read a file that `write` wrote. Nothing in the file is ever executed.
 
     On the CPU the tensors are memory-mapped: parts that are not accessed are not read from disk, and writing to a
-    tensor does not change the file.
+    tensor does not change the file. A program that writes into the file in place changes them; penult replaces files.
 
     Args:
         path: The file.
