@@ -435,6 +435,57 @@ FOUND = {
         ),
         "fc", "Linear", "reals",
     ),
+    # pieces
+    "chunks of the batch": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(part.relu()) for part in self.a(x).split(2)])), "fc", "relu",
+        "orthant", says={"positions": "pieces"},
+    ),
+    "chunks of unequal size": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(self.a(part).relu()) for part in x.split(4)])), "fc", "relu",
+        "orthant", says={"positions": "pieces"},
+    ),
+    "chunks, scaled": Case(
+        lambda: net(lambda self, x: torch.vstack([3 * self.fc(self.a(part)) for part in x.split(4)])), "fc", "Linear",
+        "reals", says={"positions": "pieces", "scale": 3.0}, shares=False,
+    ),
+    "sample by sample": Case(
+        lambda: net(lambda self, x: torch.stack([self.fc(self.a(row).relu()) for row in x])), "fc", "relu", "orthant",
+        says={"positions": "pieces"},
+    ),
+    "mv, sample by sample": Case(
+        lambda: net(lambda self, x: torch.stack([self.fc.weight.mv(row.relu()) for row in self.a(x)])), "", "relu",
+        "orthant", says={"positions": "pieces", "weight_first": True},
+    ),
+    "chunks of a norm": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(self.norm(self.a(part))) for part in x.split(3)]),
+                    norm=nn.LayerNorm(8)),
+        "fc", "LayerNorm", "sphere", says=LN | {"positions": "pieces"}, shares=False,
+    ),
+    "chunks of a cosine": Case(
+        lambda: net(lambda self, x: torch.cat([cosine(self, part) for part in x.split(2)]), w=param(3, 8)), "",
+        "normalize", "sphere", says={"positions": "pieces", "kind": "cosine", "scale": 16.0}, shares=False,
+    ),
+    "token by token": Case(
+        lambda: net(lambda self, x: torch.stack([self.fc(h) for h in tokens(self, x).unbind(1)], 1)), "fc", "sin",
+        "reals", says={"positions": "pieces along axis 1", "axes": ("batch", "token")},
+    ),
+    "chunks of tokens": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(h) for h in tokens(self, x).split(2, 1)], 1)), "fc", "sin",
+        "reals", says={"positions": "pieces along axis 1", "axes": ("batch", "token")},
+    ),
+    "chunks of flattened tokens": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(h) for h in tokens(self, x).flatten(0, 1).split(7)])
+                    .view(len(x), 5, 3)),
+        "fc", "sin", "reals", says={"positions": "pieces", "axes": ("batch", "token")},
+    ),
+    "chunks of maps": Case(
+        lambda: conv_net(lambda self, x: torch.cat([self.fc(self.a(part)) for part in x.split(2)])), "fc", "Conv2d",
+        "reals", MAPS, says={"positions": "pieces", "class_axis": 1},
+    ),
+    "chunks after another call": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(h) for h in (self.fc(self.a(x) + 1), self.a(x))[1].split(2)])),
+        "fc", "Linear", "reals", says={"positions": "pieces", "call": 1},
+    ),
     # norms
     "channel norm, a pixel": Case(
         lambda: conv_net(lambda self, x: self.fc(self.norm(self.a(x))), norm=ChannelNorm(8)), "fc", "ChannelNorm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from penult.head._certificate import HeadCertificate
 from penult.head._match import Layout
 from penult.head._model import compiled_parts_eager, has_compiled_parts, logits_of, tensor_at
 from penult.head._origin import gain_and_offset, without_gain
+from penult.head._pieces import joined_rows
 from penult.head._products import ElementwiseProducts, products, signature_of
 from penult.head._rectified import Rectifiers, check_rectified
 from penult.head._tensors import HeadTensors
@@ -61,7 +62,7 @@ def capture(
         with _inside(model.get_submodule(certificate.path), watch), compiled_parts_eager(model, certificate.path):
             output = model(*args, **kwargs)
     logits = logits_of(output).movedim(certificate.class_axis, -1)
-    if watch.captured is None:
+    if not watch.captured:
         raise RuntimeError(
             f"the head at {certificate.path!r} ran {watch.num_calls} times in this forward, but its call number "
             f"{watch.call} (from 0) gave the logits when the head was found: the model has taken another path"
@@ -70,9 +71,10 @@ def capture(
     if watch.picked is not None and watch.picked.shape[:-1] == logits.shape[:-1]:
         h = watch.picked
     else:
-        h = layout.apply(*watch.captured, logits)
+        captured, product = _joined(watch.captured, certificate, logits)
+        h = layout.apply(captured, product, logits)
         if not compiling and certificate.positions not in ("same", "picked"):
-            _check_positions(layout, watch.captured[1], logits, certificate)
+            _check_positions(layout, product, logits, certificate)
     gain: Tensor | None = None
     if certificate.folded is not None and certificate.norm_path is not None:
         gain, offset = gain_and_offset(model.get_submodule(certificate.norm_path), certificate.unit_offset)
@@ -112,6 +114,22 @@ def _check_weight(head: HeadTensors, operand: Tensor, gain: Tensor | None, certi
             UserWarning,
             stacklevel=4,
         )
+
+
+def _joined(
+    captured: Sequence[tuple[Tensor, Tensor]], certificate: HeadCertificate, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return h (..., d) and the product (..., K), joined if the head runs in several calls."""
+    if certificate.positions not in ("pieces", "pieces along axis 1"):
+        return captured[0]
+    h, product = (joined_rows(parts, certificate.positions, logits.shape[:-1]) for parts in zip(*captured, strict=True))
+    if h is None or product is None:
+        raise RuntimeError(
+            f"the head at {certificate.path!r} gave rows of shapes {[tuple(part.shape) for part, _ in captured]} in "
+            f"{len(captured)} calls, which together are not the logits of shape {tuple(logits.shape)}, as they were "
+            "when the head was found: the model has taken another path"
+        )
+    return h, product
 
 
 @torch.no_grad()
@@ -155,7 +173,9 @@ class _Watch(TorchFunctionMode):
         if certificate.weight is not None and (certificate.operand or not self.whole_model):
             self.weight = tensor_at(model, certificate.weight)
         self.num_calls = 0
-        self.captured: tuple[Tensor, Tensor] | None = None
+        self.joins = certificate.positions in ("pieces", "pieces along axis 1")
+        # h and the product of the head's call, or of each of its calls if it runs in pieces.
+        self.captured: list[tuple[Tensor, Tensor]] = []
         self.operand: Tensor | None = None
         self.picked: Tensor | None = None
         self._product: Tensor | None = None
@@ -168,16 +188,16 @@ class _Watch(TorchFunctionMode):
         call = self.elementwise.joined(func, args, kwargs)
         for product in products(*call):
             if product.signature == self.signature and self._is_weight(product.operand):
-                if self.num_calls == self.call:
+                if self.num_calls == self.call or (self.joins and self.num_calls > self.call):
                     h = product.h
                     if self.rectifiers is not None:
                         h = check_rectified(self.rectifiers.pre_activation_of(product, *call), h)
                     # A copy, because the model may change h in place later.
-                    self.captured = h.clone(), output.movedim(product.axis, -1)
+                    self.captured.append((h.clone(), output.movedim(product.axis, -1)))
                     self._product, self.operand = output, product.weight
                 self.num_calls += 1
         self.elementwise.remember(func, args, output)
-        if self.picks and self.captured is not None and self._product is not None and len(args) > 0:
+        if self.picks and self.captured and self._product is not None and len(args) > 0:
             self._follow(func, args, output)
         return output
 
@@ -190,14 +210,15 @@ class _Watch(TorchFunctionMode):
     def _follow(self, func: Any, args: tuple[Any, ...], output: Any) -> None:
         """Pick the same positions of h as the model picks of the product."""
         # The picked positions cannot be found from the logits, because positions with equal logits may differ in h.
-        if args[0] is not self._product or self.captured is None:
+        if args[0] is not self._product:
             return
         if func in _CASTS:
             self._product = output
         elif func is Tensor.__getitem__ and self.picked is None:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if len(index) < self.captured[0].ndim and Ellipsis not in [i for i in index if not isinstance(i, Tensor)]:
-                self.picked = self.captured[0][index]
+            h = self.captured[0][0]
+            if len(index) < h.ndim and Ellipsis not in [i for i in index if not isinstance(i, Tensor)]:
+                self.picked = h[index]
 
 
 _CASTS = frozenset({Tensor.to, Tensor.float, Tensor.contiguous, Tensor.clone})

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["HeadCertificate", "HeadNotFoundError", "Kind", "Positions", "Support"]
+__all__ = ["UNMIXED", "HeadCertificate", "HeadNotFoundError", "Kind", "Positions", "Support"]
 
 Kind = Literal["linear", "matmul", "bmm", "sum", "einsum", "conv", "cosine"]
 
@@ -14,6 +14,8 @@ Kind = Literal["linear", "matmul", "bmm", "sum", "einsum", "conv", "cosine"]
 Positions = Literal[
     "same",
     "swapped",
+    "pieces",
+    "pieces along axis 1",
     "mean",
     "picked",
     "nearest",
@@ -23,6 +25,10 @@ Positions = Literal[
     "bicubic",
     "bicubic aligned",
 ]  # fmt: skip
+
+
+# Positions for which every h is a vector that the model computed, and not an average of several.
+UNMIXED: frozenset[Positions] = frozenset({"same", "swapped", "pieces", "pieces along axis 1", "picked"})
 
 
 Support = Literal["orthant", "sphere", "ball", "cube", "box", "reals"]
@@ -72,7 +78,8 @@ class HeadCertificate:
         class_axis: Axis of the classes in the model's own output: -1, or 1 for maps (B, K, H, W).
         axes: Names of the axes before the last of h and of logits, as `Tap` gives them.
         positions: How the positions of W h + b, and so those of h, become those of the logits: ``"same"``, batch and
-            tokens ``"swapped"``, the ``"mean"`` over positions, one position of each sample ``"picked"``, or the name
+            tokens ``"swapped"``, the rows of several calls concatenated (``"pieces"``, or ``"pieces along axis 1"``),
+            the ``"mean"`` over positions, one position of each sample ``"picked"``, or the name
             of the interpolation that resizes a map.
         shifted: Whether a bias was fitted, in addition to that of the product itself.
         log_softmax: Whether the model returns log-probabilities, which are logits up to one constant for each sample.
@@ -146,7 +153,9 @@ class HeadCertificate:
             f"  gauge   {self.gauge:.3g} = norm of the mean row of W",
         ]
         if self.axes != ("batch",) or self.positions != "same":
-            after = {"same": "", "mean": "; mean over positions", "picked": "; one position of each sample is picked"}
+            pieces = "; rows of several calls, concatenated"
+            after = {"same": "", "pieces": pieces, "pieces along axis 1": f"{pieces} along axis 1"}
+            after |= {"mean": "; mean over positions", "picked": "; one position of each sample is picked"}
             lines.append(
                 f"  axes    h ({', '.join((*self.axes, 'd'))}), classes on axis {self.class_axis} of the model's output"
                 + after.get(self.positions, f"; {self.positions} resizing")

@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from penult._checks import check_finite
 from penult._row_blocks import blocks, rows_in_double
 from penult.head._capture import capture
-from penult.head._certificate import HeadCertificate, Kind, Support
+from penult.head._certificate import UNMIXED, HeadCertificate, Kind, Support
 from penult.head._foreign import in_memory, is_real
 from penult.head._head import Head
 from penult.head._match import Match, axes_of, matches, relative_error
 from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
 from penult.head._origin import Norm, Origin, gain_and_offset, invertible, without_gain
+from penult.head._pieces import joined_candidates
 from penult.head._products import Product
 from penult.head._record import Candidate, Recorder, Steps
 from penult.head._refusal import are_probabilities, not_confirmed_error, not_found_error, refuse_other_tasks
@@ -110,6 +111,7 @@ def find_head(
             for candidate in reversed(group)
             if named_module is None or _is_computed_in(model, named_module, candidate)
         ]
+        candidates += joined_candidates(candidates, logits)
         all_matches: list[Match] = []
         for fit in (False, True):
             new_matches = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
@@ -254,7 +256,7 @@ def _fold_norm(
         shift = torch.cat([rows @ offset.to(rows) for rows in rows_in_double(weight)]).to(weight.device)
         bias = (shift if bias is None else shift + bias.to(shift)).to(wide)
     weight = weight.to(wide) if gain is None else weight.to(wide) * gain.to(wide)
-    direct = direct and match.layout.positions in ("same", "swapped", "picked")
+    direct = direct and match.layout.positions in UNMIXED
     sources = _source_tensors(model, match, norm)
     new = Head._of_model(weight, bias, norm=norm.kind if direct else None, sources=sources)
     guess = new(z.to(wide))
@@ -327,7 +329,7 @@ def _certify(
         log_softmax=match.log_softmax,
         empty=sum(int((~rows.any(dim=1)).sum()) for rows in blocks(candidate.product.weight)),
         unit_offset=norm is not None and norm.unit_offset,
-        rectified=candidate.rectified and norm is None and layout.positions in ("same", "swapped", "picked"),
+        rectified=candidate.rectified and norm is None and layout.positions in UNMIXED,
     )
 
 

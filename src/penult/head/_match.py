@@ -61,7 +61,7 @@ class Layout:
             RuntimeError: The model no longer returns one row of logits for each row of h.
         """
         shape = (*logits.shape[:-1], h.shape[-1])
-        if self.positions == "same":
+        if self.positions in ("same", "pieces", "pieces along axis 1"):
             if h.shape[:-1].numel() != logits.shape[:-1].numel():
                 raise RuntimeError(
                     f"the head gives {tuple(h.shape[:-1])} rows of logits and the model returns "
@@ -91,9 +91,15 @@ def class_axes(logits: Tensor, classes: int) -> Iterator[int]:
         yield 1
 
 
-def layouts(product: torch.Size, logits: torch.Size, class_axis: int) -> Iterator[Layout]:
-    """Yield the layouts that are possible for shapes (*P, K) and (*S, K)."""
+def layouts(
+    product: torch.Size, logits: torch.Size, class_axis: int, pieces: Positions | None = None
+) -> Iterator[Layout]:
+    """Yield the layouts that are possible for shapes (*P, K) and (*S, K); `pieces` if rows were joined already."""
     p, s = product[:-1], logits[:-1]
+    if pieces is not None:
+        if p == s:
+            yield Layout(class_axis, pieces)
+        return
     # Positions may be flattened or not, but with equally many axes, a reshape would mix up positions.
     if p == s or (p.numel() == s.numel() and len(p) != len(s)):
         yield Layout(class_axis, "same")
@@ -167,7 +173,7 @@ def matches(candidate: Candidate, logits: Tensor, *, fit: bool) -> Iterator[Matc
     for axis in class_axes(logits, product.weight.shape[0]):
         target = logits.movedim(axis, -1)
         shape = torch.Size((*product.h.shape[:-1], target.shape[-1]))
-        possible_layouts = list(layouts(shape, target.shape, axis))
+        possible_layouts = list(layouts(shape, target.shape, axis, candidate.pieces))
         if not possible_layouts:
             continue
         log_softmax = is_log_softmax(target)

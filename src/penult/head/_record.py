@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
 
+from penult.head._certificate import Positions
 from penult.head._foreign import in_memory, name_of, tensors_in
 from penult.head._model import first_input, is_scripted
 from penult.head._origin import PASS_THROUGH, Key, Origin, Origins, key_of
@@ -102,6 +103,9 @@ class Lineage:
 # Number of candidates that are kept for each number of classes. They hold activations, and the head is one of the last.
 _MAX_CANDIDATES = 32
 
+# More are kept while they hold fewer values in total, for heads that run once for each sample or token.
+_MAX_SMALL_CANDIDATES, _MAX_VALUES = 4096, 2**22
+
 
 class ProductCall(NamedTuple):
     """A product that was computed, without its tensors.
@@ -130,6 +134,7 @@ class Candidate:
         origin: Origin of h.
         stride: Stride of h along d.
         rectified: Whether h is max(u, 0) of the input u of a ReLU.
+        pieces: How h was joined from the calls of this W; None if it is the h of one call.
     """
 
     product: Product
@@ -138,6 +143,7 @@ class Candidate:
     origin: Origin | None
     stride: int
     rectified: bool
+    pieces: Positions | None = None
 
 
 def _is_uninitialized(module: Any) -> bool:
@@ -159,7 +165,8 @@ class Recorder(TorchFunctionMode):
         self._lineage = Lineage()
         self._rectifiers = Rectifiers()
         self._elementwise = ElementwiseProducts()
-        self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(lambda: deque(maxlen=_MAX_CANDIDATES))
+        self.candidates: defaultdict[int, deque[Candidate]] = defaultdict(deque)
+        self._num_values: Counter[int] = Counter()
 
     def __enter__(self) -> Recorder:
         with ExitStack() as hooks:
@@ -260,4 +267,11 @@ class Recorder(TorchFunctionMode):
         address = product.operand.data_ptr()
         modules = frozenset({*running, ""})
         self._calls.append(ProductCall(modules, product.signature, address, id(product.operand)))
-        self.candidates[product.weight.shape[0]].append(candidate)
+        classes = product.weight.shape[0]
+        kept = self.candidates[classes]
+        kept.append(candidate)
+        self._num_values[classes] += product.h.numel()
+        while len(kept) > _MAX_CANDIDATES and (
+            len(kept) > _MAX_SMALL_CANDIDATES or self._num_values[classes] > _MAX_VALUES
+        ):
+            self._num_values[classes] -= kept.popleft().product.h.numel()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from penult._row_blocks import version_of
-from penult.head._certificate import HeadCertificate
+from penult.head._certificate import UNMIXED, HeadCertificate
 from penult.head._foreign import is_real, name_of
 from penult.head._model import first_input
 from penult.head._origin import PASS_THROUGH
@@ -153,7 +153,7 @@ def refuse_unrectified(certificate: HeadCertificate) -> None:
     before = certificate.before or ""
     if certificate.folded is not None:
         reason = f"a {certificate.folded} is right before the head and is folded into it"
-    elif certificate.positions not in ("same", "swapped", "picked"):
+    elif certificate.positions not in UNMIXED:
         reason = f"the positions {certificate.positions!r} combine several rectified vectors into one h"
     elif before.lower().rstrip("_") in ("relu", "clamp", "clip", "clamp_min"):
         reason = (
