@@ -204,8 +204,8 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
     shards = [Shard(folder / name, facts, n, range(n), io._identity(folder / name)) for name, n in counts.items()]
     for shard in shards:
         assert shard.identity is not None
-        if len(shard) * max(facts.row_bytes, 1) > (size := shard.identity.size):
-            raise ValueError(f"{shard.path.name} has {size} bytes, too few for {len(shard)} rows of {facts.row_bytes}")
+        if shard.count * max(facts.row_bytes, 1) > (size := shard.identity.size):
+            raise ValueError(f"{shard.path.name} has {size} bytes, too few for {shard.count} rows of {facts.row_bytes}")
     return Stored(shards, record, batches)
 
 

@@ -6,10 +6,13 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from penult.cli._console import tell
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +123,7 @@ def running(shape: tuple[int, ...], network: str) -> Iterator[None]:
 
 
 def _load_weights(model: nn.Module, path: Path, option: str = "--weights") -> None:
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -137,12 +141,75 @@ def _load_weights(model: nn.Module, path: Path, option: str = "--weights") -> No
         )
         message = _other_kind(path, "a safetensors file", {"a pickle": convert, "a zip archive": convert})
         raise ValueError(f"{option} {message or f'{path} is no safetensors file, and {convert}'}") from error
-    keys = model.load_state_dict(state, strict=False)
-    if keys.missing_keys or keys.unexpected_keys:
+    own = model.state_dict()
+    state, change = _renamed(state, own)
+    missing, unexpected = _misfits(state, own)
+    if missing or unexpected:
         raise ValueError(
-            f"{option} {path} does not fit the model: missing {keys.missing_keys[:5]}, unexpected "
-            f"{keys.unexpected_keys[:5]}"
+            f"{option} {path} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}; expected the "
+            "names of the model's state_dict()"
         )
+    for names in _shared(own).values():
+        stored = [name for name in names if name in state]
+        if any(not torch.equal(state[name], state[stored[0]]) for name in stored[1:]):
+            raise ValueError(
+                f"{option} {path} holds different tensors for {' and '.join(stored)}, which are one tensor in the "
+                "model; give a factory whose model does not share them"
+            )
+    if change:
+        tell(f"{option} {path}: {change}")
+    model.load_state_dict(state, strict=False)
+
+
+def _shared(own: Mapping[str, Tensor]) -> dict[Any, list[str]]:
+    """Return the names of each tensor of a state dict; tied weights have several."""
+    from torch import Tensor
+
+    names: dict[Any, list[str]] = {}
+    for name, value in own.items():
+        # Tensors without values or storage all have the same address, and modules may add other objects.
+        address = value.data_ptr() if isinstance(value, Tensor) and value.numel() else 0
+        key = (address, value.shape, value.stride()) if address else name
+        names.setdefault(key, []).append(name)
+    return names
+
+
+def _misfits(state: Collection[str], own: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Return names that are missing from a file for a model, and names that the model does not have.
+
+    Of tied weights, one name is enough: `safetensors.torch.save_model` writes one.
+    """
+    missing = [name for names in _shared(own).values() if not any(n in state for n in names) for name in names]
+    return missing, [name for name in state if name not in own]
+
+
+def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Return a state dict under the names of a model, and what was changed.
+
+    Wrappers such as DataParallel and torch.compile put one prefix before all names, in the file or in the model.
+    """
+    if any(_misfits(state, own)):
+        for prefix in _prefixes(state):
+            renamed = {name.removeprefix(prefix): value for name, value in state.items()}
+            if not any(_misfits(renamed, own)):
+                return renamed, f"the prefix {prefix!r} of all names is left out"
+        for prefix in _prefixes(own):
+            renamed = {prefix + name: value for name, value in state.items()}
+            if not any(_misfits(renamed, own)):
+                return renamed, f"the prefix {prefix!r} of the model is put before all names"
+    return state, ""
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Return the beginnings, up to a dot, that all names share, the shortest first."""
+    ordered = sorted(names)
+    if not ordered:
+        return []
+    # What the first and the last name share, those between them share as well.
+    *first, _ = ordered[0].split(".")
+    *last, _ = ordered[-1].split(".")
+    common = len([*takewhile(lambda parts: parts[0] == parts[1], zip(first, last, strict=False))])
+    return [".".join(first[: i + 1]) + "." for i in range(common)]
 
 
 def load_pair(path: str | Path, weight_key: str | None = None, bias_key: str | None = None) -> GenerativePair:
@@ -209,21 +276,22 @@ def _is_penults(path: str | Path) -> bool:
 
 
 def _head_tensors(path: Path, weight_key: str | None, bias_key: str | None) -> tuple[Tensor, Tensor | None]:
-    """Return W and b of a state dict: as named, or its only matrix with a bias."""
+    """Return W and b of a state dict: as named, or its only matrix."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         # A safetensors file is no mapping, so it has no items().
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         if weight_key is None:
-            matrices = [name for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight")]
-            heads = [name for name in matrices if shapes.get(_bias_of(name)) == shapes[name][:1]]
-            if len(matrices) != 1 and len(heads) != 1:
+            # A head may have no bias, and its matrix another name or a second part, as with weight normalisation.
+            # Nothing in the file tells it from a hidden layer then, so that one of several matrices is not chosen.
+            matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+            if len(matrices) != 1 or not matrices[0].endswith("weight"):
                 shown = ", ".join(f"{name} {shapes[name]}" for name in matrices[-6:]) or "none"
                 raise ValueError(
                     f"{path} holds no unambiguous head; name it with --weight-key and --bias-key. Its matrices: {shown}"
                 )
-            weight_key = heads[0] if len(heads) == 1 else matrices[0]
+            weight_key = matrices[0]
         if bias_key is None and shapes.get(_bias_of(weight_key)) == shapes.get(weight_key, ())[:1]:
             bias_key = _bias_of(weight_key)
         for key in (weight_key, bias_key):
