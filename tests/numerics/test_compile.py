@@ -38,7 +38,8 @@ def test_a_pair_that_was_never_used_compiles_whole(problem, kind, name, laws_of,
     close(laws_of(fresh)[name](h), laws_of(pair)[name](h), problem.tolerance, name)  # and is as good as new afterwards
 
 
-@pytest.mark.parametrize("kind", thin(["data-free", "span"], keep=["data-free"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data-free", "span"])
 def test_all_laws_in_one_graph(problem, kind, laws_of, close):
     pair, h = problem.pair(kind), problem.rows()
 
