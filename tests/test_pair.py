@@ -357,11 +357,11 @@ def test_labels_that_are_not_classes(labels, error, message):
         GenerativePair(random_head(4, 8), sphere()).given(labels)
 
 
-@pytest.mark.parametrize("h", [torch.zeros(3, 7), torch.zeros(()), torch.zeros(3, 8, dtype=torch.long)])
-def test_activations_of_wrong_shape_or_type(h):
+@pytest.mark.parametrize("h", [torch.zeros(3, 7), torch.zeros(())])
+def test_activations_of_wrong_shape(h):
     pair = GenerativePair(random_head(4, 8), sphere())
     for call in (pair.log_prob, pair.log_joint, pair.posterior):
-        with pytest.raises(ValueError, match=r"expected floating activations \(\.\.\., 8\)"):
+        with pytest.raises(ValueError, match=r"h has shape .*; expected activations \(\.\.\., 8\)"):
             call(h)
 
 

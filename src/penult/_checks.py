@@ -10,6 +10,7 @@ import math
 import numbers
 import operator
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from penult._row_blocks import blocks
 
 __all__ = [
+    "as_activations",
     "as_size",
     "check_between",
     "check_bias",
@@ -40,6 +42,7 @@ __all__ = [
     "index_of",
     "integer_labels",
     "is_chance_level",
+    "tensor_of",
     "unreadable",
     "usable_device",
     "validates_by_default",
@@ -198,6 +201,63 @@ def unreadable(tensor: Tensor) -> tuple[str, str] | None:
     return None
 
 
+def tensor_of(value: Any, device: torch.device | str | None = None) -> Tensor | None:
+    """Return a tensor as it is, an array of another library as a tensor, and None for other types.
+
+    Arrays are not copied, except those that torch does not take as they are: with negative strides, or with the byte
+    order of another machine. A masked array is refused, because a tensor has no mask.
+
+    Args:
+        value: Tensor, NumPy array, object with ``__dlpack__``, ``__array__`` or ``__cuda_array_interface__``, or other.
+        device: Device of the tensor for a NumPy array, which has none. Default: the CPU.
+    """
+    if isinstance(value, Tensor):
+        return value
+    numpy = sys.modules.get("numpy")
+    try:
+        if hasattr(value, "__dlpack__") and not (numpy is not None and isinstance(value, numpy.ndarray)):
+            # An array knows its device.
+            return torch.utils.dlpack.from_dlpack(value)
+        if hasattr(value, "__cuda_array_interface__"):
+            return torch.as_tensor(value, device="cuda")
+        if not hasattr(value, "__array__") or (numpy is not None and isinstance(value, numpy.ma.MaskedArray)):
+            return None
+        array = value.__array__()
+        if min(array.strides, default=0) < 0 or not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        with warnings.catch_warnings():
+            # The package writes to no tensor of a caller, so that arrays need not be writable.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.as_tensor(array, device="cpu" if device is None else device)
+    except (TypeError, ValueError, RuntimeError, BufferError):
+        return None
+
+
+def as_activations(
+    value: Any, name: str = "h", shape: str = "(*S, d)", device: torch.device | str | None = None
+) -> Tensor:
+    """Return activations or logits as a floating-point tensor: a tensor is returned as it is, an array as one.
+
+    Args:
+        value: Tensor, NumPy array, or any other array that torch takes without a copy. Lists are none.
+        name: Name of the value in messages.
+        shape: Expected shape in messages; it is not checked.
+        device: Device of the tensor for a NumPy array, which has none. Default: the CPU.
+
+    Raises:
+        TypeError: It is of another type or dtype.
+    """
+    tensor = tensor_of(value, device)
+    if tensor is None or not tensor.is_floating_point():
+        # A set of activations holds the tensor that is wanted.
+        remedy = f"{name}.activations" if hasattr(type(value), "activations") else None
+        raise TypeError(
+            f"{name} is {described(value if tensor is None else tensor)}; expected a floating-point tensor or array "
+            f"{shape}. Pass {remedy or f'torch.as_tensor({name}, dtype=torch.float32)'}"
+        )
+    return tensor
+
+
 def check_floating(name: str, value: Any, shape: str) -> None:
     """Raise a TypeError unless a value is a floating-point tensor; `shape` is the expected shape in the message."""
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex() or value.is_quantized):
@@ -314,45 +374,54 @@ def check_labels(labels: Any, logits_shape: torch.Size, offset: int = 0, remedy:
     integer_labels(labels, logits_shape[:-1], logits_shape[-1], offset=offset, remedy=remedy)
 
 
-def class_names_tuple(names: Any, num_classes: int | None = None) -> tuple[str, ...]:
+def class_names_tuple(names: Any, num_classes: int | None = None, name: str = "class_names") -> tuple[str, ...]:
     """Return the names of classes in the order of the classes.
 
     Args:
         names: One name for each class: a sequence, or a mapping of class numbers to names, such as ``id2label`` of a
             configuration of Hugging Face. The numbers may be text, as JSON has them.
         num_classes: K; None for any number.
+        name: Name of the argument in messages.
 
     Raises:
         TypeError: It is neither, or a name is not a string.
-        ValueError: The numbers are not 0 to K − 1, or there is another number of names.
+        ValueError: The numbers are not 0 to K - 1, or there is another number of names.
     """
     if isinstance(names, Mapping):
-        try:
-            by_number = {
-                int(number) if isinstance(number, str) else operator.index(number): name
-                for number, name in names.items()
-            }
-        except (TypeError, ValueError):
-            by_number = {}
-        if len(by_number) != len(names) or sorted(by_number) != list(range(len(names))):
-            shown = ", ".join(map(repr, [*names][:3])) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
-                f"class_names is a mapping of {shown}; expected the class numbers 0 to {max(len(names) - 1, 0)}, each "
-                "with its name"
-            )
-        names = [by_number[number] for number in range(len(names))]
+        names = _in_order(names, name)
     # A string is a sequence, too: of its letters. A set has no order.
     if isinstance(names, str | bytes | Set) or not isinstance(names, Iterable):
         raise TypeError(
-            f"class_names is {described(names)}; expected a sequence of names, or a mapping of numbers to names"
+            f"{name} is {described(names)}; expected a sequence of names, or a mapping of class numbers to names"
         )
     texts = tuple(names)
-    for number, name in enumerate(texts):
-        if not isinstance(name, str):
-            raise TypeError(f"class_names[{number}] is {name!r}; expected a string")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{number}] is {text!r}; expected a string")
     if num_classes is not None and len(texts) != num_classes:
-        raise ValueError(f"class_names has {len(texts)} names; expected {num_classes}, one for each class")
+        raise ValueError(f"{name} has {len(texts)} names; expected {num_classes}, one for each class")
     return tuple(map(str, texts))
+
+
+def _in_order(names: Mapping[Any, Any], argument: str) -> list[Any]:
+    """Return the values of a mapping whose keys are the numbers 0 to K - 1, in that order."""
+    try:
+        by_number = {
+            int(key) if isinstance(key, str) else operator.index(key): name
+            for key, name in names.items()
+            if not isinstance(key, bool)
+        }
+    except (TypeError, ValueError):
+        by_number = {}
+    if len(by_number) != len(names) or sorted(by_number) != list(range(len(names))):
+        shown = ", ".join(map(repr, [*names][:3])) + (", ..." if len(names) > 3 else "")
+        # Such as label2id of Hugging Face, or class_to_idx of torchvision.
+        inverted = all(isinstance(key, str) and isinstance(name, int) for key, name in names.items())
+        raise ValueError(
+            f"{argument} is a mapping with the keys {shown}; expected the class numbers 0 to "
+            f"{max(len(names) - 1, 0)}, each with its name{'. Pass the inverse mapping' * inverted}"
+        )
+    return [by_number[number] for number in range(len(names))]
 
 
 def is_chance_level(accuracy: float, count: int, num_classes: int) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from penult import io
-from penult._checks import as_size, described, integer_labels, usable_device
+from penult._checks import as_activations, as_size, described, integer_labels, usable_device
 from penult._derived import DerivedTensors
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
@@ -115,6 +115,7 @@ class GenerativePair(DerivedTensors):
 
     def posterior(self, h: Tensor) -> Categorical:
         """Return p(y|h), which equals softmax(head(h)): a Categorical of batch shape (*S,) for h (*S, d)."""
+        h = as_activations(h, device=self.head.weight.device)
         with in_full(h.device):
             logits, dtype = self.head.centered_logits(self.read(h)), torch.promote_types(h.dtype, torch.float32)
             # Only differences of large logits fit into float32.
@@ -123,6 +124,7 @@ class GenerativePair(DerivedTensors):
 
     def log_joint(self, h: Tensor) -> Tensor:
         """Return log p(y) + log p(h|y) for every class, (*S, d) → (*S, K)."""
+        h = as_activations(h, device=self.head.weight.device)
         logits, log_density = self._terms(h)
         return (logits + log_density.unsqueeze(-1)).to(h.dtype)
 
@@ -131,6 +133,7 @@ class GenerativePair(DerivedTensors):
 
         Relative to ``base.info.reference``; no (S, K, d) tensor is formed.
         """
+        h = as_activations(h, device=self.head.weight.device)
         logits, log_density = self._terms(h)
         return (logits.logsumexp(-1) + log_density).to(h.dtype)
 
@@ -304,22 +307,21 @@ class GenerativePair(DerivedTensors):
         """Return w_y·h + b_y (*S, K) and log m(h) − log Z (*S,), whose sum is the log joint density."""
         # They are separate, since log m(h) can be in the thousands and adding it would round off digits of the logits.
         log_z = self._log_evidence().logsumexp(-1)
+        h = self.read(h)
         with in_full(h.device):
-            h = self.read(h)
             return self.head.centered_logits(h), self.base.log_prob(h) - log_z.to(h.dtype)
 
     def read(self, h: Tensor) -> Tensor:
         """Return h (*S, d) as the base reads it: in float32 or wider, and in float64 where float32 would overflow.
 
         Raises:
-            ValueError: `h` is not floating, or its last dimension is not that of the head.
+            TypeError: `h` is neither a floating-point tensor nor an array of floats.
+            ValueError: Its last dimension is not that of the head.
         """
         self._check_current()
-        if h.dim() < 1 or h.shape[-1] != self.head.in_features or not h.is_floating_point():
-            raise ValueError(
-                f"h is {h.dtype} of shape {tuple(h.shape)}; "
-                f"expected floating activations (..., {self.head.in_features})"
-            )
+        h = as_activations(h, device=self.head.weight.device)
+        if h.dim() < 1 or h.shape[-1] != self.head.in_features:
+            raise ValueError(f"h has shape {tuple(h.shape)}; expected activations (..., {self.head.in_features})")
         with in_full(h.device):
             return self.base.project(in_range(h))
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from types import MappingProxyType
 
 import numpy
 import pytest
@@ -250,3 +251,50 @@ def test_bad_activations(change, error, words):
     fields = {"activations": seeded(6, 4), "logits": seeded(6, 3), "labels": torch.arange(6) % 3}
     with pytest.raises(error, match=words):
         Activations(**(fields | change))
+
+
+# ---- names of classes --------------------------------------------------------------------------------------
+
+ANIMALS = ("cat", "dog", "eel")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        list(ANIMALS),
+        (name for name in ANIMALS),
+        dict(enumerate(ANIMALS)),
+        {2: "eel", 0: "cat", 1: "dog"},
+        {"2": "eel", "0": "cat", "1": "dog"},
+        {numpy.int64(1): "dog", 0: "cat", "2": "eel"},
+        MappingProxyType(dict(enumerate(ANIMALS))),
+        numpy.array(ANIMALS),
+        dict(enumerate(ANIMALS)).values(),
+    ],
+)
+def test_names_stand_in_the_order_of_the_classes(names):
+    kept = Activations(torch.zeros(2, 4), torch.zeros(2, 3), class_names=names).class_names
+    assert kept == ANIMALS and {type(name) for name in kept} == {str}
+
+
+@pytest.mark.parametrize(
+    "names, error, words",
+    [
+        ({1: "cat", 2: "dog", 3: "eel"}, ValueError, "keys 1, 2, 3; expected the class numbers 0 to 2"),
+        ({0: "cat", 1: "dog"}, ValueError, "has 2 names; expected 3"),
+        ({0: "cat", "0": "dog", 1: "eel"}, ValueError, "expected the class numbers 0 to 2"),
+        ({False: "cat", True: "dog", 2: "eel"}, ValueError, "keys False, True, 2"),
+        ({0.0: "cat", 1.0: "dog", 2.0: "eel"}, ValueError, "keys 0.0, 1.0"),
+        ({"cat": 0, "dog": 1, "eel": 2}, ValueError, "keys 'cat', .* Pass the inverse mapping"),
+        ({"a": "cat", "b": "dog", "c": "eel"}, ValueError, "expected the class numbers 0 to 2, each with its name$"),
+        ({0: "cat", 1: "dog", 2: 3}, TypeError, r"class_names\[2\] is 3; expected a string"),
+        ("cat", TypeError, "class_names is a str"),
+        ({"cat", "dog", "eel"}, TypeError, "class_names is a set"),
+        ([0, 1, 2], TypeError, r"class_names\[0\] is 0"),
+        (3, TypeError, "class_names is a int"),
+        (ANIMALS[:2], ValueError, "class_names has 2 names; expected 3, one for each class"),
+    ],
+)
+def test_bad_names(names, error, words):
+    with pytest.raises(error, match=words):
+        Activations(torch.zeros(2, 4), torch.zeros(2, 3), class_names=names)

@@ -481,7 +481,7 @@ def test_errors(pair, shown):
             call(h.tolist(), y)
         with pytest.raises(TypeError, match=r"activations is a torch.int64 tensor"):
             call(h.long(), y)
-    with pytest.raises(ValueError, match="class_names holds 2 names; the head has 5"):
+    with pytest.raises(ValueError, match="class_names has 2 names; expected 5"):
         Gate.fit(pair, h, y, class_names=["a", "b"])
     with pytest.raises(ValueError, match=r"all rows of .*equal"):
         Gate(GenerativePair(Head(torch.ones(3, 4)), Sphere(1.0)))

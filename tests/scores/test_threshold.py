@@ -106,7 +106,7 @@ def test_bad_input():
         Threshold(identity, torch.arange(18.0), 0.05)
     with pytest.raises(ValueError, match="50 of them NaN"):
         Threshold(identity, torch.tensor([math.nan] * 50))
-    with pytest.raises(ValueError, match="int64"):
+    with pytest.raises(TypeError, match="int64"):
         Threshold(identity, torch.arange(50))
     with pytest.raises(TypeError, match=r"energy is a score of a pair: give it, pair=pair"):
         Threshold.fit(energy, torch.eye(3))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from penult._checks import (
-    check_floating,
+    as_activations,
     check_integer,
     check_seed,
     check_shares,
+    class_names_tuple,
     index_of,
     integer_labels,
     with_remedy,
@@ -48,10 +49,10 @@ class Activations:
     copy nothing, all other indices copy the selected rows. A set is immutable.
 
     Args:
-        activations: (N, d).
-        logits: (N, K).
+        activations: (N, d), a tensor or an array of NumPy or of another library, which is not copied.
+        logits: (N, K), likewise.
         labels: (N,) integers in 0..K-1 of any integer dtype, or None.
-        class_names: K names, or None.
+        class_names: K names, or a mapping of class numbers to names such as ``model.config.id2label``, or None.
         pre_activation: Whether `activations` are the inputs u of the ReLU right before the head, so that the head reads
             max(u, 0).
 
@@ -63,8 +64,8 @@ class Activations:
         pre_activation: As given.
 
     Raises:
-        TypeError: Activations or logits are not floating, or labels are not integers.
-        ValueError: Shapes or devices do not agree, or a label is out of range.
+        TypeError: Activations or logits are not floating, labels are not integers, or names are not strings.
+        ValueError: Shapes or devices do not agree, a label is out of range, or there is not one name for each class.
 
     Example:
         >>> acts = Activations(torch.randn(5, 8), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]))
@@ -84,12 +85,12 @@ class Activations:
         activations: Tensor,
         logits: Tensor,
         labels: Tensor | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
         *,
         pre_activation: bool = False,
     ) -> None:
-        check_floating("activations", activations, "(N, d)")
-        check_floating("logits", logits, "(N, K)")
+        activations = as_activations(activations, "activations", "(N, d)")
+        logits = as_activations(logits, "logits", "(N, K)", activations.device)
         if activations.ndim != 2 or logits.ndim != 2 or len(activations) != len(logits):
             raise ValueError(
                 f"activations has shape {tuple(activations.shape)} and logits {tuple(logits.shape)}; expected (N, d) "
@@ -102,11 +103,8 @@ class Activations:
             raise ValueError(
                 f"activations, logits and labels are on {' and '.join(sorted(map(str, devices)))}; expected one device"
             )
-        if class_names is not None and len(class_names) != logits.shape[1]:
-            raise ValueError(
-                f"class_names has {len(class_names)} names; expected {logits.shape[1]}, one for each class"
-            )
-        object.__setattr__(self, "class_names", None if class_names is None else tuple(class_names))
+        names = None if class_names is None else class_names_tuple(class_names, logits.shape[1])
+        object.__setattr__(self, "class_names", names)
         object.__setattr__(self, "_rows", Memory(activations, logits, labels))
         object.__setattr__(self, "pre_activation", bool(pre_activation))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from penult import io
-from penult._checks import check_integer, described
+from penult._checks import check_integer, class_names_tuple, described
 from penult._progress import Progress, reporting
 from penult.activations._activations import Activations
 from penult.activations._batch import Reader, length_of, share_of
@@ -36,7 +36,7 @@ def extract(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     pre_activation: bool = False,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
@@ -74,7 +74,8 @@ def extract(
         pre_activation: Return the input u of the ReLU right before the head instead of its output h = max(u, 0); the
             logits stay those of the model. A distribution fitted to u and then rectified has the exact zeros of h,
             which a distribution fitted to h can only approximate.
-        class_names: K names that are stored with the rows.
+        class_names: K names that are stored with the rows, or a mapping of class numbers to names such as
+            ``model.config.id2label``.
         shard_size: Bytes after which a shard ends, at the end of a batch; memory holds about two shards.
         overwrite: Replace activations in `out`. Other files are never touched.
         progress: True for a bar on stderr, False for none, or a function that is called after each batch with the
@@ -119,11 +120,7 @@ def extract(
             f"tap is {described(tap)}; expected a penult.Tap. Make one of the model: "
             "penult.Tap(model, penult.find_head(model, batch))"
         )
-    names = None if class_names is None else tuple(class_names)
-    if names is not None and len(names) != tap.head.num_classes:
-        raise ValueError(
-            f"class_names has {len(names)} names; expected {tap.head.num_classes}, one for each class of the head"
-        )
+    names = None if class_names is None else class_names_tuple(class_names, tap.head.num_classes)
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
     if out is not None and device is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import torch
 from torch import Tensor
 
-from penult._checks import check_floating, integer_labels
+from penult._checks import as_activations, integer_labels
 from penult.activations._activations import Activations
 from penult.head import Head
 from penult.processes import Processes
@@ -26,13 +26,13 @@ _LOGITS = 1 << 24  # of a block
 
 @final
 class ActivationSource:
-    """Rows of activations (N, d), as a tensor or as `Activations` that need not fit in memory.
+    """Rows of activations (N, d), as a tensor, an array or `Activations` that need not fit in memory.
 
     Iterating gives blocks (n, d) as the head reads them: of pre-activations their positive part. Where processes share
     the rows, each iterates over its own share; everything else is of all rows, and the same in all processes.
 
     Args:
-        activations: Floating tensor (N, d), or `Activations`.
+        activations: Floating tensor or array (N, d), or `Activations`.
         head: Head that reads them: it fixes d, and rows are moved to its device. None: any d, and rows stay where they
             are.
         labels: Labels (N,) of any integer dtype, or None.
@@ -53,7 +53,8 @@ class ActivationSource:
         zeros: Fraction of values that are exactly zero.
 
     Raises:
-        TypeError: The activations are neither a floating tensor nor `Activations`, or the labels are not integers.
+        TypeError: The activations are neither floating, as a tensor or array, nor `Activations`; or the labels are not
+            integers.
         ValueError: A wrong shape, too few rows, NaN or infinity, or not one label for each row.
     """
 
@@ -72,8 +73,7 @@ class ActivationSource:
         self._head = head
         self.declared = isinstance(activations, Activations) and activations.pre_activation
         if not isinstance(activations, Activations):
-            check_floating(name, activations, "(N, d) or penult.Activations")
-            activations = activations.detach()
+            activations = as_activations(activations, name, "(N, d) or penult.Activations").detach()
         shape = _shape(activations)
         width = "d" if head is None else head.in_features
         if len(shape) != 2 or shape[0] < min_rows or shape[1] < 1 or width not in ("d", shape[1]):

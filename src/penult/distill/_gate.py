@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult._checks import check_between, check_not_negative, integer_labels
+from penult._checks import check_between, check_not_negative, class_names_tuple, integer_labels
 from penult.activations import Activations, _ActivationSource
 from penult.distill._span_head import SpanHead
 from penult.pair import GenerativePair
@@ -157,7 +157,7 @@ class Gate(nn.Module):
         *,
         tail: float = _TAIL,
         sharpness: float = 1.0,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
     ) -> Gate:
         """Fit a gate to the images that a student will be trained on.
 
@@ -169,7 +169,8 @@ class Gate(nn.Module):
                 of the teacher, see above.
             tail: τ in (0, 1).
             sharpness: s.
-            class_names: K names for the summary. Default: those of `Activations`.
+            class_names: K names for the summary, or a mapping of class numbers to names. Default: those of
+                `Activations`.
 
         Returns:
             The gate, with its summary.
@@ -194,15 +195,13 @@ class Gate(nn.Module):
             trust = max(0.0, (accuracy - 1 / k) / (1 - 1 / k))
         gate.trust.fill_(trust)
         belief = gate.trust**sharpness * correct * typicality
-        names = class_names if class_names is not None else [str(y) for y in range(k)]
-        if len(names) != k:
-            raise ValueError(f"class_names holds {len(names)} names; the head has {k} classes")
+        names = tuple(map(str, range(k))) if class_names is None else class_names_tuple(class_names, k)
         counts = labels.bincount(minlength=k)
         class_accuracy = labels.bincount(correct.double(), minlength=k) / counts
         class_belief = labels.bincount(belief.double(), minlength=k) / counts
         classes = tuple(
             ClassTrust(
-                str(names[y]),
+                names[y],
                 int(counts[y]),
                 None if known_labels is None else float(class_accuracy[y]),
                 float(class_belief[y]),

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from penult._checks import (
+    as_activations,
     check_choice,
-    check_floating,
     check_integer,
     check_positive,
     check_seed,
@@ -247,7 +247,7 @@ class TargetDataset(Dataset[Any]):
         is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         if not is_map_style or isinstance(dataset, IterableDataset):
             raise TypeError(f"dataset is {described(dataset)}; expected a map-style data set")
-        check_floating("targets", targets, "(N, K), (N, d) or (N, 2d)")
+        targets = as_activations(targets, "targets", "(N, K), (N, d) or (N, 2d)")
         if targets.ndim != 2 or len(targets) != len(dataset):
             raise ValueError(
                 f"targets has shape {tuple(targets.shape)}; expected one row for each of {len(dataset)} images"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from penult._checks import check_floating, described
+from penult._checks import as_activations, check_floating, described
 from penult.processes import Processes
 from penult.special import working_dtype
 
@@ -39,6 +39,8 @@ class Rows:
     ) -> None:
         self._link = link
         self.processes = Processes() if processes is None else processes
+        if hasattr(source, "__array__"):
+            source = as_activations(source, "activations", "(N, d)")
         if isinstance(source, Tensor):
             if source.dim() != 2:
                 raise ValueError(f"activations has shape {tuple(source.shape)}; expected (N, d)")

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from penult._checks import check_finite, integer_labels
+from penult._checks import as_activations, check_finite, integer_labels
 from penult._row_blocks import rows_in_double
 
 __all__ = ["calibration"]
@@ -17,6 +17,7 @@ __all__ = ["calibration"]
 
 def calibration(logits: Tensor, labels: Tensor, num_classes: int, biases: bool) -> tuple[float, Tensor | None]:
     """Return the temperature and the class biases (K,), or None without them; arguments as of `Head.calibrate`."""
+    logits = as_activations(logits, "logits", f"(N, {num_classes})")
     if logits.ndim != 2 or logits.shape[1] != num_classes or len(logits) == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (N, {num_classes}) with N >= 1")
     labels = integer_labels(labels, logits.shape[:1], num_classes).to(logits.device)

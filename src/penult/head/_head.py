@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from penult._checks import check_bias, check_choice, check_finite, check_positive, check_weight, index_of
+from penult._checks import (
+    as_activations,
+    check_bias,
+    check_choice,
+    check_finite,
+    check_positive,
+    check_weight,
+    index_of,
+)
 from penult._row_blocks import (
     blocks,
     mean_row_of,
@@ -166,13 +174,15 @@ class Head(HeadTensors):
             W h + b, (..., K).
 
         Raises:
+            TypeError: `h` is neither a floating-point tensor nor an array of floats.
             ValueError: The last dimension of `h` is not d, or its dtype is not the head's.
         """
+        h = as_activations(h, shape=f"(..., {self.in_features})", device=self.weight.device)
         if h.ndim == 0 or h.shape[-1] != self.in_features:
             raise ValueError(f"h has shape {tuple(h.shape)}; expected activations of shape (..., {self.in_features})")
         if h.dtype != self.weight.dtype and not torch.is_autocast_enabled(h.device.type):
             raise ValueError(
-                f"h is {h.dtype}; expected {self.weight.dtype}, the dtype of the head. Use h.to(head.weight.dtype)"
+                f"h is {h.dtype}; expected {self.weight.dtype}. Use torch.as_tensor(h, dtype=head.weight.dtype)"
             )
         return F.linear(h, self.weight, self.bias)
 
@@ -195,6 +205,7 @@ class Head(HeadTensors):
             >>> head.centered_logits(torch.tensor([1.0, 5.0]))
             tensor([ 1., -1.])
         """
+        h = as_activations(h, shape=f"(..., {self.in_features})", device=self.weight.device)
         with in_full(h.device):
             if h.dtype == self.weight.dtype or h.shape[-1:] != (self.in_features,):
                 return self.forward(h) - (h.to(self.mean_row.dtype) @ self.mean_row).to(h.dtype).unsqueeze(-1)
@@ -328,12 +339,7 @@ class Head(HeadTensors):
             Head(num_classes=2, in_features=2, bias=False)
         """
         certificate = None if self.certificate is None else asdict(self.certificate)
-        return {
-            "certificate": certificate,
-            "norm": self.norm,
-            "radius": self.radius,
-            "temperature": self.temperature,
-        }
+        return {"certificate": certificate, "norm": self.norm, "radius": self.radius, "temperature": self.temperature}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from penult._checks import check_seed, described
+from penult._checks import as_activations, check_seed, described
 from penult._progress import Progress, reporting
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
@@ -269,6 +269,8 @@ def choose(
     if not candidates:
         raise ValueError("there are no candidates; pass name to fit(head, activations) -> Base, or None for CANDIDATES")
     seed = check_seed(seed)
+    if not isinstance(activations, Activations):
+        activations = as_activations(activations, "activations", "(N, d) or penult.Activations")
     generator = torch.Generator(head.weight.device).manual_seed(seed)
     source, label_origin = source_with_labels(head, activations, labels, generator)
     fit_index, test_index = split_by_class(source.labels, _FITTED, torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from penult._checks import class_names_tuple
 from penult.distill import GateSummary
 from penult.report import plots
 from penult.report._pair_sections import origin
@@ -77,7 +78,7 @@ def confusion(matrix: Any, names: Sequence[str], size: tuple[float, float] | Non
 
     Args:
         matrix: Counts (K, K), with a row for each label and a column for each prediction.
-        names: K names of classes.
+        names: K names of classes, or a mapping of class numbers to names.
         size: Width and height in CSS pixels.
 
     Raises:
@@ -87,6 +88,7 @@ def confusion(matrix: Any, names: Sequence[str], size: tuple[float, float] | Non
         >>> figure = confusion([[9, 1], [2, 8]], ["cat", "dog"])
     """
     counts = np.asarray(matrix, dtype=float)
+    names = class_names_tuple(names, name="names")
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"{len(names)} names don't fit a confusion matrix {counts.shape}; expected one for each row")
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)

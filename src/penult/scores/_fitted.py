@@ -84,7 +84,7 @@ class Mahalanobis(Score):
     def score(self, h: Tensor) -> Tensor:
         """Return the squared distances (B,) of activations (B, d) to the nearest mean."""
         wide = self._read(h)
-        with in_full(h.device):
+        with in_full(wide.device):
             return as_score(_squared_distance_to_nearest(wide, self.means, self.whitener), h)
 
 
@@ -147,7 +147,7 @@ class RelativeMahalanobis(Score):
     def score(self, h: Tensor) -> Tensor:
         """Return the differences of squared distances (B,) of activations (B, d)."""
         wide = self._read(h)
-        with in_full(h.device):
+        with in_full(wide.device):
             to_class = _squared_distance_to_nearest(wide, self.means, self.whitener)
             return as_score(to_class - _squared_distance_to_nearest(wide, self.mean[None], self.total_whitener), h)
 
@@ -229,7 +229,7 @@ class KNN(Score):
         """Return the distances (B,) of activations (B, d), in [0, 2]."""
         rows = as_score(F.normalize(self._read(h), dim=-1), h)
         bank = self.bank.to(rows.dtype)
-        with in_full(h.device):
+        with in_full(rows.device):
             parts = [self._distances(part, bank) for part in rows.split(1024)]
             return torch.cat(parts) if parts and len(rows) else rows.new_zeros(0)
 
@@ -342,7 +342,7 @@ class ViM(Score):
     def score(self, h: Tensor) -> Tensor:
         """Return scaled norms outside the principal space minus log-sum-exps of logits, (B,)."""
         wide = self._read(h)
-        with in_full(h.device):
+        with in_full(wide.device):
             deviations = (wide - self.origin.to(wide.dtype)) @ self.residual.to(wide.dtype)
         virtual_logit: Tensor = self.alpha.to(wide.dtype) * torch.linalg.vector_norm(deviations, dim=-1)
         return as_score(virtual_logit - raw_logits(self.head, wide).logsumexp(-1), h)

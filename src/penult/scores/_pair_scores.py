@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from penult._checks import as_activations
 from penult.bases import Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
@@ -40,8 +41,8 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
         (*S,), in nats, relative to the surface measure of the unit sphere.
 
     Raises:
-        TypeError: The base is not a sphere.
-        ValueError: `h` has another dimension, or is not floating.
+        TypeError: The base is not a sphere, or `h` is not floating.
+        ValueError: `h` has another dimension.
 
     Example:
         >>> pair = GenerativePair(Head(torch.eye(3)), Sphere(4.0))
@@ -55,6 +56,7 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
             "penult.GenerativePair(head, penult.Sphere.fit(head, activations, shape='elliptic'))"
         )
     table = pair.derived("radial table", _radial_table)
+    h = as_activations(h, device=pair.head.weight.device)
     with in_full(h.device):
         return as_score(-base.direction_log_prob(pair.head, pair.read(h), table), h)
 
@@ -76,7 +78,8 @@ def energy(pair: GenerativePair, h: Tensor) -> Tensor:
         (*S,).
 
     Raises:
-        ValueError: `h` has another dimension, or is not floating.
+        TypeError: `h` is neither a floating-point tensor nor an array of floats.
+        ValueError: `h` has another dimension.
 
     Example:
         >>> energy(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
@@ -99,7 +102,8 @@ def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
         (*S,).
 
     Raises:
-        ValueError: `h` has another dimension, or is not floating.
+        TypeError: `h` is neither a floating-point tensor nor an array of floats.
+        ValueError: `h` has another dimension.
 
     Example:
         >>> max_logit(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
@@ -123,7 +127,8 @@ def msp(pair: GenerativePair, h: Tensor) -> Tensor:
         (*S,), in [0, 1 − 1/K].
 
     Raises:
-        ValueError: `h` has another dimension, or is not floating.
+        TypeError: `h` is neither a floating-point tensor nor an array of floats.
+        ValueError: `h` has another dimension.
 
     Example:
         >>> msp(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[30.0, 0.0, 0.0]]))
@@ -148,7 +153,8 @@ def density(pair: GenerativePair, h: Tensor) -> Tensor:
         (*S,), in nats.
 
     Raises:
-        ValueError: `h` has another dimension, or is not floating.
+        TypeError: `h` is neither a floating-point tensor nor an array of floats.
+        ValueError: `h` has another dimension.
 
     Example:
         >>> import penult
@@ -174,8 +180,7 @@ def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
 
 def raw_logits(head: Head, h: Tensor) -> Tensor:
     """Return the model's own logits (*S, K) of activations (*S, d), in float32, or in float64 where that overflows."""
-    if not h.is_floating_point():
-        raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations")
+    h = as_activations(h, device=head.weight.device)
     wide = in_range(h)
     with in_full(h.device):
         if wide.dtype == head.weight.dtype:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from penult._checks import as_activations
 from penult.special import in_range
 
 __all__ = ["Score", "as_score", "drop_missing", "resize"]
@@ -46,16 +47,15 @@ class Score(nn.Module, abc.ABC):
 
     def _read(self, h: Tensor) -> Tensor:
         """Check activations and convert them to float32 or wider, and to float64 where float32 would overflow."""
-        if not h.is_floating_point() or h.dim() != 2 or h.shape[1] != self.in_features:
-            raise ValueError(
-                f"h is {h.dtype} of shape {tuple(h.shape)}; expected floating activations (B, {self.in_features})"
-            )
+        h = as_activations(h, shape=f"(B, {self.in_features})")
+        if h.dim() != 2 or h.shape[1] != self.in_features:
+            raise ValueError(f"h has shape {tuple(h.shape)}; expected activations (B, {self.in_features})")
         return in_range(h)
 
 
 def as_score(scores: Tensor, h: Tensor) -> Tensor:
     """Return scores in the dtype of activations, but at least float32."""
-    return scores.to(torch.promote_types(h.dtype, torch.float32))
+    return scores.to(torch.promote_types(as_activations(h).dtype, torch.float32))
 
 
 # --- loading buffers whose size depends on the data ---------------------------------------------------------

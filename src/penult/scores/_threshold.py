@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from penult._checks import check_between
+from penult._checks import as_activations, check_between
 from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp
@@ -51,8 +51,8 @@ class Threshold(nn.Module):
         false_alarm: α.
 
     Raises:
-        TypeError: α is not a number.
-        ValueError: α is not between 0 and 1, the scores are not floating of shape (n,), one is NaN, or n + 1 < 1/α:
+        TypeError: α is not a number, or the scores are not floating.
+        ValueError: α is not between 0 and 1, the scores are not of shape (n,), one is NaN, or n + 1 < 1/α:
             then no score could be above the threshold.
 
     Example:
@@ -71,6 +71,7 @@ class Threshold(nn.Module):
 
     def __init__(self, score: Callable[[Tensor], Tensor], calibration: Tensor, false_alarm: float = 0.05) -> None:
         super().__init__()
+        calibration = as_activations(calibration, "calibration", "(n,)")
         _check(calibration, false_alarm)
         self.score = score
         self.false_alarm = float(false_alarm)
@@ -174,6 +175,7 @@ class Threshold(nn.Module):
 
     def _rank(self, h: Tensor) -> Tensor:
         """Return one more than the number of calibration scores at or above those of activations (B, d), (B,)."""
+        h = as_activations(h, shape="(B, d)", device=self.calibration.device)
         scores = self.score(h).detach().to(self.calibration)
         below = torch.searchsorted(self.calibration, scores.contiguous())
         n = len(self.calibration)
