@@ -204,7 +204,7 @@ def test_shards_may_differ_in_what_is_not_read(tmp_path, make):
 def test_class_names_of_metadata_may_be_a_mapping(tmp_path, make):
     names = {"2": "eel", "0": "cat", "1": "dog"}
     assert parquet(make.parquet(tmp_path / "a.parquet", [3], [2], names)).class_names == tuple(NAMES)
-    with pytest.raises(ValueError, match=r"class names in the metadata of .* is a mapping of 'x'"):
+    with pytest.raises(ValueError, match=r"class names in the metadata of .* is a mapping with the keys 'x'"):
         parquet(make.parquet(tmp_path / "a.parquet", [3], [0], {"x": "cat"}))
 
 
