@@ -210,7 +210,7 @@ def test_a_finished_folder_is_returned(counting, tmp_path):
     ("arguments", "words"),
     [
         ({"dtype": torch.float16}, "dtype is float32 there and float16 now"),
-        ({"class_names": "abc"}, r"class_names is None there and \['a', 'b', 'c'\] now"),
+        ({"class_names": list("abc")}, r"class_names is None there and \['a', 'b', 'c'\] now"),
         ({"shard_size": 1000}, f"shard_size is {SHARD} there and 1000 now"),
     ],
 )

@@ -656,3 +656,39 @@ def test_half_precision_with_float_logits(name):
     h, logits = Tap(model, head)(case.inputs)
     assert logits.dtype == torch.float32
     assert torch.allclose(head(h).float(), logits, atol=0.03 * logits.abs().max().item())
+
+
+# ---- training mode -----------------------------------------------------------------------------------------
+
+LAYERS = {
+    "BatchNorm1d": nn.BatchNorm1d(8),
+    "SyncBatchNorm": nn.SyncBatchNorm(8),
+    "Dropout": nn.Dropout(0.5),
+    "AlphaDropout": nn.AlphaDropout(0.1),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_mode_without_gradients_is_told_once(name):
+    model = nn.Sequential(nn.Linear(4, 8), copy.deepcopy(LAYERS[name]), nn.Linear(8, 3)).eval()
+    tap = pickle.loads(pickle.dumps(Tap(model, find_head(model, torch.randn(5, 4)))))
+    with torch.no_grad():
+        tap(torch.randn(5, 4))
+    tap.train()
+    if name != "SyncBatchNorm":
+        # It takes tensors of an accelerator in training.
+        tap(torch.randn(5, 4))
+    with torch.no_grad(), pytest.warns(UserWarning, match=f"training mode and gradients are off: {name} .*tap.eval"):
+        tap(torch.randn(5, 4)) if name != "SyncBatchNorm" else tap._warn_of_training_mode()
+    with torch.inference_mode():
+        tap(torch.randn(5, 4)) if name != "SyncBatchNorm" else tap._warn_of_training_mode()
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.0), nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.BatchNorm1d(8).eval()])
+def test_layers_that_do_not_change_in_training(layer):
+    model = nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 3))
+    tap = Tap(model, find_head(model, torch.randn(5, 4)))
+    tap.train()
+    layer.train(not isinstance(layer, nn.BatchNorm1d))
+    with torch.no_grad():
+        tap(torch.randn(5, 4))

@@ -6,32 +6,20 @@ import copy
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
-from penult._checks import check_labels
+from penult._checks import check_labels, described
+from penult.activations._activations import Activations
 from penult.activations._blocks import Memory
+from penult.activations._fields import IGNORED, FieldReader, Fields, check_not_row_numbers, labels_among
 from penult.activations._tap import Tap
 from penult.processes import Processes
 
-__all__ = ["Reader", "length_of", "share_of"]
-
-_LABEL_KEYS = ("labels", "label", "y")
-# Label of samples that are left out, as in torch.nn.functional.cross_entropy.
-_IGNORED = -100
-
-
-class _Parts(NamedTuple):
-    """Inputs of the model and labels of one batch."""
-
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Tensor]
-    labels: Any = None
-    mask: Tensor | None = None
-    ids: Tensor | None = None
+__all__ = ["Reader", "check_loader", "length_of", "share_of"]
 
 
 class Reader:
@@ -49,8 +37,11 @@ class Reader:
     ) -> None:
         self._tap, self._dtype, self._target, self._pre_activation = tap, dtype, target, pre_activation
         self._device = next(chain(tap.model.parameters(), tap.model.buffers()), tap.head.weight).device
+        self._fields = FieldReader(tap.model)
         self._batches = self._seen = 0
         self._labelled = self._checked = False
+        # Which entry of a tuple holds the labels, where that has to be found out.
+        self._label_entry: int | None = None
 
     def skip(self, batch: Any) -> None:
         """Count a batch without running the model."""
@@ -65,8 +56,14 @@ class Reader:
             args = [x.to(self._device) for x in parts.args]
             run = self._tap.pre_activation if self._pre_activation else self._tap
             h, logits = run(*args, **{name: x.to(self._device) for name, x in parts.kwargs.items()})
+            if logits.ndim != len(self._tap.axes) + 1:
+                raise ValueError(
+                    f"the logits of batch {self._batches - 1} (counted from 0) have shape {tuple(logits.shape)}; "
+                    f"expected ({', '.join(self._tap.axes)}, class), as when the head was found. A sample without a "
+                    "batch axis gives such logits: pass torch.utils.data.DataLoader(dataset, batch_size=64)"
+                )
             self._check_head(h.clamp(min=0) if self._pre_activation else h, logits)
-            labels, keep = self._wanted(parts, logits.shape)
+            labels, keep = self._wanted(parts, logits)
             h, logits = h.flatten(end_dim=-2), logits.flatten(end_dim=-2)
             if not keep.all():
                 labels = None if labels is None else labels[keep]
@@ -93,8 +90,8 @@ class Reader:
         """Copy a tensor of the model, which may be a part of a much larger one or be overwritten later."""
         return x.to(self._target, copy=True)
 
-    def _next(self, batch: Any) -> _Parts:
-        parts = _parts(batch)
+    def _next(self, batch: Any) -> Fields:
+        parts = self._fields(batch)
         labelled = parts.labels is not None
         if self._batches and labelled != self._labelled:
             difference = "labels, but none before it" if labelled else "no labels, but those before it have"
@@ -102,17 +99,31 @@ class Reader:
         self._batches, self._labelled = self._batches + 1, labelled
         return parts
 
-    def _wanted(self, parts: _Parts, shape: torch.Size) -> tuple[Tensor | None, Tensor]:
+    def _labels(self, parts: Fields, logits: Tensor) -> Any:
+        """Return the labels of a batch, of which several entries may be the labels."""
+        if self._label_entry is None:
+            if not parts.choices:
+                return parts.labels
+            self._label_entry = labels_among(parts.choices, logits)
+        if self._label_entry not in parts.choices:
+            raise ValueError(
+                f"batch {self._batches - 1} (counted from 0) has no integers in entry {self._label_entry}; expected "
+                "labels there, as in the batches before it"
+            )
+        return parts.choices[self._label_entry]
+
+    def _wanted(self, parts: Fields, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the labels (M,) and a mask of the rows to keep (M,), on the CPU."""
+        shape = logits.shape
         keep = torch.ones(shape[:-1], dtype=torch.bool)
         if parts.mask is not None and parts.mask.shape == keep.shape:
             keep = parts.mask.cpu() != 0
-        labels = parts.labels
+        labels = self._labels(parts, logits)
         if labels is None:
             return None, keep.flatten()
         check_labels(torch.zeros_like(labels) if isinstance(labels, Tensor) else labels, shape)
         labels = labels.to("cpu", torch.int64)
-        has_class = labels != _IGNORED
+        has_class = labels != IGNORED
         if parts.ids is not None and has_class.any() and _agree(labels, parts.ids, has_class):
             raise ValueError(
                 "labels are the input_ids of the batch, as for language models that shift labels by themselves; "
@@ -120,8 +131,10 @@ class Reader:
                 "torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)], dim=1)"
             )
         keep = keep & has_class
-        remedy = f"Samples to leave out have the label {_IGNORED}"
+        remedy = f"Samples to leave out have the label {IGNORED}"
         check_labels(labels.masked_fill(~keep, 0), shape, offset=self._seen, remedy=remedy)
+        if not self._seen:
+            check_not_row_numbers(labels.flatten(), logits)
         self._seen += labels.numel()
         return labels.flatten(), keep.flatten()
 
@@ -144,26 +157,26 @@ def _cast(name: str, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return cast
 
 
-def _parts(batch: Any) -> _Parts:
-    """Split a batch into inputs by position and by keyword, labels, attention mask and token ids."""
-    if isinstance(batch, Tensor):
-        return _Parts((batch,), {})
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return _Parts((batch[0],), {}, batch[1] if len(batch) > 1 else None)
-    if isinstance(batch, Mapping):
-        label = next((key for key in _LABEL_KEYS if key in batch), None)
-        inputs = {key: value for key, value in batch.items() if key != label and isinstance(value, Tensor)}
-        facts = None if label is None else batch[label], inputs.get("attention_mask"), inputs.get("input_ids")
-        if len(inputs) == 1:
-            return _Parts(tuple(inputs.values()), {}, *facts)
-        if inputs:
-            return _Parts((), inputs, *facts)
-    kind = type(batch).__name__
-    if isinstance(batch, Mapping):
-        kind += f" with keys {list(batch)} and no input tensor"
-    elif isinstance(batch, tuple | list) and batch:
-        kind += f" that begins with a {type(batch[0]).__name__}"
-    raise TypeError(f"batch is a {kind}; expected a tensor, (tensor, labels), or a dict of tensors and labels")
+def check_loader(loader: Any) -> None:
+    """Raise a TypeError for a data set, one batch, or something else that gives no batches."""
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(
+            f"loader is {described(loader)}, a data set, whose items are samples; expected an iterable of batches. "
+            "Pass torch.utils.data.DataLoader(dataset, batch_size=64), or batch_size=None if its items are batches"
+        )
+    tensors = [x for x in loader if isinstance(x, Tensor)] if isinstance(loader, tuple | list) else []
+    # The batches of a loader have one dtype; inputs and labels have two.
+    pair = len(tensors) > 1 and len({x.is_floating_point() for x in tensors}) > 1
+    if pair or isinstance(loader, Tensor | Mapping | str | bytes | Activations) or hasattr(loader, "__array__"):
+        kind = "one batch" if pair or isinstance(loader, Mapping) else described(loader)
+        raise TypeError(
+            f"loader is {kind}; expected an iterable of batches. Pass [batch], or for inputs that are too many for one "
+            "batch torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs), batch_size=64)"
+        )
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"loader is {described(loader)}; expected an iterable of batches, such as a torch.utils.data.DataLoader"
+        )
 
 
 # --- The share of a process ---------------------------------------------------------------------------------

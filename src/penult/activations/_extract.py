@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from penult import io
 from penult._checks import check_integer, class_names_tuple, described
 from penult._progress import Progress, reporting
 from penult.activations._activations import Activations
-from penult.activations._batch import Reader, length_of, share_of
+from penult.activations._batch import Reader, check_loader, length_of, share_of
 from penult.activations._blocks import Memory
 from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
 from penult.activations._tap import Tap
 from penult.activations._writer import SHARD_SIZE, Writer, check_batch, check_record, checksum, refusal, write_index
-from penult.head import _evaluating, _refuse_unrectified
+from penult.head import _evaluating, _refuse_unrectified, _unwrap
 from penult.io import _user_path
 from penult.processes import Processes
 
@@ -47,9 +48,15 @@ def extract(
     A batch may be
 
     - a tensor: the model's input;
-    - a tuple or list: the model's input and the labels, or None for no labels. Further entries are ignored;
-    - a mapping, also a Hugging Face BatchEncoding or BatchFeature: the labels are under ``"labels"``, ``"label"`` or
-      ``"y"``, if any. All other tensors are inputs: one is passed by position, several are passed by keyword.
+    - a tuple or list: the model's input and the labels, or None for no labels. If there are further entries and several
+      are integers, as in (image, index, label), the labels are the one whose values repeat or are predicted by the
+      model; if that is not one of them, it is an error. Other entries are ignored;
+    - a mapping, also a Hugging Face BatchEncoding or BatchFeature: the labels are under ``"labels"``, ``"label"``,
+      ``"targets"``, ``"target"`` or ``"y"``, if any. One other tensor is the input. Of several, those are passed by
+      keyword that the model's forward names, and the input may have a usual name such as ``"image"``; others, such as
+      an index, are left out.
+
+    Arrays of NumPy are taken for tensors.
 
     Logits (B, T, K) for tokens or (B, H, W, K) for pixels count as that many samples, with labels (B, T) or (B, H, W).
     Samples are left out if their label is -100, or if an ``attention_mask`` of the shape of the samples is 0 there.
@@ -65,9 +72,9 @@ def extract(
     same call. A run that was stopped is resumed by the same number of processes. Nobody else may write to the folder.
 
     Args:
-        tap: The model with its head.
+        tap: The model with its head. Wrappers such as torch.compile are removed.
         loader: Batches: a DataLoader or any iterable, in the same order each time. They are moved to the model's
-            device.
+            device. A data set is no loader: pass ``DataLoader(dataset, batch_size=64)``.
         out: Folder that is new, empty, or of an extraction; None keeps the rows in memory.
         device: Device of rows in memory. Default: the CPU.
         dtype: Dtype of activations and logits, for example ``torch.float16``. Default: that of the model.
@@ -87,16 +94,21 @@ def extract(
     Returns:
         All activations and logits, and all labels if the batches have them; with `out`, ``Activations.open(out)``.
 
+    Warns:
+        UserWarning: Labels are taken from an entry other than the second, or are like row numbers; or fields of a
+            mapping are left out and there are no labels.
+
     Raises:
         FileExistsError: `out` contains other files and no activations.
         RuntimeError: Another process is writing to `out`; or, with `pre_activation`, the input of the head is not
             max(u, 0).
-        TypeError: `tap` is not a Tap, a batch is of another kind, labels are not integers, or a dtype is not floating.
-        ValueError: The head does not give the model's logits, as after further training; there is no batch; labels are
-            in some batches only, of a wrong shape or out of range; labels are the input_ids; a value is too large for
-            `dtype`; the number of class names is wrong; `pre_activation` is set and no ReLU stands right before the
-            head; or `out` was written with other arguments, another model, another loader or another number of
-            processes.
+        TypeError: `tap` is not a Tap, `loader` is a data set or one batch, a batch is of another kind or one sample,
+            the inputs of a mapping are not known, labels are not integers, or a dtype is not floating.
+        ValueError: The head does not give the model's logits, as after further training; there is no batch; several
+            entries of a batch may be the labels; labels are in some batches only, of a wrong shape or out of range;
+            labels are the input_ids; a value is too large for `dtype`; class names do not fit the classes;
+            `pre_activation` is set and no ReLU stands right before the head; or `out` was written with other arguments,
+            another model, another loader or another number of processes.
         penult.io.FileFormatError: A file in `out` is damaged.
 
     Example:
@@ -115,11 +127,14 @@ def extract(
         >>> torch.allclose(model[2](acts.activations.clamp(min=0)), acts.logits)
         True
     """
-    if not isinstance(tap, Tap):
+    inner = _unwrap(tap) if isinstance(tap, nn.Module) else tap
+    if not isinstance(inner, Tap):
         raise TypeError(
             f"tap is {described(tap)}; expected a penult.Tap. Make one of the model: "
             "penult.Tap(model, penult.find_head(model, batch))"
         )
+    tap = inner
+    check_loader(loader)
     names = None if class_names is None else class_names_tuple(class_names, tap.head.num_classes)
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, final
 
 import torch
@@ -17,14 +18,15 @@ __all__ = ["Tap"]
 class Tap(nn.Module):
     """Module that runs a model and returns its penultimate activations too: x -> (h, logits), differentiable.
 
-    The model runs unchanged, in the mode that it is in. Hooks record the inputs of the head during one call and are
-    removed after it, also if the model raises. The last axis of the logits is the class and the last axis of h the
-    dimension, for every order of axes in the model, and both have the positions of the logits: (B, H, W, d) and
-    (B, H, W, K) for a pixel-wise head, (B, T, d) and (B, T, K) for one that reads tokens, (B, d) and (B, K) if the
-    model pools or selects tokens after its head. ``tap.axes`` names the axes. For a head with a folded norm layer, h is
-    the vector before that layer's gain and offset, so that ``head(h)`` gives the logits (for a model that returns
-    log-probabilities, up to one number per sample). If a ReLU stands right before the head, `pre_activation` returns
-    the input of the ReLU instead of h.
+    The model runs unchanged, in the mode that it is in. It gets copies of lists, dicts and other objects among its
+    arguments, so that a cache of keys and values does not grow in the caller's hands. Hooks record the inputs of the
+    head during one call and are removed after it, also if the model raises. The last axis of the logits is the class
+    and the last axis of h the dimension, for every order of axes in the model, and both have the positions of the
+    logits: (B, H, W, d) and (B, H, W, K) for a pixel-wise head, (B, T, d) and (B, T, K) for one that reads tokens, (B,
+    d) and (B, K) if the model pools or selects tokens after its head. ``tap.axes`` names the axes. For a head with a
+    folded norm layer, h is the vector before that layer's gain and offset, so that ``head(h)`` gives the logits (for a
+    model that returns log-probabilities, up to one number per sample). If a ReLU stands right before the head,
+    `pre_activation` returns the input of the ReLU instead of h.
 
     ``torch.compile(tap)`` works if it does for the model. If the head is computed in the model's own forward and not in
     a layer, all operations of the forward are observed, and `nn.TransformerEncoder` then takes its ordinary path
@@ -73,6 +75,7 @@ class Tap(nn.Module):
                     "head was found with. The head belongs to another model"
                 )
         self._shared = _shared(self.model, head)
+        self._warned = False
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -101,6 +104,7 @@ class Tap(nn.Module):
         if not torch.compiler.is_compiling():
             # The model may have been moved, or its state loaded, outside of the tap.
             self._share()
+            self._warn_of_training_mode()
         return _capture_forward(self.model, self.head.certificate, args, kwargs, head=self.head)
 
     def pre_activation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -141,11 +145,26 @@ class Tap(nn.Module):
         _refuse_unrectified(self.head.certificate)
         # The model may have been moved, or its state loaded, outside of the tap.
         self._share()
+        self._warn_of_training_mode()
         run = _capture_forward
         # Nothing is compiled before torch._dynamo is imported, which takes seconds.
         if "torch._dynamo" in sys.modules:
             run = torch.compiler.disable(_capture_forward)
         return run(self.model, self.head.certificate, args, kwargs, pre_activation=True, head=self.head)
+
+    def _warn_of_training_mode(self) -> None:
+        """Warn once if activations are read without gradients while layers behave as in training."""
+        if self._warned or torch.is_grad_enabled() or not self.model.training:
+            return
+        kinds = sorted({type(module).__name__ for module in self.model.modules() if _behaves_as_in_training(module)})
+        if kinds:
+            self._warned = True
+            warnings.warn(
+                f"the model is in training mode and gradients are off: {', '.join(kinds)} then use the statistics of "
+                "the batch, or set values to zero at random. Call tap.eval() first",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Tap:
         super()._apply(fn, recurse)
@@ -154,7 +173,8 @@ class Tap(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        # Pickles of version 0.1 have no such entry.
+        super().__setstate__({"_warned": False, **state})
         # Pickle and copy create a tensor for the model and another for the head.
         self._share()
 
@@ -167,6 +187,12 @@ class Tap(nn.Module):
                 continue
             if tensor.data_ptr() != current.data_ptr():
                 setattr(self.head, name, tensor.detach().as_strided(*layout))
+
+
+def _behaves_as_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.training and module.p > 0
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
 
 
 def _shared(model: nn.Module, head: Head) -> dict[str, tuple[Any, ...]]:

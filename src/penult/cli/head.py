@@ -85,6 +85,8 @@ def head(
         "certificate": None if found_head.certificate is None else asdict(found_head.certificate),
     }
     reporter.line(str(found_head.certificate or found_head))
+    if not is_file(model) and weights is None:
+        reporter.line("  weights as the factory makes them; pass --weights for trained ones")
     reporter.line(f"  rank    {found_head.rank} dimensions of span(W), which the softmax depends on")
     if out is not None:
         pair = load_pair(model, weight_key, bias_key) if is_file(model) else GenerativePair(found_head)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from penult._row_blocks import readable
+from penult.head._arguments import own_arguments
 from penult.head._certificate import HeadCertificate
 from penult.head._match import Layout
 from penult.head._model import compiled_parts_eager, has_compiled_parts, logits_of, tensor_at
@@ -36,8 +37,8 @@ def capture(
 ) -> tuple[Tensor, Tensor]:
     """Run a model and return activations (*S, d) and logits (*S, K), classes last, as part of the autograd graph.
 
-    The model's training mode is not changed. With `pre_activation`, for a rectified head, u is returned instead of
-    h = max(u, 0).
+    The model's training mode and the arguments are not changed. With `pre_activation`, for a rectified head, u is
+    returned instead of h = max(u, 0).
 
     Warns:
         UserWarning: The product's W differs from that of `head`, apart from its temperature; its version changes.
@@ -50,6 +51,7 @@ def capture(
     compiling = torch.compiler.is_compiling()
     if compiling and certificate.forward_call is None:
         raise RuntimeError("this head was found by an older penult: find it again to compile its tap")
+    args, kwargs = own_arguments(args, kwargs)
     watch = _Watch(model, certificate, compiling=compiling, pre_activation=pre_activation)
     # torch.compile cannot trace hooks, and a position is picked, or rectified, outside of the head's module.
     if pre_activation:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from penult._checks import check_finite
 from penult._row_blocks import blocks, rows_in_double
+from penult.head._arguments import own_arguments
 from penult.head._capture import capture
 from penult.head._certificate import UNMIXED, HeadCertificate, Kind, Support
 from penult.head._foreign import in_memory, is_real
@@ -48,7 +49,8 @@ def find_head(
     map are recognised, because they commute with the head. Tensors that are not dense arrays of real numbers (complex,
     integer, nested, sparse, quantised, offloaded) are not read, and do no harm elsewhere in the model. The head must
     then reproduce a second batch: the first one reversed, with floats multiplied by 0.7. The model's training flags,
-    buffers and hooks and the random number generators are restored.
+    buffers and hooks and the random number generators are restored, and it gets copies of lists, dicts and other
+    objects among the arguments, such as caches.
 
     If a LayerNorm or RMSNorm is right before the head (ignoring dropout, casts, views such as a class token, and a
     mean over positions), its gain and offset are folded into the head: the weight becomes W diag(gamma), the bias
@@ -85,7 +87,8 @@ def find_head(
     with untouched(model), compiled_parts_eager(model):
         with Recorder(model) as recorder:
             try:
-                output = model(*args, **kwargs)
+                own_args, own_kwargs = own_arguments(args, kwargs)
+                output = model(*own_args, **own_kwargs)
             except Exception as error:
                 if not any(isinstance(value, Mapping) for value in args):
                     raise
