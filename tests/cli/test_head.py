@@ -44,6 +44,12 @@ def test_what_it_prints(here):
     assert done.exit_code == 0
     assert "path=fc  linear 64->10  residual=0  support: orthant (>=0)" in done.stdout
     assert "rank    9 dimensions" in done.stdout
+    told = "weights as the factory makes them; pass --weights for trained ones"
+    assert told in done.stdout
+    options = ["--weights", "digits.safetensors", "--shape", "1,8,8"]
+    done = CliRunner().invoke(app, ["head", "usernets:trained", *options])
+    assert done.exit_code == 0
+    assert told not in done.stdout
 
 
 def test_heads_in_files(penult_json):
