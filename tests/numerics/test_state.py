@@ -129,3 +129,44 @@ def test_other_processes_give_the_same_numbers(problem):
         results = [pool.apply_async(call, (subject,)) for call, subject in cases]
         for (call, subject), result in zip(cases, results, strict=True):
             assert torch.allclose(result.get(120), call(subject), rtol=1e-6, atol=1e-6), subject
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+LAWS = {
+    "weighted": lambda head, rows: penult.Sphere(
+        torch.linspace(0.5, 2, 7, dtype=rows.dtype), log_weights=rows.flatten()[:7]
+    ),
+    "round": lambda head, rows: penult.Sphere.fit(head, rows),
+    "centered": lambda head, rows: penult.Sphere.fit(head, rows, shape="centered", ambient=False),
+    "full": lambda head, rows: penult.Gaussian.fit(head, rows),
+    "diag": lambda head, rows: penult.Gaussian.fit(head, rows, covariance_type="diag"),
+    "class": lambda head, rows: penult.Marginal.fit(head, rows, kind="class"),
+    "bank": lambda head, rows: penult.Marginal.fit(head, rows, kind="bank"),
+    "flow": lambda head, rows: penult.Marginal(
+        head, penult.distributions.NormalizingFlow.fit(rows, epochs=1, components=4, dims=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("moved", [None, torch.float32, torch.float64, torch.bfloat16])
+def test_a_file_holds_a_pair_to_the_last_bit(law, dtype, moved, tmp_path):
+    g = torch.Generator().manual_seed(1)
+    head = penult.Head(torch.randn(4, 6, generator=g, dtype=dtype), torch.randn(4, generator=g, dtype=dtype))
+    pair = penult.GenerativePair(head, LAWS[law](head, torch.randn(150, 6, generator=g, dtype=dtype)))
+    pair = pair if moved is None else pair.to(moved)
+    read = penult.load(pair.save(tmp_path / "pair.safetensors"))
+    old, new = dict(pair.named_buffers()), dict(read.named_buffers())
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        torch.testing.assert_close(new[name], tensor, rtol=0, atol=0, msg=name)
+    (h, y), again = (each.sample((9,), generator=torch.Generator().manual_seed(0)) for each in (pair, read))
+    assert torch.equal(h, again[0])
+    assert torch.equal(y, again[1])
+    assert torch.equal(pair.prior.logits, read.prior.logits)
+    assert torch.equal(pair.posterior(h).logits, read.posterior(h).logits)
+    if pair.base.info.has_density:
+        assert torch.equal(pair.log_prob(h), read.log_prob(h))

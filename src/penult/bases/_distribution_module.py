@@ -50,7 +50,8 @@ class Law(nn.Module):
             self._options = {name: bool(getattr(sampler, name)) for name in _OPTIONS[self._kind]}
             for name in (*self._kind.arg_constraints, *_OPTIONAL.get(self._kind, ())):
                 tensor = getattr(sampler, name)
-                self.register_buffer(name, None if tensor is None else tensor.detach())
+                # Products of tensors with other strides, which files do not keep, are rounded in another way.
+                self.register_buffer(name, None if tensor is None else tensor.detach().contiguous())
         else:
             # Assigning a module registers it as a submodule.
             self._held: Any = sampler

@@ -97,8 +97,16 @@ class Base(nn.Module, abc.ABC):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], head: Head) -> Base:
-        """Rebuild a saved base of a pair with ``head``. Default: pass config and buffers to the constructor."""
-        return cls(**config, **tensors)
+        """Rebuild a saved base of a pair with ``head``. Default: pass config and buffers to the constructor.
+
+        The buffers are then those of the file to the last bit, also if the constructor normalises its arguments.
+        """
+        base = cls(**config, **tensors)
+        for name, tensor in tensors.items():
+            buffer = dict(base.named_buffers()).get(name)
+            if buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype):
+                setattr(base, name, tensor)
+        return base
 
     def _apply(self, fn: Any, recurse: bool = True) -> Base:
         """Apply a function to all buffers, and keep floating ones in float32 or wider."""

@@ -58,7 +58,7 @@ class Gaussian(Base):
         check_finite("covariance_matrix", covariance_matrix)
         dtype = torch.promote_types(torch.promote_types(loc.dtype, covariance_matrix.dtype), torch.float32)
         self.register_buffer("loc", loc.detach().to(dtype))
-        self.register_buffer("covariance_matrix", covariance_matrix.detach().to(dtype))
+        self.register_buffer("covariance_matrix", covariance_matrix.detach().to(dtype).contiguous())
         self.register_buffer("scale_tril", _cholesky(self.covariance_matrix), persistent=False)
 
     @classmethod
@@ -166,6 +166,12 @@ class Gaussian(Base):
     def extra_repr(self) -> str:
         """Return the shapes, for ``print``."""
         return f"loc={tuple(self.loc.shape)}, covariance_matrix={tuple(self.covariance_matrix.shape)}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Gaussian:
+        super()._apply(fn, recurse)
+        # A base that is read from a file computes the factor from the covariance, so that it is the same to the bit.
+        self.scale_tril = _cholesky(self.covariance_matrix)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

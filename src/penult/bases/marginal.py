@@ -341,6 +341,7 @@ class Marginal(Base):
                 f"distribution has event shape {tuple(law.sampler.event_shape)}; expected ({head.in_features},)"
             )
         base._hold(head, tensors["bias"].to(head.weight), law, config["samples"], config["seed"])
+        base.bias = tensors["bias"]
         for name in ("log_prior", "standard_error"):
             value = tensors[name]
             if value.shape != (head.num_classes,) or not value.is_floating_point() or not bool(value.isfinite().all()):

@@ -98,9 +98,9 @@ class NormalizingFlow(nn.Module):
             raise ValueError("base must be neither rectified nor expanded; pass rectified=True to the flow itself")
         self.rectified = bool(rectified)
         for name, value in parameters.items():
-            self.register_buffer(name, value.detach().clone())
+            self.register_buffer(name, _copy(value))
         for name in PARTS:
-            self.register_buffer(f"base_{name}", getattr(base, name).detach().clone())
+            self.register_buffer(f"base_{name}", _copy(getattr(base, name)))
 
     @classmethod
     def fit(
@@ -307,3 +307,8 @@ class NormalizingFlow(nn.Module):
     def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, PrincipalMixture]:
         base = mixture_of(getattr(self, f"base_{name}").to(dtype) for name in PARTS)
         return self.loc.to(dtype), self.scale.to(dtype), self.knots.to(dtype), base
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # Products of tensors with other strides, which files do not keep, are rounded in another way.
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
