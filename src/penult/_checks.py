@@ -59,7 +59,7 @@ def described(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Remedy:
-    """The parameter that avoids an error, as data for callers whose users know it by another name.
+    """Parameter that avoids an error. It is stored so that a caller can put the name known to its own users.
 
     Attributes:
         reason: The message without the parameter.
@@ -126,7 +126,7 @@ def check_not_negative(name: str, value: Any) -> float:
 
 
 def check_between(name: str, value: Any, low: float = 0, high: float = 1, *, inclusive: bool = False) -> float:
-    """Return a number as a float; raise unless it lies between two others, which `inclusive` admits as well."""
+    """Return a number as a float; raise unless it lies between two others; `inclusive` allows the two as well."""
     want = (
         f"a number from {low:g} to {high:g}" if inclusive else f"a number between {low:g} and {high:g}, neither of them"
     )
@@ -155,7 +155,7 @@ def as_size(shape: Any) -> torch.Size:
     """Return a shape as a torch.Size; an integer n stands for (n,), as in NumPy.
 
     Raises:
-        TypeError: It is neither an integer nor a sequence of integers.
+        TypeError: The shape is neither an integer nor a sequence of integers.
     """
     return torch.Size((int(shape),)) if isinstance(shape, numbers.Integral) else torch.Size(shape)
 
@@ -163,8 +163,8 @@ def as_size(shape: Any) -> torch.Size:
 def validates_by_default() -> bool:
     """Whether distributions check values by default, as ``Distribution.set_default_validate_args`` says.
 
-    The first use of torch.compile turns that switch off for good in the whole process. This is no wish of the user, so
-    it is not followed: pass ``validate_args=False`` in such a process.
+    The first use of torch.compile turns that switch off for good in the whole process. The user did not ask for this,
+    so it is ignored: pass ``validate_args=False`` in such a process.
     """
     if Distribution._validate_args:
         return True
@@ -280,11 +280,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def usable_device(name: str, device: Any) -> torch.device:
-    """Return a device; raise if there is no such device, or none here.
+    """Return a device; raise if it does not exist or cannot be used on this machine.
 
     Raises:
         TypeError: `device` is neither a device nor the name of one.
-        ValueError: It cannot be used here.
+        ValueError: The device cannot be used on this machine.
     """
     want = 'a device of this machine, such as "cpu"'
     try:
@@ -332,8 +332,8 @@ def integer_labels(
         remedy: What to do about labels that are out of range, as a sentence.
 
     Raises:
-        TypeError: They are not integers.
-        ValueError: Their shape differs, or one is out of range.
+        TypeError: The labels are not integers.
+        ValueError: The labels have another shape, or a label is out of range.
     """
     if not isinstance(labels, Tensor):
         try:
@@ -363,7 +363,7 @@ def integer_labels(
 
 
 def index_of(index: Any) -> Any:
-    """Widen an index of integers to int64 and return any other index unchanged, so that only bool tensors are masks."""
+    """Convert an integer index to int64, since torch takes uint8 for a mask; return any other index unchanged."""
     return index.to(torch.int64) if isinstance(index, Tensor) and index.dtype in _INTEGERS else index
 
 
@@ -425,7 +425,7 @@ def _in_order(names: Mapping[Any, Any], argument: str) -> list[Any]:
 
 
 def is_chance_level(accuracy: float, count: int, num_classes: int) -> bool:
-    """Whether an accuracy over `count` rows is within three standard errors of guessing, or below."""
+    """Whether an accuracy over `count` rows is at most three standard errors above that of guessing."""
     chance = 1 / num_classes
     return accuracy <= chance + 3 * math.sqrt(chance * (1 - chance) / count)
 
@@ -434,7 +434,7 @@ def is_chance_level(accuracy: float, count: int, num_classes: int) -> bool:
 
 
 def check_weight(weight: Tensor, empty_rows: bool = False) -> None:
-    """Raise unless W is a finite floating tensor (K, d) with K >= 2 and no row of zeros; `empty_rows` admits some."""
+    """Raise unless W is a finite floating tensor (K, d), K >= 2; some rows may be zero if `empty_rows`."""
     check_floating("weight", weight, "(K, d)")
     if weight.is_meta:
         raise ValueError(

@@ -23,7 +23,7 @@ _PREFIX = "_table_"
 
 
 class DerivedTensors(nn.Module):
-    """Module with a head and a base, which keeps tensors that are derived from both.
+    """Module with a head and a base, which caches tensors that are computed from both.
 
     A derived tensor is computed at its first use and again after a buffer of the base was replaced or changed.
     The head must not change: `_check_current` raises once its weights did. Changes are seen by version counters, by a
@@ -47,7 +47,8 @@ class DerivedTensors(nn.Module):
 
         Args:
             name: Name of the tensor, unique in this pair.
-            make: Computes it from this pair. A function of a module or a class, so that torch.compile can call it.
+            make: Function that computes the tensor from this pair. For torch.compile it must belong to a module or a
+                class.
 
         Raises:
             RuntimeError: The head's weights changed after the pair was made.
@@ -80,7 +81,7 @@ class DerivedTensors(nn.Module):
         return entry[1]
 
     def _compute_while_tracing(self, name: str, make: Callable[[Any], Tensor]) -> None:
-        """Compute a derived tensor unless it is kept; torch.compile runs this and does not trace it."""
+        """Compute a derived tensor unless it is cached; torch.compile runs this and does not trace it."""
         self._computed_once(name, make)
 
     # The public torch.compiler.assume_constant_result sets the same flag, but imports torch._dynamo.
@@ -89,7 +90,7 @@ class DerivedTensors(nn.Module):
     # --- changes of head and base ---------------------------------------------------------------------------
 
     def _remember(self) -> None:
-        """Take the head as it is for current, and forget all derived tensors."""
+        """Record the present version of the head, and forget all derived tensors."""
         self._head_version: tuple[int, ...] | None = self.head.version
         self._head_tensors = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
         self._forget()
@@ -153,7 +154,7 @@ def _attribute(name: str) -> str:
 def _unchanged(
     seen: list[tuple[Tensor, tuple[int, int]]], buffers: list[Tensor], states: list[tuple[int, int]]
 ) -> bool:
-    """Whether the buffers are the same tensors as those seen, in the same states.
+    """Whether the buffers are the tensors recorded earlier, in the same states.
 
     Inference tensors have no version counter (-1), so they never match.
     """

@@ -13,10 +13,10 @@ def extra(module: str, purpose: str) -> Any:
 
     Args:
         module: Full name of the module.
-        purpose: Why it is needed, the first part of the message.
+        purpose: What the module is needed for; the message of the error begins with it.
 
     Raises:
-        ImportError: It is not installed; the message gives the purpose and the command that installs it.
+        ImportError: The package is not installed; the message gives the purpose and the command that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -16,12 +16,12 @@ _SECONDS_BETWEEN_LINES = 10
 
 @contextmanager
 def reporting(progress: Progress | bool | None, streams: bool, unit: str = "batches") -> Iterator[Progress]:
-    """Give a function to call after each step, with the number of steps done and their total.
+    """Yield a function to call after each step, with the number of steps done and the total number.
 
     Args:
-        progress: True for a bar on stderr, False for no report, or a function of the same arguments. None: a bar if
-            `streams` is set and stderr is a terminal.
-        streams: Whether None may mean a bar.
+        progress: True for a bar on stderr, False for no report, or a function that is called instead, with the same
+            arguments. None: a bar if `streams` is set and stderr is a terminal.
+        streams: Whether to show a bar on a terminal if `progress` is None.
         unit: Name of the steps in the bar.
     """
     if progress is None:

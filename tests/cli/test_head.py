@@ -109,7 +109,7 @@ def test_paths_as_people_write_them(here, penult_json, monkeypatch):
         (["usernets:trained", "--shape", "1,8,8", "--weights", "two.safetensors"], "does not fit the model"),
         (["usernets:trained", "--shape", "1,8,8", "--weights", "pickled.pth"], "reads no pickles"),
         (["usernets:probabilities", "--data", "digits"], "a softmax inside the model"),
-        (["two.safetensors"], "no unambiguous head; name it with --weight-key"),
+        (["two.safetensors"], "is the head; name it with --weight-key"),
         (["two.safetensors", "--weight-key", "c.weight"], "no tensor 'c.weight'"),
         (["gone.safetensors"], "does not exist"),
         (["pickled.pth"], "pickle"),

@@ -148,7 +148,7 @@ def test_folders_that_are_refused(tree, tmp_path_factory, make):
         folder(tree / "README.md")
     (tree / "ant").mkdir()
     (tree / "bee" / "x").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"classes without an image: ant, bee; expected images in each folder\. Put"):
+    with pytest.raises(ValueError, match=r"classes without an image: ant, bee; expected images in each folder\. Move"):
         folder(tree)
     make.grey(1).save(tree / "loose.png")
     with pytest.raises(ValueError, match=r"both folders \(Eel, ant, bee\) and images \(loose.png\)"):

@@ -61,7 +61,7 @@ class Activations:
         logits: (N, K).
         labels: (N,) int64 in 0..K-1, or None. Reading them reads no activations.
         class_names: K names, or None.
-        pre_activation: As given.
+        pre_activation: The argument.
 
     Raises:
         TypeError: Activations or logits are not floating, labels are not integers, or names are not strings.
@@ -127,8 +127,8 @@ class Activations:
 
         Raises:
             FileNotFoundError: There is no such folder.
-            penult.io.FileFormatError: The folder is incomplete (its writer was killed), damaged, of another program or
-                of a newer penult.
+            penult.io.FileFormatError: The folder is incomplete (its writer was killed) or damaged, or was written by
+                another program or a newer penult.
 
         Example:
             >>> import tempfile
@@ -149,7 +149,7 @@ class Activations:
                 and all or none are pre-activations.
 
         Raises:
-            ValueError: There is no part, or one differs from the first.
+            ValueError: `parts` is empty, or a part does not have the same properties as the first.
 
         Example:
             >>> acts = Activations(torch.zeros(2, 3), torch.zeros(2, 2))

@@ -1,4 +1,4 @@
-"""Batches of a loader: their inputs and labels, the rows of activations of each, and the share of a process."""
+"""Batches of a loader: their inputs and labels, their activations, and the batches that each process reads."""
 
 from __future__ import annotations
 
@@ -183,11 +183,11 @@ def check_loader(loader: Any) -> None:
 
 
 def share_of(loader: Iterable[Any], processes: Processes) -> tuple[int, Iterable[Any]]:
-    """Return the number of a process's first batch, and its batches.
+    """Return the index of the first batch that this process reads, and the batches that it reads.
 
     Raises:
         TypeError: Several processes share the work, and the loader has no length.
-        ValueError: The order of the loader differs between processes, or it contains a part of the data only.
+        ValueError: The order of the loader differs between processes, or the loader reads only a part of the data.
     """
     if processes.count == 1:
         return 0, loader

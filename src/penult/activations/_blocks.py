@@ -1,4 +1,4 @@
-"""Blocks of rows of activations: in memory, in a shard on disk, or several of these."""
+"""Blocks of rows of activations: in memory, in a shard on disk, or a concatenation of these."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Facts:
 
 
 class Block(Protocol):
-    """Rows in order."""
+    """Rows of activations in a fixed order, wherever they are stored."""
 
     @property
     def facts(self) -> Facts:
@@ -68,7 +68,7 @@ class Block(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Rows in memory."""
+    """Rows that are tensors in memory."""
 
     activations: Tensor
     logits: Tensor
@@ -102,7 +102,7 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Rows of a file, which is open only while it is read."""
+    """Rows of one file; the file is open only while it is read."""
 
     path: Path
     facts: Facts
@@ -203,7 +203,7 @@ def load(block: Block) -> Memory:
 
 
 def one(blocks: Sequence[Block]) -> Block:
-    """Join at least one block into one."""
+    """Concatenate one or more blocks."""
     if len(blocks) == 1:
         return blocks[0]
     leaves = [leaf for block in blocks for leaf in block.leaves]

@@ -30,7 +30,7 @@ _DTYPES = {
 
 
 class Part(NamedTuple):
-    """Number of a process that writes to a folder, and the number of processes."""
+    """One of the processes that write to a folder: its number, and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -116,8 +116,8 @@ def finished(folder: Path) -> Stored:
 
     Raises:
         FileNotFoundError: There is no such folder.
-        FileFormatError: It has no index, or the index is damaged, of another program or of a newer penult; or a shard
-            is smaller than the index says.
+        FileFormatError: The folder has no index; the index is damaged, or written by another program or a newer penult;
+            or a shard is smaller than the index says.
     """
     folder = folder.absolute()
     if folder.is_dir() and not (folder / io.INDEX_NAME).exists():
@@ -139,7 +139,7 @@ def unfinished(folder: Path, part: Part) -> Stored:
     """Read the whole shards of one writer; the index of the folder is ignored.
 
     Raises:
-        FileFormatError: A shard is damaged, or their numbers are not consecutive.
+        FileFormatError: A shard is damaged, or the numbers of the shards are not consecutive.
     """
     folder = folder.absolute()
     names = shards_in(folder, part)
@@ -211,7 +211,7 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
 
 @contextmanager
 def writing(folder: Path, processes: Processes, overwrite: bool) -> Iterator[Part]:
-    """Create and lock a folder for these processes alone, and remove half-written files of killed ones.
+    """Create a folder and lock it for these processes, and remove half-written files of killed processes.
 
     Args:
         folder: The folder.
@@ -225,7 +225,7 @@ def writing(folder: Path, processes: Processes, overwrite: bool) -> Iterator[Par
         FileExistsError: The folder contains other files and no activations.
         NotADirectoryError: The folder is a file.
         RuntimeError: Another process is writing the part.
-        ValueError: It contains shards of another number of processes.
+        ValueError: The folder contains shards that another number of processes wrote.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; expected a folder")
@@ -268,7 +268,7 @@ def _locking(folder: Path, path: Path) -> Iterator[None]:
 
 
 def _clear(folder: Path, part: Part, overwrite: bool) -> None:
-    """Remove half-written files, with `overwrite` all activations; raise unless the other shards can be resumed."""
+    """Remove half-written files, or all activations with `overwrite`; raise if the shards cannot be resumed."""
     for temporary, name in io.leftovers(folder).items():
         if name == io.INDEX_NAME or _SHARD_NAME.fullmatch(name):
             temporary.unlink()

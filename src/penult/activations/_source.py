@@ -28,17 +28,17 @@ _LOGITS = 1 << 24  # of a block
 class ActivationSource:
     """Rows of activations (N, d), as a tensor, an array or `Activations` that need not fit in memory.
 
-    Iterating gives blocks (n, d) as the head reads them: of pre-activations their positive part. Where processes share
-    the rows, each iterates over its own share; everything else is of all rows, and the same in all processes.
+    Iterating yields blocks (n, d) as the head reads them: max(u, 0) if the rows are pre-activations u. Where processes
+    share the rows, each iterates over its own share; everything else is of all rows, and the same in all processes.
 
     Args:
         activations: Floating tensor or array (N, d), or `Activations`.
         head: Head that reads them: it fixes d, and rows are moved to its device. None: any d, and rows stay where they
             are.
         labels: Labels (N,) of any integer dtype, or None.
-        name: What messages call the activations.
+        name: Name of the activations in messages.
         min_rows: Fewest rows.
-        dtype: Dtype that rows are converted to; ``"wide"`` for float32 or wider; None for that which they have.
+        dtype: Dtype that rows are converted to; ``"wide"`` for float32 or wider; None keeps their dtype.
         group: Processes that share the rows; each passes the same head and activations.
 
     Attributes:
@@ -47,8 +47,8 @@ class ActivationSource:
         dtype: Dtype of the blocks.
         class_names: Names that the `Activations` have, or None.
         declared: Whether the `Activations` say that they are pre-activations.
-        rectified: Whether blocks are the positive part of the rows: where `declared`, or where the head's certificate
-            says that a ReLU stands right before the head and a row has a negative value.
+        rectified: Whether the rows are pre-activations u, so that blocks are max(u, 0): if `declared`, or if a value is
+            negative and the head's certificate says that a ReLU stands right before the head.
         minimum: Smallest value.
         zeros: Fraction of values that are exactly zero.
 
@@ -109,18 +109,18 @@ class ActivationSource:
 
     @property
     def head(self) -> Head:
-        """The head that reads the rows, of a source that has one."""
+        """The head that reads the rows. Use it only if the source was made with a head."""
         assert self._head is not None
         return self._head
 
     @property
     def labels(self) -> Tensor:
-        """Labels (N,), int64 on the CPU, of a source that has them."""
+        """Labels (N,), int64 on the CPU. Use them only if the source was made with labels."""
         assert self._labels is not None
         return self._labels
 
     def with_labels(self, labels: Tensor) -> ActivationSource:
-        """The same rows with labels (N,)."""
+        """Return a source of the same rows with labels (N,)."""
         labelled = copy(self)
         labelled._labels = integer_labels(labels, (self._total,)).cpu()
         return labelled
@@ -135,14 +135,14 @@ class ActivationSource:
 
     @property
     def stored(self) -> Iterable[Tensor]:
-        """Blocks (n, d) in order, as they are stored; each iteration starts from the first."""
+        """Return the blocks (n, d) in order, as they are stored; each iteration starts from the first."""
         own = slice(self._start, self._start + len(self._own))
         device = None if self._head is None else self._head.weight.device
         size = _ROWS if self._head is None else max(1, min(_ROWS, _LOGITS // self._head.num_classes))
         return _Blocks(self._own, None if self._kept is None else self._kept[own], size, device, self.dtype)
 
     def labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks (n, d) as the head reads them, and their labels (n,) on the same device."""
+        """Yield blocks (n, d) as the head reads them, and their labels (n,) on the same device."""
         labels = self.labels if self._kept is None else self.labels[self._kept]
         start = self._before
         for rows in self:
@@ -150,7 +150,7 @@ class ActivationSource:
             start += len(rows)
 
     def rows_at(self, index: Tensor) -> Tensor:
-        """Rows (M, d) of an index (M,) as the head reads them, on the CPU."""
+        """Return the rows (M, d) with the given indices (M,), as the head reads them, on the CPU."""
         if isinstance(self._all, Tensor):
             rows = self._all[index.to(self._all.device)]
         else:
@@ -159,14 +159,14 @@ class ActivationSource:
         return (rows.clamp_min(0) if self.rectified else rows).cpu()
 
     def posterior(self, stored: Tensor) -> Tensor:
-        """The head's class probabilities (n, K) of rows (n, d) as they are stored, float64."""
+        """Return the head's class probabilities (n, K) in float64, for rows (n, d) as they are stored."""
         rows = stored.clamp_min(0) if self.rectified else stored
         with in_full(rows.device):
             logits: Tensor = self.head(rows.to(self.head.weight))
         return in_double(logits).softmax(-1)
 
     def only(self, rows: Tensor) -> ActivationSource:
-        """A source of the rows with these numbers (n,); no row is copied."""
+        """Return a source of the rows with the given indices (n,), without copying rows."""
         part: ActivationSource = copy(self)
         part._kept = torch.zeros(self._total, dtype=torch.bool)
         part._kept[rows.cpu() if self._kept is None else self._kept.nonzero()[rows.cpu(), 0]] = True
@@ -174,7 +174,7 @@ class ActivationSource:
         return part
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """At most `count` different rows as they are stored, (n, d); all of them where there are no more."""
+        """Sample at most `count` different rows as they are stored, (n, d); all rows if there are fewer."""
         if len(self) <= count:
             return self.processes.gather(torch.cat(list(self.stored)))
         chosen = torch.randint(len(self), (count,), generator=generator).unique()
@@ -210,7 +210,7 @@ class ActivationSource:
 
 
 class _Blocks:
-    """Blocks of rows, read again at each iteration; at least one, possibly empty, of the right width and dtype."""
+    """Blocks of rows (n, d), read again at each iteration. There is at least one block, possibly without rows."""
 
     def __init__(
         self,

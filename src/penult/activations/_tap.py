@@ -40,7 +40,7 @@ class Tap(nn.Module):
 
     Raises:
         TypeError: The model is not a module or cannot be observed.
-        ValueError: The head has no certificate, or the model has no such module, or another weight there.
+        ValueError: The head has no certificate, or the model does not have the head's module or weight.
 
     Example:
         >>> from penult.head import find_head
@@ -110,9 +110,9 @@ class Tap(nn.Module):
     def pre_activation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Run the model and return the input of the ReLU right before the head instead of its output.
 
-        The distribution of h after a ReLU has atoms at zero. That of u has none, and its rectification has them
-        exactly. All operations of the forward are observed, and each call checks that the head reads max(u, 0), to the
-        last bit.
+        After a ReLU, many values of h are exactly zero, which no density can describe. The values of u have a density,
+        and max(u, 0) has the exact zeros again. All operations of the forward are observed, and each call checks that
+        the head reads max(u, 0), to the last bit.
 
         Args:
             *args: Inputs of the model.

@@ -25,7 +25,7 @@ SHARD_SIZE = 16 * 2**20
 
 
 class Written(NamedTuple):
-    """Rows by shard of one writer, their record (empty if there is no shard), and the number of batches."""
+    """Result of one writer: number of rows by shard, their record (empty without a shard), and number of batches."""
 
     counts: dict[str, int]
     record: dict[str, Any]
@@ -79,7 +79,7 @@ class Writer:
             self._flush()
 
     def finish(self) -> Written:
-        """Write the last shard and return the counts of all."""
+        """Write the last shard and return the numbers of rows of all shards."""
         if sum(self._pending) or (self._pending and not self._counts):
             self._flush()
         return Written(self._counts, self._record, self._batches + len(self._pending))
@@ -128,7 +128,7 @@ def refusal(folder: Path, reason: str) -> ValueError:
 
 
 def check_record(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise unless the record of a folder agrees with all entries that are known now."""
+    """Raise unless the record of a folder agrees with all entries of `now`."""
     # The entry pre_activation is written only if it is true.
     stored = {"pre_activation": False, **stored}
     differing = [name for name in now if stored.get(name) != now[name]]

@@ -1,4 +1,4 @@
-"""Chart of a sphere: the coordinates of activations in which it is round."""
+"""Chart of a sphere: coordinates of activations in which the sphere is round."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Chart(NamedTuple):
         return None
 
     def dim(self) -> int | None:
-        """Return the dimension m of coordinates, or None if it is that of activations, which may be any."""
+        """Return the dimension m of coordinates; None if any dimension is accepted."""
         return self.subspace.shape[0] if self.subspace is not None else self.in_features()
 
     def read(self, h: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Chart(NamedTuple):
         return self.loc.to(h.dtype) + (h - self.loc.to(h.dtype)) @ rows.T @ rows
 
     def seen(self, head: Head) -> tuple[int, Tensor, Tensor]:
-        """Return a head in the chart: m, norms ‖L'U w_y‖ (K,) of the centered rows, and b_y + w_y·loc (K,)."""
+        """Return m, and the row norms ‖L'U w_y‖ (K,) and biases b_y + w_y·loc (K,) of a centered head in the chart."""
         work = special.working_dtype(head.weight.device)
         norms, offsets = head.full_bias.to(work, copy=True), head.full_bias.to(work, copy=True)
         # Results are written in place, since views of the blocks would keep their memory alive.

@@ -34,14 +34,15 @@ def accept(
     prior: Tensor,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Sample activations of classes by rejection: from a stream h ~ p, y ~ softmax(h), keep the first h of each class.
+    """Sample activations of classes by rejection: from a stream h ~ p, y ~ softmax(h), keep the first of each class.
 
     Args:
         head: The head.
         draw: Function n -> (n, d) of independent samples of p.
         classes: Different classes (R,).
         counts: Number of samples of each (R,).
-        prior: Their probabilities E_p[softmax] (R,), which only determine how many samples of p are made at a time.
+        prior: Probabilities E_p[softmax] (R,) of these classes. They only determine how many samples of p are made at
+            a time.
         generator: Source of randomness for the labels. Default: the global one of torch.
 
     Returns:
@@ -49,7 +50,7 @@ def accept(
 
     Raises:
         ValueError: The samples of a class are expected to take more than `MOST_DRAWS` samples of p.
-        RuntimeError: They take a hundred times the expected number, so that the prior cannot be right.
+        RuntimeError: The samples take a hundred times the expected number, so the prior cannot be right.
     """
     expected = in_double(counts) / in_double(prior)
     if float(expected.max()) > MOST_DRAWS:
@@ -104,7 +105,8 @@ def pick(
         (sum of counts, d), those of the first class first.
 
     Raises:
-        ValueError: Without replacement, more samples of a class are asked for than the sum of its probabilities.
+        ValueError: Without replacement, more samples of a class are asked for than the head expects rows of it, which
+            is the sum of its probabilities over the rows.
     """
     parts = []
     dtype, work = torch.promote_types(rows.dtype, torch.float32), working_dtype(rows.device)

@@ -111,10 +111,10 @@ class Law(nn.Module):
         return density
 
     def describe(self) -> dict[str, Any]:
-        """Return JSON facts from which, with the buffers, :meth:`rebuild` makes it again.
+        """Return a dictionary for JSON, from which :meth:`rebuild` restores the distribution, given its buffers.
 
         Raises:
-            ValueError: It is none of penult's distributions.
+            ValueError: The distribution is not one of penult's.
         """
         if self._kind is not None:
             return {"class": self._kind.__name__, "options": self._options}
@@ -127,7 +127,7 @@ class Law(nn.Module):
 
     @classmethod
     def rebuild(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Law:
-        """Rebuild a distribution from the facts of :meth:`describe` and the buffers.
+        """Rebuild a distribution from the dictionary that :meth:`describe` returned and from the buffers.
 
         Raises:
             KeyError: A part is missing.

@@ -83,7 +83,10 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def _directions(head: Head) -> Tensor:
-    """Return at most 64 centered rows (C, d) of a head, evenly spaced; warn if other rows project further."""
+    """Return at most 64 evenly spaced centered rows (C, d) of a head.
+
+    Warns of rows w for which another row v of the head has a larger product v·w than w·w itself.
+    """
     _check_untied(head)
     k = head.num_classes
     classes = list(range(k)) if k <= _CLASSES else [round(i * (k - 1) / (_CLASSES - 1)) for i in range(_CLASSES)]
@@ -107,7 +110,7 @@ def _directions(head: Head) -> Tensor:
 
 
 def _check_untied(head: Head) -> None:
-    """Raise if two rows of a head are equal; they are neighbours in the order of a random projection."""
+    """Raise if two rows of a head are equal. Equal rows are neighbours when sorted by a random projection."""
     probe = torch.rand(head.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     keys = torch.cat([(rows * probe.to(rows.device)).sum(-1) for rows in rows_in_double(head.weight)])
     ordered, order = keys.sort()

@@ -1,4 +1,8 @@
-"""Mass that the classes of a head have at each radius of a sphere, and its table."""
+"""Total mass T(r) of the classes of a head at each radius r of a sphere, and a table of T.
+
+F (or F_m, in dimension m) is `penult.special.log_sphere_mgf`; w'_y and b'_y are the rows and biases of the head in the
+chart of the sphere.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def log_mass(dim: int, norms: Tensor, offsets: Tensor, radius: Tensor) -> Tensor
 
 
 def log_mass_and_slopes(dim: int, norms: Tensor, offsets: Tensor, radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return T(r) as `log_mass` does, and its first two derivatives by log r, all (R,)."""
+    """Return T(r) as `log_mass` does, and its first two derivatives with respect to log r, all (R,)."""
     total = log_mass(dim, norms, offsets, radius)
     first, second = torch.zeros_like(total), torch.zeros_like(total)
     # Slopes are as large as κ and would cancel in the variance, so one of them is subtracted from all.
@@ -118,7 +122,7 @@ def radial_table(dim: int, norms: Tensor, offsets: Tensor, halvings: int = _HALV
 
 
 def log_mass_at(table: Tensor, radius: Tensor) -> Tensor:
-    """Return T(r) of a table for radii (*S,), in the precision of the table; differentiable by the radii."""
+    """Return T(r) of a table for radii (*S,), in the precision of the table. It is differentiable in the radii."""
     last_knot, last_value, at_zero, dim, slope = table[0, :5].unbind()
     pieces = table[1:]
     r = radius.to(table.dtype)

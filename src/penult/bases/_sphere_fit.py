@@ -53,7 +53,7 @@ def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, s
 
 
 def _radial_distribution(head: Head, source: _ActivationSource, chart: Chart, radii: int) -> tuple[Tensor, Tensor]:
-    """Return atoms of the observed radii, and log weights that make the pair's marginal of r the observed one."""
+    """Return radii that represent the observed ones, and log weights that give the pair their distribution."""
     histogram = RadialHistogram()
     for rows in source:
         histogram.update(torch.linalg.vector_norm(chart.read(in_double(rows)), dim=-1).clamp_min(1e-18))

@@ -1,4 +1,4 @@
-"""Maximum likelihood of the centre and covariance that the classes of a pair share, without labels."""
+"""Maximum likelihood fit, without labels, of the centre and covariance that the classes of a pair share."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Base(nn.Module, abc.ABC):
         return Tilt(self, weight, validate_args=False)
 
     def config(self) -> dict[str, Any]:
-        """Return JSON facts from which, with the buffers, :meth:`from_config` rebuilds this base."""
+        """Return a dictionary for JSON, from which :meth:`from_config` rebuilds this base, given its buffers."""
         return {}
 
     @classmethod

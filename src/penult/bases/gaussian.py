@@ -1,4 +1,4 @@
-"""Gaussian base: classes have means that differ by Σ w_y, and share the covariance Σ."""
+"""Gaussian base: class y is normal with mean m + Σ w_y, and all classes have the covariance Σ."""
 
 from __future__ import annotations
 

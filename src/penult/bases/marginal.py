@@ -173,7 +173,7 @@ class Marginal(Base):
             ImportError: ``"flow"`` is asked for and zuko is not installed (``pip install "penult[flow]"``).
             TypeError: ``activations`` is neither a floating tensor nor `Activations`.
             ValueError: ``activations`` has too few rows or a wrong shape, is not finite or is constant; ``rectified``
-                contradicts it; or an option is out of range.
+                contradicts the activations; or an option is out of range.
 
         Example:
             >>> head = Head(torch.eye(3))
@@ -303,12 +303,15 @@ class Marginal(Base):
         return grouped.to(torch.promote_types(weight.dtype, torch.float32))
 
     def implies(self, head: Head) -> bool:
-        """Return whether a pair of ``head`` and this base has the marginal p: their biases differ by a constant."""
+        """Return whether the pair of ``head`` and this base has p as its distribution of activations.
+
+        This is so if the biases of ``head`` and of the base's own head differ by a constant only.
+        """
         shift = head.full_bias - self.head.full_bias
         return bool((shift == shift[0]).all())
 
     def draws_for(self, y: Tensor) -> float:
-        """Return about how many samples of p it takes to sample all of the classes ``y`` (N,)."""
+        """Return the expected number of samples of p that it takes to get samples of the classes ``y`` (N,)."""
         if isinstance(self.distribution, Bank):
             return float(len(y))
         return float((y.bincount(minlength=self.head.num_classes) / self.log_prior.exp()).max())
@@ -324,7 +327,7 @@ class Marginal(Base):
         return h, torch.cat(labels)
 
     def config(self) -> dict[str, Any]:
-        """Return JSON facts from which, with the buffers and the head, :meth:`from_config` rebuilds this base."""
+        """Return a dictionary for JSON, from which :meth:`from_config` rebuilds the base, given buffers and head."""
         return {"law": self.law.describe(), "samples": self._samples, "seed": self._seed}
 
     @classmethod
@@ -376,7 +379,7 @@ class Marginal(Base):
         self._settle()
 
     def _settle(self) -> None:
-        """Set the head's bias from the buffer after a move or a load, and take the head for current."""
+        """Set the head's bias from the buffer after a move or a load, and accept the present version of the head."""
         self.head.bias = self.bias.to(self.head.weight)
         self._index, self._head_version = None, None
 

@@ -32,7 +32,8 @@ _PAIRS = 1 << 20
 class Sphere(Base):
     r"""Uniform measure on concentric spheres ‖u‖ = r in a chart h = loc + U'L u.
 
-    Its tilts are von Mises-Fisher in u: with w' = L'U w, κ = r ‖w'‖ and
+    Its tilts are von Mises-Fisher in u, with the mean direction of w' = L'U w and the concentration κ = r ‖w'‖. With
+    the weights ω_r of the radii r and F_m = :func:`penult.special.log_sphere_mgf` in dimension m,
 
     .. math:: M(w) &= e^{w \cdot loc} \sum_r \omega_r e^{F_m(r \|w'\|)}, \\
               \log p(h|w) &= w' \cdot u - \log \sum_r \omega_r e^{F_m(r\|w'\|)}
@@ -145,8 +146,9 @@ class Sphere(Base):
     ) -> Sphere:
         r"""Fit a sphere to unlabelled activations.
 
-        Its radii are quantiles of the observed distribution p(r) of radii, with weights
-        ω(r) ∝ p(r) / Σ_y exp(b'_y + F(r ‖w'_y‖)), so that the pair's marginal of r equals the observed one.
+        Its radii r are quantiles of the observed distribution p(r) of radii, with weights
+        ω(r) ∝ p(r) / Σ_y exp(b'_y + F(r ‖w'_y‖)), so that the radii of the pair have the observed distribution. Here
+        w'_y and b'_y are the rows and biases of the head in the chart.
 
         Args:
             head: The head; its soft labels replace labels.
@@ -215,7 +217,7 @@ class Sphere(Base):
 
     @property
     def in_features(self) -> int | None:
-        """Dimension d of activations; None without a chart, for any d ≥ 1."""
+        """Dimension d of activations; None for a sphere without a chart, which accepts any d ≥ 1."""
         return self._chart.in_features()
 
     def log_mgf(self, weight: Tensor) -> Tensor:
@@ -271,12 +273,12 @@ class Sphere(Base):
         return self._chart.push(u).to(weight.dtype)
 
     def radial_law(self, weight: Tensor) -> Tensor:
-        """Return the probability of each radius under the tilts by rows (B, d): ω_r e^{F(r ρ)}, normalised, (B, R)."""
+        """Return the probability (B, R) of each radius r under the tilts by rows w (B, d), ∝ ω_r exp(F(r ‖L'U w‖))."""
         self._check_features(weight, "weight")
         return self._log_radial(self._norms(weight), weight.shape[-1])[1].softmax(-1).to(weight.dtype)
 
     def seen(self, head: Head) -> tuple[int, Tensor, Tensor]:
-        """Return a head in the chart: m, norms ‖L'U w_y‖ (K,) of the centered rows, and b_y + w_y·loc (K,)."""
+        """Return m, and the row norms ‖L'U w_y‖ (K,) and biases b_y + w_y·loc (K,) of a centered head in the chart."""
         return self._chart.seen(head)
 
     def seen_dim(self, head: Head) -> int:
@@ -284,7 +286,7 @@ class Sphere(Base):
         return self._chart.dim() or head.in_features
 
     def radial_table(self, head: Head) -> Tensor:
-        """Tabulate the mass of a head's classes at each radius, for :meth:`direction_log_prob`."""
+        """Return a table of the total mass of a head's classes by radius, for :meth:`direction_log_prob`."""
         return radial_table(*self.seen(head))
 
     def direction_log_prob(self, head: Head, h: Tensor, table: Tensor) -> Tensor:
@@ -293,8 +295,8 @@ class Sphere(Base):
         .. math:: \log p(u / r | r) = \log \sum_y e^{w_y \cdot h + b_y} - \log \sum_y e^{b'_y + F_m(r \|w'_y\|)}
                   - \log \mathrm{area}(S^{m-1})
 
-        It is relative to the surface measure of the unit sphere in the chart and does not depend on the radii of the
-        base.
+        The density refers to the surface measure of the unit sphere in the chart, and does not depend on the radii of
+        the base. The rows w'_y and biases b'_y are those of the head in the chart.
 
         Args:
             head: The head of the pair.

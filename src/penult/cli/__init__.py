@@ -23,7 +23,7 @@ __all__ = ["app", "main"]
 class _Command(TyperCommand):
     """Command that reads ``~`` at the beginning of a path as the home folder, also in ``--out=~/run``.
 
-    Shells replace it at the beginning of an argument alone.
+    Shells replace ``~`` only at the beginning of an argument.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -129,11 +129,11 @@ def print_json(results: Mapping[str, Any]) -> None:
 
 
 class RichReporter:
-    """A reporter on the terminal, with progress bars; plain lines where the output is no terminal.
+    """A reporter on the terminal, with progress bars; plain lines if the output is not a terminal.
 
     Args:
         stderr: Whether to print on stderr rather than stdout.
-        silent: Whether to print nothing, for all processes but the first.
+        silent: Whether to print nothing. Set in all processes except the first, so that lines appear once.
     """
 
     def __init__(self, stderr: bool = False, silent: bool = False) -> None:
@@ -173,7 +173,7 @@ class RichReporter:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Show on stderr that work is going on; where that is no terminal, print one line."""
+        """Show on stderr that work is going on; if stderr is not a terminal, print one line."""
         console = Console(stderr=True, highlight=False, quiet=self.console.quiet)
         if not console.is_terminal:
             console.print(_text(f"{text} ..."), soft_wrap=True)
@@ -215,7 +215,7 @@ def warnings_as_lines(silent: bool = False) -> Iterator[None]:
     """Print each warning once, as one line on stderr without the line of code.
 
     Args:
-        silent: Whether to print nothing, for all processes but the first.
+        silent: Whether to print nothing. Set in all processes except the first, so that warnings appear once.
     """
     printed = set()
     with warnings.catch_warnings():

@@ -170,7 +170,7 @@ def _digest(options: Mapping[str, Any], images: Tensor, dataset: ImageDataset, v
 def _split(
     dataset: ImageDataset, val: ImageDataset | None, seed: int, reporter: RichReporter
 ) -> tuple[ImageSubset, ImageSubset | None]:
-    """Return the images to train on and the labelled images to judge by, if there are any."""
+    """Return the images to train on, and the labelled images to evaluate the student on, if there are any."""
     if val is not None and val.labels is None:
         raise ValueError("the images of --val have no labels to judge by")
     if val is None and dataset.labels is None:

@@ -28,7 +28,7 @@ def evaluator_of(
     normalization: nn.Module | None,
     images: Tensor,
 ) -> Tap:
-    """Return the evaluator of images in [0, 1]: an independent classifier, or else the classifier itself.
+    """Return the evaluator of images in [0, 1]: the independent classifier of --judge, or else the classifier itself.
 
     Args:
         classifier: The classifier.

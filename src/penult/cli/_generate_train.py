@@ -199,7 +199,7 @@ def _judge(options: Mapping[str, Any]) -> NetworkOptions | None:
 def _digests(
     options: Mapping[str, Any], first: Tensor, dataset: ImageDataset, val: ImageDataset | None
 ) -> dict[str, Any]:
-    """Return digests of the first images, of all labels and of the files of pair and classifier; and of the judge's."""
+    """Return a digest of first images, all labels and files of pair and classifier, and one of the judge's file."""
     labels = [part.labels for part in (dataset, val) if part is not None and part.labels is not None]
     files = [file for file in (options["source"], options["weights"]) if file is not None]
     judge_weights = options["judge_weights"]
@@ -220,7 +220,7 @@ def _activations(
     training: ImageSubset,
     loading: Mapping[str, Any],
 ) -> Any:
-    """Return real activations to standardize by, where samples of the pair are unlike real ones; with a warning."""
+    """Warn and return real activations to standardize by if the base is a sphere or Gaussian; else return None."""
     if not isinstance(pair.base, Sphere | Gaussian):
         return None
     certificate = tap.head.certificate

@@ -61,7 +61,7 @@ class ImageOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> ImageOptions:
-        """Take them from all options of a command."""
+        """Select these options from all options of a command."""
         return cls(*(options[name] for name in ("size", "mode", "mean", "std")))
 
     def read(self, source: str, normalized: bool = True) -> ImageDataset:
@@ -71,7 +71,7 @@ class ImageOptions:
 
     @property
     def normalization(self) -> _Normalization | None:
-        """The effect of --mean and --std; None where neither is given."""
+        """The normalisation by --mean and --std; None if neither is given."""
         return _Normalization.of(self._mean, self._std)
 
     @property
@@ -114,7 +114,7 @@ def first_images(dataset: ImageDataset, source: str, count: int = _FEW) -> Tenso
 
 @contextmanager
 def of_one_size(source: str) -> Iterator[None]:
-    """Say which options help where images of different sizes cannot be collected to a batch."""
+    """Turn torch's error about images of different sizes in a batch into a message that names the options that help."""
     try:
         yield
     except RuntimeError as error:
@@ -128,7 +128,7 @@ def of_one_size(source: str) -> Iterator[None]:
 def keep_matching_labels(
     dataset: ImageDataset, source: str, num_classes: int, reporter: RichReporter
 ) -> tuple[str, ...] | None:
-    """Drop labels of other classes than the head's, with a line that says so; return the names of classes that stay."""
+    """Return the class names of a data set; if its classes are not those of the head, drop its labels and print so."""
     if dataset.labels is None:
         return None
     count = int(dataset.labels.max()) + 1 if dataset.class_names is None else len(dataset.class_names)
@@ -185,7 +185,7 @@ class ImageSubset:
         return labels if labels is None or self.index is None else labels[self.index]
 
     def load(self, most: int, seed: int, loading: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Load images (N, C, H, W) and labels (N,) of a random part: at most `most`, and at most 1 GiB."""
+        """Load a random subset of the images (N, C, H, W) and their labels (N,): at most `most`, and at most 1 GiB."""
         nbytes = 4 * first_images(self.dataset, "the data set", 1).numel()
         count = min(most, max(1, _MEMORY // nbytes), len(self))
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
@@ -195,13 +195,13 @@ class ImageSubset:
 
 
 def split(dataset: ImageDataset, val: ImageDataset | None, seed: int) -> tuple[ImageSubset, ImageSubset]:
-    """Return the images to train on and those to judge by: all and `val`, or nine tenths and the rest."""
+    """Return the images to train on and those to evaluate on: all and `val`, or nine tenths and one tenth."""
     if val is not None:
         return ImageSubset(dataset), ImageSubset(val)
     count = len(dataset)
     num_held_out = max(1, round(_HELD_OUT * count))
     if count - num_held_out < 2:
-        raise ValueError(f"there are {count} images, too few to hold some out; give --val")
+        raise ValueError(f"there are {count} images, too few to hold out a tenth for validation; give --val")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     training, held_out = order[num_held_out:].sort().values, order[:num_held_out].sort().values
     return ImageSubset(dataset, training), ImageSubset(dataset, held_out, held_out=True)
@@ -232,7 +232,7 @@ class NetworkOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], name: str, argument: str) -> NetworkOptions:
-        """Take them from all options of a command; `argument` is the argument or option that gives the name."""
+        """Select these options from all options of a command; `argument` is the one that gives the name."""
         return cls(name, options["weights"], options["path"], options["fold"], argument)
 
     def load(self, device: torch.device) -> nn.Module:
@@ -265,18 +265,19 @@ class Classifier:
 
     @property
     def tap(self) -> Tap:
-        """The network with its activations laid open; ValueError where it is no classifier of images."""
+        """The network as a `Tap`, which returns its activations too. ValueError: it does not classify whole images."""
         from penult.activations import Tap
 
         tap = Tap(self.network, self.head)
         if tap.axes != ("batch",):
             raise ValueError(
-                f"{self.name} gives logits with the axes {tap.axes}; expected ('batch',), one row for each image"
+                f"{self.name} gives logits with the axes {tap.axes} before the classes; expected ('batch',), which is "
+                "one row of logits for each image"
             )
         return tap
 
     def pair(self, pair: GenerativePair | None, source: str) -> GenerativePair:
-        """Return a pair on the CPU after a check that it has this head; for None, the pair of the head without data."""
+        """Check that a pair has this head and return it; for None return the pair made from the head without data."""
         from penult.pair import GenerativePair
 
         head = self.head.clone().cpu()
@@ -358,8 +359,8 @@ def check_logits(acts: Activations, source: str, head: Head, head_source: str, e
         source: Their source, for the message.
         head: The head.
         head_source: Its source, for the message.
-        exact: Whether the softmaxes have to agree. Otherwise a temperature and another prior, a number added to the
-            logits of each class, may stand between the two.
+        exact: Whether the softmaxes have to agree. Otherwise the logits may differ by a temperature, and by a number
+            for each class (another prior).
     """
     part = spread_rows(acts)
     h = part.activations.clamp_min(0) if part.pre_activation else part.activations
@@ -385,7 +386,7 @@ def _centered(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Activations of one source, and its images before --mean and --std, if there are any."""
+    """Activations of one source; and its images before --mean and --std, if it has images."""
 
     source: str
     activations: Activations
@@ -393,7 +394,7 @@ class Inputs:
 
 
 class InputsReader:
-    """Reads stored activations, or images that a pair's network is run on; the network is opened once.
+    """Reads stored activations, or runs the network of a pair on images; the network is loaded once.
 
     Args:
         pair: The pair, on the device to compute on.
@@ -412,11 +413,12 @@ class InputsReader:
         """Read a folder that `penult extract` wrote, or extract the activations of images.
 
         Args:
-            source: Either, as the user names it.
-            labels: Whether to keep labels of images, where they are of the head's classes.
+            source: The folder or the images, as given by the user.
+            labels: Whether to keep labels of images, if they are labels of the head's classes.
 
         Raises:
-            ValueError: There are none, there are images and no network, or the pair's head does not give the logits.
+            ValueError: There are no activations or images, images are given without a network, or the pair's head does
+                not give the logits.
         """
         from penult import io
 

@@ -133,10 +133,10 @@ def _ended(children: Sequence[Any]) -> str | None:
 
 
 def _watch(check: Callable[[], str | None]) -> None:
-    """Check the other processes in a thread; as soon as that returns a message, print it and end this process.
+    """Check the other processes in a thread; as soon as that check returns a message, print it and end this process.
 
-    The process ends without any cleanup, since one that waits for a lost process cannot be woken. Files on disk are
-    written so that they stay whole.
+    The process ends without any cleanup, because a process that waits for a lost one cannot be interrupted otherwise.
+    Files on disk stay whole, since they are written atomically.
     """
 
     def run() -> None:

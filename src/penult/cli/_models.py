@@ -213,10 +213,10 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def load_pair(path: str | Path, weight_key: str | None = None, bias_key: str | None = None) -> GenerativePair:
-    """Load a pair that penult wrote, or make the pair without data of a head in another safetensors file.
+    """Load a pair that penult wrote, or make a pair without data from the head in another safetensors file.
 
     Raises:
-        ValueError: No such file, a damaged one, or no unambiguous head in it.
+        ValueError: There is no such file, it is damaged, or it is unclear which of its tensors are the head.
     """
     from penult.pair import GenerativePair, load
 
@@ -227,14 +227,14 @@ def load_pair(path: str | Path, weight_key: str | None = None, bias_key: str | N
         return GenerativePair(head)
     except ValueError as error:
         # Two equal rows of W are one reason.
-        raise ValueError(f"the head in {path} gives no pair without data: {error}") from error
+        raise ValueError(f"no pair can be made without data from the head in {path}: {error}") from error
 
 
 def load_head(path: str | Path, weight_key: str | None = None, bias_key: str | None = None) -> Head:
     """Load the head of a pair that penult wrote, or a head among the tensors of another safetensors file.
 
     Raises:
-        ValueError: No such file, a damaged one, or no unambiguous head in it.
+        ValueError: There is no such file, it is damaged, or it is unclear which of its tensors are the head.
     """
     from penult.head import Head
     from penult.pair import load
@@ -249,7 +249,7 @@ def load_head(path: str | Path, weight_key: str | None = None, bias_key: str | N
 
 
 def _is_penults(path: str | Path) -> bool:
-    """Return whether penult wrote a safetensors file; raise where it is none or does not exist."""
+    """Return whether penult wrote a safetensors file; raise if it is not such a file or does not exist."""
     from safetensors import SafetensorError, safe_open
 
     from penult import io
@@ -289,7 +289,8 @@ def _head_tensors(path: Path, weight_key: str | None, bias_key: str | None) -> t
             if len(matrices) != 1 or not matrices[0].endswith("weight"):
                 shown = ", ".join(f"{name} {shapes[name]}" for name in matrices[-6:]) or "none"
                 raise ValueError(
-                    f"{path} holds no unambiguous head; name it with --weight-key and --bias-key. Its matrices: {shown}"
+                    f"{path}: cannot tell which matrix is the head; name it with --weight-key and --bias-key. "
+                    f"Matrices in the file: {shown}"
                 )
             weight_key = matrices[0]
         if bias_key is None and shapes.get(_bias_of(weight_key)) == shapes.get(weight_key, ())[:1]:

@@ -102,5 +102,5 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON;
 
 
 def plain(value: Any) -> Any:
-    """Return the value of an option as JSON can hold it."""
+    """Convert the value of an option to a value that JSON can hold."""
     return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value

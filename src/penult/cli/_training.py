@@ -51,8 +51,9 @@ def digest(*parts: Tensor | str | Path) -> str:
 class TrainingRun:
     """A run of a command that trains, in a folder of its own: `start`, `fit`, then `finish`.
 
-    The folder gets its settings before the training, a checkpoint after each epoch, and its log last: with a log of the
-    same settings it is complete. Files are written atomically, so that a killed run resumes from the last whole epoch.
+    The settings are written to the folder before the training, a checkpoint after each epoch, and the log at the end. A
+    folder whose log has the same settings is complete. Files are written atomically, so that a killed run resumes from
+    the last whole epoch.
 
     Args:
         command: ``"distill"`` or ``"generate"``.
@@ -62,7 +63,7 @@ class TrainingRun:
         file_name: File of the trained network, which `fit` removes along with page and log.
         samples: Folder of pictures that the training draws, or None.
         recorded: Names of the options that the results depend on.
-        replaceable: Names of settings that may change without another training.
+        replaceable: Names of settings that may change without a new training.
 
     Attributes:
         out: The folder.
@@ -116,7 +117,7 @@ class TrainingRun:
         return False
 
     def _is_complete(self) -> bool:
-        """Return whether the folder holds the results of these settings; raise where it holds something else."""
+        """Return whether the folder holds the results of these settings; raise if it holds something else."""
         result, out = _RESULTS[self._command], self.out
         stored = _read_json(out / SETTINGS_FILE) if (out / SETTINGS_FILE).exists() else None
         if stored is None or stored.get("command", "distill") != self._command:
@@ -152,7 +153,8 @@ class TrainingRun:
             module: The module, with a ``history`` that its checkpoints hold under "penult".
             data: Data set to train on.
             validation: Loader of images to validate on, or None.
-            figure: Returns what is printed of the figures of the last epoch, after the number of the epoch.
+            figure: Function from the metrics of the last epoch to the text that is printed after the number of the
+                epoch.
             callbacks: Further callbacks of Lightning.
         """
         # Options that Lightning refuses leave the folder as it is.
@@ -227,8 +229,8 @@ class TrainingRun:
         class AtomicCheckpointIO(TorchCheckpointIO):
             """Writes a temporary file in the folder of the checkpoint and renames it.
 
-            Lightning's own copies the checkpoint from the system's temporary folder, piece by piece where that is on
-            another disk, so that a kill or a full disk would destroy the only one.
+            Lightning's own class copies the checkpoint from the system's temporary folder, in pieces if that is on
+            another disk. A kill or a full disk would then destroy the only checkpoint.
             """
 
             def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

@@ -55,7 +55,7 @@ def distill(
     data: Annotated[str, typer.Option(help="Images: a parquet file, glob or folder; an image folder; .npz; digits.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; a killed run resumes there.")],
     val: Annotated[
-        str | None, typer.Option(help="Labelled images to judge by. Default: a tenth of --data, held out.")
+        str | None, typer.Option(help="Labelled images for evaluation. Default: a tenth of --data, held out.")
     ] = None,
     pair: Annotated[
         Path | None, typer.Option(help="Pair of the teacher's network, with a base fitted to the teacher's domain.")
@@ -67,7 +67,7 @@ def distill(
     hint: Annotated[float, typer.Option(help="Weight of hints, relative to labels.", min=1e-6)] = 5.0,
     epochs: Annotated[int, typer.Option(help="Number of epochs.", min=1)] = 20,
     batch_size: Annotated[int, typer.Option(help="Images per batch, on each device.", min=2)] = 64,
-    rate: Annotated[float, typer.Option(help="Half the highest learning rate of AdamW.")] = 3e-3,
+    rate: Annotated[float, typer.Option(help="Learning rate of AdamW; the schedule rises to twice this rate.")] = 3e-3,
     workers: Workers = 0,
     size: Size = None,
     mode: Mode = None,

@@ -90,7 +90,9 @@ def fit(
         Path | None,
         typer.Option(help="Folder of activations to estimate the prior of the classes from."),
     ] = None,
-    head: Annotated[Path | None, typer.Option(help="File with the head. Default: the one in the folder.")] = None,
+    head: Annotated[
+        Path | None, typer.Option(help="File with the head. Default: the head stored in the folder of activations.")
+    ] = None,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
     seed: Seed = 0,
@@ -115,7 +117,8 @@ def fit(
 
     sphere, centered, elliptic, gaussian: one shape for all classes. sphere is that of Seo, Lee and Kwak (2021).
 
-    auto: fits all to two thirds of the activations, compares them on the others, and fits the best to all (extra data).
+    auto: fits all bases to two thirds of the activations, compares their samples with the other third, and fits the
+    best base to all activations (extra data).
 
     Where a ReLU stands right before the head, extract with --pre-activation: samples of mixture, class and flow then
     have exact zeros.

@@ -52,7 +52,7 @@ class Kind(str, Enum):
 
 
 class Condition(str, Enum):
-    """Inputs that a generator is trained on."""
+    """Condition of a generator in training: the activation of each image, or a sample of p(h|y) for its label."""
 
     activation = "activation"
     label = "label"
@@ -89,7 +89,7 @@ def generate(
     ],
     confident: Annotated[
         float | None,
-        typer.Option(help="Also judge and show images of activations with p(y|h) above this."),
+        typer.Option(help="Also evaluate and show images generated from activations with p(y|h) above this."),
     ] = None,
     classes: Annotated[list[int] | None, typer.Option("--class", help="Only to draw: see `penult draw`.")] = None,
     count: Annotated[int | None, typer.Option("--count", "-n", help="Only to draw: see `penult draw`.", min=1)] = None,
@@ -104,7 +104,9 @@ def generate(
             "with --condition label only."
         ),
     ] = None,
-    val: Annotated[str | None, typer.Option(help="Images to judge by. Default: a tenth of --images, held out.")] = None,
+    val: Annotated[
+        str | None, typer.Option(help="Images for evaluation. Default: a tenth of --images, held out.")
+    ] = None,
     kind: Annotated[Kind, typer.Option(help="Variational autoencoder, or generative adversarial network.")] = Kind.vae,
     condition: Annotated[
         Condition,
@@ -171,7 +173,7 @@ def generate(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="Factory of an independent classifier to judge by, package.module:factory. Default: the classifier."
+            help="Factory of an independent classifier for evaluation, package.module:factory. Default: the classifier."
         ),
     ] = None,
     judge_weights: Annotated[Path | None, typer.Option(help="State dict for the judge, .safetensors.")] = None,
@@ -236,7 +238,7 @@ def generate(
 
 
 def _check_training(options: Mapping[str, Any], given: Mapping[str, str]) -> None:
-    """Raise for options that go with something else, and for options that are missing.
+    """Raise for options that do not apply to training, and for options that are missing.
 
     Args:
         options: All options of the command.
@@ -261,7 +263,7 @@ def _check_training(options: Mapping[str, Any], given: Mapping[str, str]) -> Non
 
 
 def _refuse(options: list[str], purpose: str, contrast: str) -> None:
-    """Raise if options are given that go with another purpose."""
+    """Raise if options are given that apply to something else only."""
     if options:
         one = len(options) == 1
         raise ValueError(

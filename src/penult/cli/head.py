@@ -40,7 +40,7 @@ def head(
         str | None, typer.Option(help="Images to run the network on: parquet, folder, .npz or digits.")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="Shape of a random input to run it on instead, for example 3,224,224.")
+        str | None, typer.Option(help="Shape of random inputs to run the network on instead, for example 3,224,224.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of inputs to run the network on.", min=1)] = 16,
     size: Size = None,
@@ -52,7 +52,7 @@ def head(
     fold: Fold = True,
     weight_key: WeightKey = None,
     bias_key: BiasKey = None,
-    out: Annotated[Path | None, typer.Option(help="File for the pair of the head without data.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for a pair made from the head alone, without data.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -102,7 +102,7 @@ def head(
 
 
 def _inputs(options: Mapping[str, Any]) -> Tensor:
-    """Return the inputs to run the network on: images of --data, or random ones of --shape."""
+    """Return the inputs to run the network on: images of --data, or random tensors of --shape."""
     import torch
 
     from penult.cli._inputs import ImageOptions, first_images

@@ -22,7 +22,7 @@ Transform = Callable[[Tensor], Tensor] | None
 
 
 class Source(Protocol):
-    """Images of a reader, by number."""
+    """Images of a reader, accessed by index."""
 
     def __len__(self) -> int:
         """Number of images."""

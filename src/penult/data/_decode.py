@@ -68,7 +68,7 @@ def _formats() -> list[str]:
 
 
 def suffixes() -> frozenset[str]:
-    """Return the suffixes of all formats that are decoded, in small letters.
+    """Return the suffixes of all formats that are decoded, in lower case.
 
     Raises:
         ImportError: Pillow is not installed.

@@ -19,7 +19,7 @@ __all__ = ["folder", "images_among"]
 
 
 class _Files:
-    """Image files by number."""
+    """Image files, accessed by index."""
 
     def __init__(self, root: Path, files: list[Path]) -> None:
         self._root, self._files = root, files
@@ -50,7 +50,7 @@ def folder(
 
     Classes are the folders in `path`, sorted by name; subfolders of these may contain images, too. Images are the
     files whose suffix is that of a format that Pillow decodes by itself: .png, .jpg, .jpeg, .jfif, .webp, .tif, .bmp,
-    .gif, .jp2, .avif and others, in small letters or capitals. A warning says how many other files are left out. Names
+    .gif, .jp2, .avif and others, in lower or upper case. A warning says how many other files are left out. Names
     that begin with a dot are skipped.
 
     Folders of splits (``train`` and ``val``, ``train2017`` and ``test2017``) are neither merged nor taken for classes.
@@ -69,8 +69,8 @@ def folder(
     Raises:
         ImportError: Pillow is not installed.
         NotADirectoryError: `path` is not a folder.
-        ValueError: There is no image, or none in a class; there are images next to the class folders; or folders are
-            splits and not classes, or contain the class folders.
+        ValueError: There is no image, or none in a class; there are images next to the class folders; or the folders
+            are splits instead of classes, or contain the class folders themselves.
 
     Example:
         >>> import pathlib, tempfile
@@ -132,8 +132,8 @@ def _check_classes(root: Path, names: list[str], images: list[Path], others: lis
     for parent, folders in sorted(children.items()):
         if split_names := splits(folders):
             raise ValueError(
-                f"{parent} contains splits ({', '.join(split_names)}), which would be merged. Read a folder with "
-                "the class folders of one split alone"
+                f"{parent} contains splits ({', '.join(split_names)}), which would be merged. Read a folder "
+                "that contains one split only, with a folder for each class"
             )
     # A folder of folders may be a split, or the class folders may be one level deeper.
     for name in names:
@@ -150,7 +150,7 @@ def _check_classes(root: Path, names: list[str], images: list[Path], others: lis
         raise ValueError(
             f"{root} has classes without an image: {', '.join(empty)}; expected images in each folder. "
             + (f"They hold {counted(contained, root)}. " if contained else "")
-            + "Put folders that are no classes somewhere else"
+            + "Move folders that are not classes out of this folder"
         )
 
 

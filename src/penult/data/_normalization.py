@@ -20,7 +20,7 @@ class Normalization(nn.Module):
 
     Args:
         mean: One number, or one for each channel. Default: 0.
-        std: The same, positive. Default: 1.
+        std: One positive number, or one for each channel. Default: 1.
 
     Raises:
         TypeError: A value is not a number.
@@ -36,7 +36,7 @@ class Normalization(nn.Module):
 
     @classmethod
     def of(cls, mean: PerChannel, std: PerChannel) -> Normalization | None:
-        """Return the normalisation by these; None if there are none."""
+        """Return the normalisation with this mean and standard deviation; None if neither is given."""
         return None if mean is None and std is None else cls(mean, std)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ _REMEDY = "Write images and labels into one file: numpy.savez(path, images=..., 
 
 
 class Arrays:
-    """Images (N, C, H, W) by number, uint8 or floating in [0, 1]."""
+    """Images (N, C, H, W), uint8 or floating in [0, 1], accessed by index."""
 
     def __init__(self, images: Tensor, name: str) -> None:
         self._images, self._name = images, name
@@ -169,7 +169,7 @@ class _NoKeyError(Exception):
 
 
 def _key(keys: list[str], wanted: str | None, path: Path) -> str:
-    """Return the key that was asked for, or that of the images."""
+    """Return the requested key, or else the key of the images."""
     if wanted is not None:
         if wanted not in keys:
             raise _NoKeyError(f"{path} has no array {wanted!r}; its arrays are {', '.join(keys) or 'none'}")
@@ -187,7 +187,9 @@ def _key(keys: list[str], wanted: str | None, path: Path) -> str:
         if candidates
         else "has no array named images or x"
     )
-    raise _NoKeyError(f"{path} {fault}; pass images= (and labels=) out of {', '.join(keys) or 'none'}")
+    raise _NoKeyError(
+        f"{path} {fault}. Name the arrays with images= (and labels=). Arrays in the file: {', '.join(keys) or 'none'}"
+    )
 
 
 def _words(key: str) -> frozenset[str]:

@@ -224,7 +224,7 @@ def _choose(
     columns: dict[str, str],
     path: Path,
 ) -> str | None:
-    """Return the column that was asked for, or the one with a type in the metadata, or one of a usual name."""
+    """Return the requested column, else the column with the right type in the metadata, else one of a usual name."""
     if wanted is not None:
         if wanted not in columns:
             raise ValueError(f"{path} has no column {wanted!r}; its columns are {_listed(columns)}")
@@ -336,7 +336,7 @@ class _Group(NamedTuple):
 
 
 class Rows:
-    """Encoded images by number.
+    """Encoded images, accessed by index.
 
     A file is open only while a row group is read, so that processes share nothing. The last row groups are kept up to a
     number of bytes, and the very last one in any case.

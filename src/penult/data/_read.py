@@ -26,7 +26,7 @@ def read(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], **op
     Args:
         source: ``"digits"``; a ``.parquet`` file, a glob or a list of such files (``"data/train-*.parquet"``), or a
             folder with such files, also in a subfolder, for `parquet`; another folder, for `folder`; an ``.npz`` file,
-            for `npz`. A path that exists is no glob, and suffixes may be in capitals.
+            for `npz`. A path that exists is no glob, and suffixes may be in upper case.
         options: Options of that reader: ``mode``, ``size``, ``mean``, ``std`` and ``transform`` for all of them.
 
     Returns:

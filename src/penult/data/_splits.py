@@ -1,4 +1,4 @@
-"""Files of a data set below a folder, and the splits that their names tell."""
+"""Files of a data set below a folder, and the splits (such as train and test) in their names."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _DOCUMENTS = frozenset("readme license licence notice citation changelog thumbs 
 
 
 class _Split(NamedTuple):
-    """Split in a name: its kind, and the letters of the name without its word."""
+    """A split named in a file name: its kind, and the letters of the name without the word for the split."""
 
     kind: str
     remainder: str
 
 
 def _split(name: str) -> _Split | None:
-    """Return the split that a name tells, such as the training split in ``mnist-train2``, or None."""
+    """Return the split named in a file name, such as the training split in ``mnist-train2``; None if there is none."""
     for match in _WORD.finditer(name):
         if (kind := _KINDS.get(match[0].lower())) is not None:
             remainder = name[: match.start()] + name[match.end() :]
@@ -49,7 +49,7 @@ def _split(name: str) -> _Split | None:
 def splits(names: Iterable[str]) -> list[str]:
     """Return the names that are splits of one data set, sorted.
 
-    Names are splits if they differ in the word for the split alone, such as ``train`` and ``val``, or ``train_images``
+    Names are splits if they differ only in the word for the split, such as ``train`` and ``val``, or ``train_images``
     and ``test_images``. A class may have such a word in its name (``bullet train``, ``test tube``).
     """
     kinds = defaultdict(set)
@@ -60,7 +60,7 @@ def splits(names: Iterable[str]) -> list[str]:
 
 
 def is_split(name: str) -> bool:
-    """Whether a name is the word for a split, and perhaps numbers."""
+    """Whether a name is only the word for a split, with or without numbers."""
     split = _split(name)
     return split is not None and not split.remainder
 
@@ -68,7 +68,7 @@ def is_split(name: str) -> bool:
 def files_below(root: Path) -> list[Path]:
     """Return all files below a folder, also through symbolic links, sorted; names that begin with a dot are skipped.
 
-    Links that lead nowhere are among them.
+    Broken links are included.
 
     Raises:
         OSError: A folder cannot be read.
@@ -105,7 +105,7 @@ def matches(pattern: Path) -> list[Path]:
 
 
 def one_set(files: Sequence[Path], root: Path) -> None:
-    """Raise if the names of files below a folder tell that they are of several splits or data sets."""
+    """Raise if files below a folder belong to several splits or data sets, by their names."""
     sets: dict[tuple[str, ...], list[Path]] = defaultdict(list)
     for file in files:
         sets[_set(file.relative_to(root))].append(file)
@@ -125,7 +125,7 @@ def one_set(files: Sequence[Path], root: Path) -> None:
 
 
 def _set(file: PurePath) -> tuple[str, ...]:
-    """Return the parts of the path of a file that tell its data set and split."""
+    """Return the parts of the path of a file that identify its data set and split."""
     return *filter(_split, file.parts[:-1]), *filter(None, [_set_of_stem(file.stem)])
 
 

@@ -59,7 +59,7 @@ def zuko() -> Any:
 
 
 def mixture_of(parts: Iterable[Tensor], validate_args: bool = False) -> PrincipalMixture:
-    """Return the mixture with the tensors of `PARTS`, in their order."""
+    """Return the mixture with the given tensors, which are in the order of the names `PARTS`."""
     loc, components, logits, means, scale_tril, residual_scale = parts
     return PrincipalMixture(loc, components, logits, means, scale_tril, residual_scale, validate_args=validate_args)
 

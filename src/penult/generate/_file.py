@@ -88,7 +88,7 @@ class GeneratorFile(NamedTuple):
 
     @contextmanager
     def rebuilding(self) -> Iterator[None]:
-        """Raise errors in the block as errors of the file, and restore the global random state."""
+        """Re-raise an error in the block as an error that names the file; at the end restore the random state."""
         try:
             # New layers sample first weights, which the file's overwrite.
             with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Search for the head of a model: the recorded product that reproduces its logits."""
+"""Search for the head of a model: among all matrix products of a forward pass, the one that gives the logits."""
 
 from __future__ import annotations
 
@@ -233,11 +233,11 @@ def _reversed(x: Tensor) -> Tensor:
 def _fold_norm(
     model: nn.Module, head: Head, h: Tensor, match: Match, logits: Tensor, tolerance: float
 ) -> tuple[Head, Tensor, float, Norm] | None:
-    """Fold the gain and offset of a norm layer before the head.
+    """Return the head with the gain and offset of the norm layer before it multiplied into W and added to b.
 
     Returns:
-        The new head, its activations h, the residual and the norm; None if there is no norm, or if folding it does not
-        reproduce the logits.
+        The new head; its activations h, which are the normalised vectors; its largest error on the logits (the residual
+        of `HeadCertificate`); and the norm layer. None if there is no norm layer, or if that error is too large.
     """
     norm, direct = _norm_before(match.candidate.origin)
     # The head must read the whole normalised axis.

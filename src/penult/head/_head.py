@@ -285,7 +285,7 @@ class Head(HeadTensors):
         norms = torch.cat([(rows - mean).norm(dim=1) for rows in rows_in_double(self.weight)])
         norm = norms.mean().item()
         if norm <= rounding(self.weight) * mean.norm().item():
-            raise ValueError("all rows of weight are equal, so no scale gives the centered rows a norm")
+            raise ValueError("all rows of weight are equal, so the centered rows are zero and cannot be scaled")
         scale = norm / row_norm
         return self._derive(self.weight / scale, self.bias, scale=scale), scale
 

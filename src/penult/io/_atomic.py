@@ -25,7 +25,9 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
 
 @contextmanager
 def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file in the folder of ``path``; rename it to ``path`` at the end, or remove it on an error.
+    """Yield the path of a temporary file in the folder of ``path``; at the end rename it to ``path``.
+
+    If the block raises an error, the temporary file is removed.
 
     A reader sees the old file or the new one, never a part of either. The new file has the mode of the old one. A
     writer that was killed leaves its temporary file behind; the next writer of the same ``path`` removes it. If
@@ -33,7 +35,8 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     in the folder of that file.
 
     Raises:
-        OSError: The disk is full or not writable, or ``path`` leads to no place for a file; the error names ``path``.
+        OSError: The disk is full or not writable, or ``path`` cannot be a file: it is a device, or a symbolic link to
+            itself or into a folder that does not exist. The error names ``path``.
 
     Example:
         >>> import tempfile
@@ -72,7 +75,7 @@ def aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _target(path: Path) -> Path:
-    """Return the file to which a path leads through symbolic links; it need not exist."""
+    """Return the path without symbolic links, which is the file to write; it need not exist."""
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.is_symlink():
         raise OSError(errno.ELOOP, f"cannot write {path}: it is a symbolic link that leads back to itself")
@@ -98,7 +101,7 @@ def _short(name: str) -> str:
 
 
 def leftovers(folder: str | os.PathLike[str]) -> dict[Path, str]:
-    """Return the temporary files of `aside` in a folder, whose writers were killed or are still running.
+    """Return the temporary files of `aside` in a folder. Their writers were killed or are still running.
 
     Args:
         folder: Folder to search.

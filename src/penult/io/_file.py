@@ -231,7 +231,7 @@ def _plain(value: Any) -> Any:
 
 
 def decode(path: Path, text: str | bytes, kind: str | Collection[str] | None) -> Record:
-    """Return the record of a file; raise if it is damaged or not of that kind, or one of those kinds."""
+    """Return the JSON record of a file; raise if it is damaged, or if the file is not of the expected kind(s)."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -23,8 +23,8 @@ class Contents(NamedTuple):
     """Kind of a file.
 
     Attributes:
-        name: The kind, for the place after "is" in a message.
-        remedy: The way to the file that was meant, as a sentence; empty if the kind does not tell.
+        name: The kind as it follows "is" in a message, such as "a zip archive".
+        remedy: Advice how to get the right file, as a sentence; empty if there is none.
     """
 
     name: str
@@ -87,8 +87,8 @@ def other_kind(
 
     Args:
         path: The file.
-        expected: Kind that was expected, in the words of `contents`.
-        remedies: What to do, by the name of a kind, in place of the remedy of `contents`.
+        expected: The expected kind: one of the names that `contents` gives to kinds.
+        remedies: Advice for the message, by the name of the file's kind. It replaces the advice of `contents`.
     """
     with open(path, "rb") as file:
         kind = contents(file.read(_START))

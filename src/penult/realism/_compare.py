@@ -1,4 +1,4 @@
-"""Comparison of a pair with real activations."""
+"""Comparison of samples of a pair with real activations."""
 
 from __future__ import annotations
 
@@ -204,13 +204,13 @@ class RealStatistics:
         source: The real activations.
         label_origin: Where their labels come from.
         names: Class names.
-        rows: The rows to compare.
+        rows: Real activations that samples are compared with, and other real ones of the same classes.
         accuracy: Accuracy of the head; None for sampled labels.
         confidence: Mean confidence of the head.
         ece: Expected calibration error of the head; None for sampled labels.
         posterior: Mean class probabilities (K,) of the head.
-        collapse: Neural collapse.
-        tilt_identity: Tilt identity.
+        collapse: Figures of neural collapse, see `Collapse`.
+        tilt_identity: Whether class means are where a Gaussian base would have them, see `TiltIdentity`.
     """
 
     source: _ActivationSource

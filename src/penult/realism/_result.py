@@ -183,7 +183,10 @@ class Collapse:
 
 @dataclass(frozen=True)
 class TiltIdentity:
-    r"""Whether mean_y = m + Σ w_y holds for real activations, as it does for a Gaussian base.
+    r"""Test of an identity that holds for a Gaussian base: the mean of class y is m + Σ w_y.
+
+    Here m is the mean of the base, Σ the covariance that all classes share, and w_y the centered row of class y. S is
+    the covariance of real activations within classes.
 
     Attributes:
         offset: Offset of class means along their rows, Σ_y (mean_y − mean)·w_y / Σ_y ‖w_y‖².

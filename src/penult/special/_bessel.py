@@ -38,7 +38,10 @@ __all__ = [
 
 
 class Expansion(NamedTuple):
-    """The expansion at one order, as short polynomials in q = 2p − 1 (lowest power first).
+    """Coefficients of Debye's expansion at one order M, as short polynomials in q = 2p − 1, lowest power first.
+
+    With p = M / √(M² + κ²), D_k(p) are the polynomials of the expansion of log I_M(κ), and E_k(p) those of its
+    derivative.
 
     Attributes:
         order: The order M ≥ ν at which the expansion is evaluated.
@@ -170,7 +173,7 @@ class _State:
         self.q = 2 * self.p - 1
 
     def slope(self) -> Tensor:
-        """Return T = Σ_k E_k(p) / M^k."""
+        """Return the sum T of the derivatives of the terms of the expansion, see `Expansion`."""
         return _horner(self.series.slope, self.q)
 
     def ratio(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Checks of the laws that distributions, bases and pairs must satisfy, for those of penult and for yours.
 
 A posterior that equals the softmax does not prove that a base is right: M cancels in the posterior, so a wrong M
-passes such a test. A wrong M fails the laws below. Each check samples with a fixed seed, compares with a stated bar,
+passes such a test. A wrong M fails the laws below. Each check samples with a fixed seed, compares with a stated limit,
 and raises :class:`AssertionError` with the table of laws if one fails.
 
 Example:

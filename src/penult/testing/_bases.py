@@ -30,8 +30,8 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
     importance sampling between tilts that are close to each other); the sample mean is ∇ log M; for joint samples
     (h, y) the class frequencies agree with softmax(head(h)); the posterior is the softmax; for a
     :class:`penult.Sphere` the radius and the cosine have the right distributions. A :class:`penult.Marginal` knows M
-    only at the rows of the head, so ratios between tilts of other rows cannot be tested. Instead, its pair must have
-    the density that it was built from, and every class its share of it.
+    only at the rows of the head, so ratios between tilts of other rows cannot be tested. Instead, the density of its
+    pair must be that of its distribution, and the classes must have the right parts of it.
 
     Args:
         base: The base to check, in a precision of at least float32.
@@ -234,7 +234,7 @@ def _mean_law_of_multiple(base: Base, row: Tensor, samples: int, y: int, generat
 
 
 def _gradient(base: Base, row: Tensor) -> Tensor:
-    """Return ∇ log M."""
+    """Return the gradient of log M(w) at a row w, which is the mean of the tilt by w."""
     w = row.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(base.log_mgf(w), w)
     return gradient

@@ -52,7 +52,7 @@ def check_distribution(
     - ``Independent``, ``MixtureSameFamily`` and ``TransformedDistribution`` accept it. ``repr``, copies and pickles
       work. Single precision agrees with double precision.
 
-    Laws that compare with samples have the bar \|z\| < 4, or slightly more if many numbers are compared at once.
+    Laws that compare with samples have the limit \|z\| < 4, or slightly more if many numbers are compared at once.
     Properties that a distribution does not have, such as an entropy, are not tested.
 
     Args:

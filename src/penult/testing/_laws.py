@@ -21,8 +21,8 @@ class Law:
     Attributes:
         name: The law.
         value: The measured statistic.
-        bar: The condition on the statistic.
-        passed: Whether it holds.
+        bar: The condition on the statistic, such as "< 4".
+        passed: Whether the condition holds.
     """
 
     name: str
@@ -59,7 +59,7 @@ class LawReport:
 
 
 def fact(name: str, holds: bool) -> Law:
-    """Return a law that holds or does not, without a statistic."""
+    """Return a law that is tested by a yes-or-no condition, without a statistic."""
     return Law(name, float(holds), "holds", holds)
 
 
