@@ -170,7 +170,7 @@ class GenerativePair(DerivedTensors):
     def with_prior(self, prior: Tensor | Categorical) -> GenerativePair:
         """Return a pair with the same p(h|y) and another class prior, for label shift.
 
-        Its bias is b_y + log p_y − log p(y).
+        The bias of its head is b_y + log q_y − log p(y), with the new prior q.
 
         Args:
             prior: Positive class weights (K,), which need not sum to 1, or a Categorical.

@@ -26,10 +26,10 @@ class ClassTrust:
     """One class of the images that a gate was fitted to.
 
     Attributes:
-        name: Its name, or its number.
-        rows: Number of its images.
+        name: Name of the class, or its number.
+        rows: Number of images of the class.
         accuracy: Accuracy of the teacher on them; None without labels.
-        belief: Mean of the gate over them.
+        belief: Mean of the gate over these images.
     """
 
     name: str
@@ -48,9 +48,10 @@ class GateSummary:
         labelled: Whether their labels were known; otherwise they are the predictions of the teacher.
         accuracy: Accuracy of the teacher; None without labels.
         trust: ρ, the factor that all images share.
-        typical: Fraction of images whose cosine to the row of their label is above the τ-quantile of F_y.
+        typical: Fraction of images whose activation has a typical cosine to the row of its label: above the τ-quantile
+            of the distribution F_y of `Gate`.
         belief: Mean of the gate.
-        classes: The same for each class that has images.
+        classes: Accuracy and mean gate of each class that has images.
     """
 
     rows: int
@@ -262,7 +263,7 @@ class Gate(nn.Module):
         return source, None if labels is None else integer_labels(labels, (len(source),), head.num_classes)
 
     def _predictions_and_typicality(self, source: _ActivationSource, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the predictions (N,) of the teacher, and min(1, F/τ) (N,) at the labels or else at the predictions."""
+        """Return the teacher's predictions (N,), and min(1, F_y/τ) (N,) for the labels y, or else the predictions."""
         head = self.canonical
         predictions, typicalities, start = [], [], 0
         for rows in source:

@@ -204,7 +204,7 @@ def _spread(rows: Rows) -> Tensor:
 
 
 def _sample(rows: Rows, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return masks (N,) of a random sample of the rows and of the held-out rows in it."""
+    """Return two masks (N,): a random sample of the rows, and the rows of the sample that are held out."""
     size = min(rows.count, max(1, _SAMPLE_ELEMENTS // len(rows.mean)))
     order = torch.randperm(rows.count, generator=generator)[:size]
     sampled, held_out = torch.zeros(2, rows.count, dtype=torch.bool)
@@ -226,7 +226,7 @@ def _take(rows: Rows, index: Tensor) -> Tensor:
 def _fit_splines(
     rows: Tensor, held_out: Tensor, start: Tensor, steps: int, generator: torch.Generator, step: Callable[[], None]
 ) -> Tensor:
-    """Fit splines (n, 3·bins − 1) that make each column standard normal; return the best ones on the held-out rows."""
+    """Fit splines (n, 3·bins − 1) that make each column standard normal; return the best by the held-out rows."""
     # Adam updates each entry separately, so the columns do not influence each other.
     knots = start.clone().requires_grad_()
     best, lowest_loss = start.clone(), _spline_loss(held_out, start)
@@ -266,7 +266,7 @@ def _fit_jointly(
     """Fit splines and mixture by their common likelihood.
 
     Returns:
-        The best ones on the held-out rows; None if these are the ones at the start.
+        The splines and mixture of the best step by the held-out rows; None if no step improved on the start.
     """
     first = mixture_of(getattr(base, name).to(rows) for name in PARTS)
     diagonal = first.scale_tril.diagonal(dim1=-2, dim2=-1)

@@ -180,7 +180,7 @@ class Prior(NamedTuple):
 def start(points: Tensor, components: int, strength: float, generator: torch.Generator) -> tuple[Components, Prior]:
     """Return a first mixture and the prior, from k-means on a sample.
 
-    The centres are initialised as in k-means++ (Arthur and Vassilvitskii, "k-means++: The Advantages of Careful
+    The first centres are chosen as in k-means++ (Arthur and Vassilvitskii, "k-means++: The Advantages of Careful
     Seeding", 2007). Each coordinate is first divided by the square root of its standard deviation, which makes scales
     more equal: clusters may differ in small coordinates too. Ψ of the prior is the pooled covariance within clusters.
 
@@ -294,7 +294,7 @@ def of_responsibilities(parts: Iterable[tuple[Tensor, Tensor]], strength: float,
 
 
 def _width(dims: int) -> int:
-    """Return the number of entries of t(u)."""
+    """Return the number of entries of the statistics t(u), see `_statistics`."""
     return dims * (dims + 1) // 2 + dims + 1
 
 
@@ -305,7 +305,7 @@ def _blocks(points: Tensor, components: int, dims: int | None = None) -> Sequenc
 
 
 def _statistics(points: Tensor) -> Tensor:
-    """Return t(u) for points (n, m): (n, m(m+1)/2 + m + 1)."""
+    """Return the sufficient statistics t(u) of points u (n, m): products u_i u_j, u and 1, (n, m(m+1)/2 + m + 1)."""
     rows, columns = torch.tril_indices(points.shape[-1], points.shape[-1], device=points.device)
     return torch.cat([points[:, rows] * points[:, columns], points, points.new_ones(len(points), 1)], dim=-1)
 

@@ -84,7 +84,7 @@ class Rows:
         self.mean = self.processes.sum(total) / self.count
 
     def plane(self, dims: int) -> tuple[Tensor, float]:
-        """Return at most ``dims`` leading principal components (m, d), and the standard deviation across them."""
+        """Return at most ``dims`` leading principal components (m, d), and the standard deviation across the others."""
         scatter = torch.zeros(len(self.mean), len(self.mean), dtype=torch.float64, device=self.work)
         for rows in self:
             deviations = rows - self.mean

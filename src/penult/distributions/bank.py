@@ -18,8 +18,8 @@ class Bank(Distribution):
     r"""The empirical distribution of activations: every row has the probability 1/N.
 
     It has all properties of the activations, such as exact zeros with their correlations, but is as large as they are.
-    Samples are activations of real data: if these must stay private, fit a :class:`PrincipalMixture`. It has atoms,
-    hence no density.
+    Samples are activations of real data: if these must stay private, fit a :class:`PrincipalMixture`. The distribution
+    has no density, because its mass is on finitely many points.
 
     Args:
         activations: Rows (N, d); not copied.

@@ -60,7 +60,7 @@ def check_parameters(parameters: dict[str, Tensor]) -> None:
 
 
 def check_values(parameters: dict[str, Tensor]) -> None:
-    """Raise unless they are finite, some component has a weight, the softness is positive and the plane orthonormal.
+    """Raise unless parameters are finite, a weight and all softnesses are positive, and components orthonormal.
 
     The constraints of torch.distributions check the other properties.
     """
@@ -89,7 +89,9 @@ _ELEMENTS = 1 << 21
 
 
 class PrincipalMixture(Distribution):
-    r"""Gaussian mixture in m principal components plus isotropic noise across them; optionally rectified or positive.
+    r"""Gaussian mixture in m principal components plus isotropic noise in the other directions.
+
+    Optionally rectified or positive.
 
     .. math:: x = \mu + V^\top u + s\,(I - V^\top V)\,\varepsilon,\qquad
               u \sim \sum_c \pi_c\, N(m_c, L_c L_c^\top),\quad \varepsilon \sim N(0, I_d),

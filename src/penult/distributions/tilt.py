@@ -24,7 +24,7 @@ class Tiltable(Protocol):
         """Return log m(h), with the shape of ``h`` without its last dimension."""
 
     def project(self, h: Tensor) -> Tensor:
-        """Return the point in the space of the base to which ``h`` is mapped."""
+        """Return the point at which the base evaluates its density for ``h``."""
 
     def draw(self, weight: Tensor, index: Tensor, generator: torch.Generator | None) -> Tensor:
         """Sample one activation from the tilt by weight[i] for each i of ``index`` (N,): (N, d)."""

@@ -23,9 +23,11 @@ class VonMisesFisher(Distribution):
     .. math:: p(x) = C_d(\kappa)\, e^{\kappa\,\mu\cdot x},\qquad
               \log C_d(\kappa) = -\log \mathrm{area}(S^{d-1}) - F_d(\kappa),
 
-    a density with respect to the surface measure. κ = 0 gives the uniform distribution. Densities, entropies and
-    divergences are accurate for every dimension and concentration (see :mod:`penult.special`); ``rsample``
-    has unbiased pathwise gradients in both parameters (implicit reparameterisation).
+    a density with respect to the surface measure. Here F_d is :func:`penult.special.log_sphere_mgf`; its derivatives A
+    (the mean cosine to μ) and V (the variance of the cosine) appear in the moments below. κ = 0 gives the uniform
+    distribution. Densities, entropies and divergences are accurate for every dimension and concentration (see
+    :mod:`penult.special`); ``rsample`` has unbiased pathwise gradients in both parameters (implicit
+    reparameterisation).
 
     References:
         Mardia and Jupp, *Directional Statistics*, 2000, chapters 9 and 10.

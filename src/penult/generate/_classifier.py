@@ -21,7 +21,7 @@ _BATCH = 500
 
 @final
 class FrozenClassifier(nn.Module):
-    """A classifier of images in [0, 1] that training leaves unchanged, or none; then its methods raise an error.
+    """A classifier of images in [0, 1] that training leaves unchanged. Without a classifier, its methods raise errors.
 
     It always runs in eval mode, in its own precision. Its flags, buffers, gradients and the random states are restored.
     `train` and casts have no effect on it, but it moves to other devices.

@@ -33,10 +33,10 @@ def write(
 
     Args:
         path: The file.
-        name: Name of its class.
-        config: JSON data that rebuild it.
+        name: Name of the generator's class.
+        config: JSON data from which the generator is rebuilt.
         pair: The pair.
-        modules: Its parts whose states are written.
+        modules: Parts of the generator whose states are written.
         activations: Number of activations of real images in the pair.
     """
     tensors, facts = to_parts(pair)
@@ -53,9 +53,9 @@ class GeneratorFile(NamedTuple):
     Attributes:
         path: The file.
         name: Name of the generator's class.
-        config: JSON data that rebuild it.
-        states: State dicts of its parts.
-        facts: JSON data that rebuild the pair.
+        config: JSON data from which the generator is rebuilt.
+        states: State dicts of the parts of the generator.
+        facts: JSON data from which the pair is rebuilt.
     """
 
     path: str | os.PathLike[str]
@@ -65,7 +65,7 @@ class GeneratorFile(NamedTuple):
     facts: Any
 
     def check_networks(self, networks: Mapping[str, nn.Module], stored: Sequence[str], training: Sequence[str]) -> None:
-        """Raise unless all networks belong to the generator, and none is missing that the file needs.
+        """Raise if a network does not belong to the generator, or one that the file needs is missing.
 
         Args:
             networks: Networks of the user, by name.

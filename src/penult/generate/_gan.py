@@ -252,7 +252,7 @@ class ActivationGAN(ActivationGenerator):
         return optimizer_config(optimizer, self.scheduler)
 
     def config(self) -> dict[str, Any]:
-        """Return JSON data that rebuild the generator."""
+        """Return JSON data from which the generator is rebuilt."""
         return {
             "image_shape": list(self.image_shape),
             "condition": self.condition,

@@ -87,7 +87,7 @@ class ActivationGenerator(RecordedModule, ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Return JSON data that rebuild its networks."""
+        """Return JSON data from which the networks are rebuilt."""
 
     @classmethod
     @abstractmethod

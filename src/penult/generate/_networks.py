@@ -261,7 +261,8 @@ class Bounded(nn.Module):
 class ProjectionDiscriminator(nn.Module):
     """Projection discriminator: the score of an image x with a condition is ψ·φ(x) + ⟨φ(x), V condition⟩.
 
-    φ consists of strided convolutions and a linear layer of 128 units.
+    The network φ consists of strided convolutions and a linear layer of 128 units; the vector ψ and the matrix V are
+    learned.
 
     References:
         Miyato and Koyama, "cGANs with Projection Discriminator", ICLR 2018.

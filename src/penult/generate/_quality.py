@@ -272,7 +272,7 @@ class Judge:
         return self._reference(self._real.counts)
 
     def _reference(self, counts: Tensor) -> Quality:
-        """Compute the reference for at most `counts` (K,) images of each class; halves of `real` ignore them."""
+        """Compute the reference for at most `counts` (K,) images of each class; not used if `real` is halved."""
         real, train = self._real.evaluated, self._train
         if train is None or bool((train.labels < 0).any()):
             order = shuffled(real.images, real.labels, self._seed)

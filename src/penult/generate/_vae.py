@@ -219,7 +219,7 @@ class ActivationVAE(ActivationGenerator):
         return optimizer_config(optimizer, self.scheduler)
 
     def config(self) -> dict[str, Any]:
-        """Return JSON data that rebuild encoder and decoder."""
+        """Return JSON data from which encoder and decoder are rebuilt."""
         return {
             "image_shape": list(self.image_shape),
             "condition": self.condition,

@@ -269,7 +269,7 @@ def _fold_norm(
 
 
 def _norm_before(origin: Origin | None) -> tuple[Norm | None, bool]:
-    """Return the norm whose output, or an average of whose output, a tensor is; and whether it is the output itself."""
+    """Return the norm layer that a tensor comes from; True if the tensor is its output, False for an average."""
     if origin is None or origin.norm is not None:
         return None if origin is None else origin.norm, True
     return None if origin.pooled is None else origin.pooled.norm, False

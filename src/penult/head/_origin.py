@@ -96,7 +96,7 @@ class Origin:
 class Origins:
     """Remembers which call returned each tensor, by storage and version.
 
-    So a view has the origin of its base, and an in-place operation gives a tensor a new origin.
+    A view therefore has the origin of its base, and an in-place operation gives a tensor a new origin.
     """
 
     def __init__(self) -> None:

@@ -50,8 +50,8 @@ class Steps(NamedTuple):
 
     Attributes:
         squashed_by: The first non-affine function, or None.
-        unread: The last function that is neither of those that map or move single values nor a product that was read,
-            or None.
+        unread: The last function of unknown effect: neither elementwise, nor one that only moves values, nor a
+            recognised product. None if there is none.
     """
 
     squashed_by: str | None = None
@@ -112,7 +112,7 @@ class ProductCall(NamedTuple):
 
     Attributes:
         modules: Names of the modules that were running.
-        signature: That of the product.
+        signature: Signature of the product, see `Product.signature`.
         address: Memory address of W.
         operand: Identity of the tensor that was given as W.
     """

@@ -25,9 +25,9 @@ _SIGMOID = (
 
 
 def refuse_other_tasks(model: nn.Module, logits: Tensor) -> None:
-    """Raise if the output is no array of logits, or the model applies no softmax to it.
+    """Raise if the output is not an array of logits, or if no softmax belongs to it.
 
-    The latter is so for one logit for each sample, and for labels that do not exclude each other.
+    Models with a single logit for each sample, or with labels that do not exclude each other, have no softmax.
     """
     if (fault := unreadable(logits)) is not None:
         raise TypeError(

@@ -171,7 +171,7 @@ def _foreign(path: Path, keys: list[str]) -> str:
 
 
 def _damaged(path: Path, error: SafetensorError) -> str:
-    """Return the message for a file that safetensors cannot read, by its first bytes."""
+    """Return the message for a file that safetensors cannot read; the first bytes of the file show its kind."""
     message = other_kind(path, "a safetensors file", _REMEDIES)
     if message is not None:
         return message
@@ -193,7 +193,7 @@ _RESERVED = ("schema", "kind", "versions")
 
 
 class FileFormatError(ValueError):
-    """A file cannot be used: it is damaged, foreign, of another kind or from a newer penult."""
+    """A file cannot be used: it is damaged, of another kind, or written by another program or a newer penult."""
 
 
 class Record(NamedTuple):

@@ -43,11 +43,11 @@ class Ranked:
         name: Name of the candidate.
         base: Name of its base; empty if it failed.
         auc: AUC of each test; empty if it failed.
-        worst_auc: The largest of them.
+        worst_auc: The largest of these AUCs.
         energy: Energy coefficient.
         floats: Number of values that the base stores.
         seconds: Time of the fit; not used for ranking.
-        error: Why it could not be fitted or compared; None if it could.
+        error: Reason why the candidate could not be fitted or compared; None if it could.
         realism: The complete comparison.
     """
 
@@ -131,9 +131,9 @@ class Ranking:
 def recommend(rows: list[Ranked], real: Comparison) -> tuple[str, str, tuple[Ranked, ...]]:
     """Return the name of the recommended candidate, the reason, and all candidates in order.
 
-    Recommended is the smallest base, in floats, whose largest AUC is within 0.03 of the best candidate's (or of real
-    activations, if these have a larger one) and, among these, whose energy coefficient is within 0.01 of the smallest.
-    The second condition decides if a classifier separates the samples of all bases almost perfectly.
+    The recommended candidate is the smallest base, in floats, whose largest AUC is within 0.03 of the best candidate's
+    (or of real activations, if these have a larger one) and, among these, whose energy coefficient is within 0.01 of
+    the smallest. The second condition decides if a classifier separates the samples of all bases almost perfectly.
     """
     order = [row for row in rows if row.error is None]
     order.sort(key=lambda row: (round(row.distance, 2), row.energy, row.floats, row.name))
@@ -228,9 +228,9 @@ def choose(
     """Fit candidate bases to two thirds of the activations, compare each with the others, and recommend one.
 
     Candidates are ranked by the largest of the three AUCs of :func:`compare` (to two digits), then by the energy
-    coefficient. Recommended is the smallest base, in floats, whose largest AUC is within 0.03 of the best candidate's
-    (or of real activations, if these have a larger one) and, among these, whose energy coefficient is within 0.01 of
-    the smallest. Afterwards fit it to all activations; the ranking stores no bases.
+    coefficient. The recommended candidate is the smallest base, in floats, whose largest AUC is within 0.03 of the best
+    candidate's (or of real activations, if these have a larger one) and, among these, whose energy coefficient is
+    within 0.01 of the smallest. Afterwards fit the recommended base to all activations; the ranking stores no bases.
 
     Args:
         head: The head.
@@ -299,7 +299,7 @@ def _rows_at(activations: Tensor | Activations, index: Tensor) -> Tensor | Activ
 
 
 def _limits(source: _ActivationSource) -> Tensor:
-    """Return half the number of rows of each class (K,), by their labels or by the head, whichever is less.
+    """Return half the number of rows of each class (K,): by labels, or as expected by the head if that is less.
 
     A bank without replacement then has twice as many rows of a class as are sampled from it.
     """

@@ -76,7 +76,7 @@ class MatchedRows:
         other: Rows (M, d), with the same labels in the same order.
         labels: (M,), ascending.
         pooled: Mask (M,) of the rows for the test of all classes together, in their natural proportions.
-        tested: The classes with a test of their own.
+        tested: The classes that are tested separately.
         per_class: Mask (M,) of the rows for these tests.
     """
 
@@ -116,11 +116,11 @@ def match_rows(
         reference: Other real rows; where None, ``source`` is split in two, class by class.
         generator: Generator for the choice, on the CPU.
         max_pooled: Most rows of all classes together.
-        min_per_class: Fewest rows of a class with a test of its own. No class has one if such classes hold less than
-            half of the rows.
-        max_per_class: Most rows of a class with a test of its own.
-        max_classes: Most classes with a test of their own; of more, a random subset.
-        limits: Most rows of each class (K,) in either set.
+        min_per_class: Smallest number of rows for which a class is tested separately. No class is, if such classes hold
+            less than half of the rows.
+        max_per_class: Largest number of rows of a class that is tested separately.
+        max_classes: Largest number of classes that are tested separately; a random subset if there are more.
+        limits: Largest number of rows of each class (K,), in both sets.
 
     Raises:
         ValueError: Fewer than ``min_per_class`` rows can be matched.

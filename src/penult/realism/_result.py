@@ -40,9 +40,9 @@ class Comparison:
 
     Attributes:
         auc: AUC of each classifier test, see :func:`two_sample_auc`; 0.5 is a perfect match.
-        auc_error: Their standard errors: over classes, or of a single AUC if there is only one.
+        auc_error: Standard errors of the AUCs: over classes, or of a single AUC if there is only one.
         energy: The energy coefficient, see :func:`energy_coefficient`; 0 is a perfect match.
-        energy_error: Its standard error over classes; None if there is only one.
+        energy_error: Standard error of the energy coefficient over classes; None if there is only one.
         rows: Rows of each set, for all classes together.
         classes: Number of classes in the average; 0 for one test of all classes together.
     """
@@ -88,10 +88,11 @@ class Spread:
 
     Attributes:
         real_mean: Mean for real activations.
-        real_sd: Their standard deviation.
+        real_sd: Standard deviation for real activations.
         drawn_mean: Mean for samples.
-        drawn_sd: Their standard deviation.
-        distance: Distance of the two: Kolmogorov-Smirnov for cosines, Wasserstein-1 in units of ``real_sd`` for norms.
+        drawn_sd: Standard deviation for samples.
+        distance: Distance between the two distributions: Kolmogorov-Smirnov for cosines, Wasserstein-1 in units of
+            ``real_sd`` for norms.
         real_distance: The same between real activations and as many other real ones.
         law_mean: Exact mean for the base; None if it is not known.
         law_sd: Exact standard deviation for the base; None if it is not known.
@@ -130,10 +131,10 @@ class Prior:
     """The class prior that head and base imply.
 
     Attributes:
-        min: Its smallest probability.
-        max: Its largest probability.
-        effective_classes: exp(entropy), K for the uniform prior.
-        total_variation: Total variation distance to the mean posterior of the real activations.
+        min: Smallest class probability.
+        max: Largest class probability.
+        effective_classes: exp(entropy of the prior), which is K for the uniform prior.
+        total_variation: Total variation distance from the prior to the mean posterior of the real activations.
     """
 
     min: float
@@ -149,7 +150,7 @@ class Collapse:
     Attributes:
         weight_norm_min: Smallest ‖w_y‖.
         weight_norm_max: Largest ‖w_y‖.
-        weight_norm_cv: Standard deviation of ‖w_y‖ divided by their mean.
+        weight_norm_cv: Standard deviation of the norms ‖w_y‖ divided by their mean.
         bias_max: ‖b − mean b‖_∞.
         mean_weight_norm: ‖w̄‖, the norm of the mean row that centering subtracts.
         weight_cosine_mean: Mean cosine between different rows.
@@ -221,7 +222,7 @@ class Realism:
         calibration: Calibration of the head on joint samples and on real activations.
         prior: The implied class prior.
         collapse: Neural collapse of head and real activations.
-        tilt_identity: Whether mean_y = m + Σ w_y holds.
+        tilt_identity: Whether class means are where a Gaussian base would have them, see `TiltIdentity`.
     """
 
     base: str

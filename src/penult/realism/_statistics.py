@@ -98,7 +98,7 @@ def kolmogorov_smirnov(x: Tensor, y: Tensor) -> float:
 
 
 def wasserstein(x: Tensor, y: Tensor) -> float:
-    """Return the first Wasserstein distance of two samples of numbers (N,): the mean of |x_(i) − y_(i)|.
+    """Return the first Wasserstein distance of two samples of numbers (N,): the mean of |x − y| of the sorted values.
 
     Example:
         >>> wasserstein(torch.tensor([0.0, 1.0]), torch.tensor([3.0, 2.0]))

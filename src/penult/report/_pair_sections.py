@@ -116,7 +116,7 @@ def laws(
         page: The page.
         pair: The pair.
         posterior: Mean class probabilities (K,) of the familiar activations.
-        gap: Largest difference between the pair's posterior and the softmax of its head, and the limit of it.
+        gap: Largest difference between the pair's posterior and the softmax of its head, and its largest allowed value.
         stored_gap: Largest difference between the softmax of the stored logits and that of the head.
         seed: Seed of the samples.
     """

@@ -1,6 +1,6 @@
 """Outlier scores that are functions (pair, h) → (B,), higher for more unusual activations.
 
-They are computed in at least float32, and half precision returns float32, also under torch.autocast.
+Scores are computed and returned in at least float32, also for h of half precision and under torch.autocast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
     .. math:: -\log p(u / r \,|\, r) = T(r) - \log \sum_y e^{w_y \cdot h + b_y} + \log \mathrm{area}(S^{m-1}),
               \qquad T(r) = \log \sum_y e^{b'_y + F_m(r \|w'_y\|)},
 
-    with centered rows w, rows w' = L'U w and biases b' = b + w·loc in the chart. This is the energy minus the energy
+    with centered rows w, rows w' = L'U w and biases b' = b + w·loc in the chart, and F_m =
+    :func:`penult.special.log_sphere_mgf` in dimension m. This is the energy minus the energy
     that is expected at this norm, so a large norm alone does not lower the score. T is tabulated once for each pair.
 
     Use an elliptic sphere that was fitted to at least a few hundred activations, which need no labels: see
@@ -168,7 +169,7 @@ def density(pair: GenerativePair, h: Tensor) -> Tensor:
 def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
     """Return the recommended score: `directional` on a sphere in at least two dimensions, else `energy`.
 
-    In one dimension, such as the span of two classes, the two directions only separate the classes.
+    In one dimension, such as the span of two classes, a direction is only a sign, which separates the classes.
 
     Example:
         >>> usual(GenerativePair(Head(torch.eye(3)), Sphere(2.0))).__name__

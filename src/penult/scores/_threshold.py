@@ -29,10 +29,11 @@ class Threshold(nn.Module):
 
     .. math:: p(s) = \frac{1 + \#\{i : s_i \ge s\}}{n + 1},
 
-    and an activation with p ≤ α is an outlier. If that activation and the n are exchangeable, such as independent
-    samples of one distribution, P(p ≤ α) ≤ α for any distribution and any score (split conformal prediction). The
-    guarantee is for the mean over calibration sets of size n; `rate_bound` bounds the rate of a single set. It does not
-    hold for samples of another distribution, such as a shifted domain: there the rate of outliers measures the shift.
+    and an activation with p ≤ α is an outlier. If that activation and the n calibration activations are exchangeable,
+    such as independent samples of one distribution, P(p ≤ α) ≤ α for any distribution and any score (split conformal
+    prediction). The guarantee is for the mean over calibration sets of size n; `rate_bound` bounds the rate of a single
+    set. It does not hold for samples of another distribution, such as a shifted domain: there the rate of outliers
+    measures the shift.
 
     References:
         Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005. Bates, Candès, Lei, Romano and Sesia,
@@ -182,7 +183,7 @@ class Threshold(nn.Module):
         return 1 + n - below.masked_fill(scores.isnan(), n)
 
     def __repr__(self) -> str:
-        """Return the rule and its guarantee, on one line."""
+        """Return the threshold and its guarantee, on one line."""
         return (
             f"Threshold({_name(self.score)} > {self.value:.4g}, false alarms {self.false_alarm:.3g} of n="
             f"{len(self.calibration)}, at most {self.rate_bound():.2g} with confidence 0.95)"
