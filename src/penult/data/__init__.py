@@ -18,8 +18,8 @@ import sys
 
 from penult.data import _dataset, _shifts
 from penult.data._dataset import ImageDataset, Images
+from penult.data._decode import Normalization
 from penult.data._folder import folder
-from penult.data._normalization import Normalization
 from penult.data._npz import npz
 from penult.data._parquet import parquet
 from penult.data._read import digits, read

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from penult._checks import check_choice, check_seed, check_shares, class_names_tuple, integer_labels
-from penult.data._decode import adapt, decode
-from penult.data._normalization import Normalization, PerChannel
+from penult.data._decode import Normalization, PerChannel, adapt, decode
 
 __all__ = ["ImageDataset", "Images", "Size", "Source", "Transform"]
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from penult.data._dataset import ImageDataset, Size, Transform
-from penult.data._decode import suffixes
-from penult.data._normalization import PerChannel
+from penult.data._decode import PerChannel, suffixes
 from penult.data._splits import counted, files_below, is_split, splits, warn_of_others
 from penult.io import _user_path
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from penult._checks import check_choice
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
-from penult.data._normalization import PerChannel
+from penult.data._decode import PerChannel
 from penult.io import _other_kind, _user_path
 
 __all__ = ["Arrays", "npz"]

@@ -18,8 +18,7 @@ from torch import Tensor
 from penult._checks import class_names_tuple
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
-from penult.data._decode import suffixes
-from penult.data._normalization import PerChannel
+from penult.data._decode import PerChannel, suffixes
 from penult.data._splits import files_below, matches, one_set, warn_of_others
 from penult.io import _check_unchanged, _Identity, _identity, _other_kind, _user_path
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from penult._row_blocks import readable
-from penult.head._arguments import own_arguments
 from penult.head._certificate import HeadCertificate
+from penult.head._foreign import own_arguments
 from penult.head._match import Layout
 from penult.head._model import compiled_parts_eager, has_compiled_parts, logits_of, tensor_at
 from penult.head._origin import gain_and_offset, without_gain

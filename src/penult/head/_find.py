@@ -12,10 +12,9 @@ from torch.utils import _pytree as pytree
 
 from penult._checks import check_finite
 from penult._row_blocks import blocks, rows_in_double
-from penult.head._arguments import own_arguments
 from penult.head._capture import capture
 from penult.head._certificate import UNMIXED, HeadCertificate, Kind, Support
-from penult.head._foreign import in_memory, is_real
+from penult.head._foreign import in_memory, is_real, own_arguments
 from penult.head._head import Head
 from penult.head._match import Match, axes_of, matches, relative_error
 from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
