@@ -5,9 +5,19 @@ of such files, its shards, with a JSON index that is written last (`write_index`
 """
 
 from penult.io._atomic import aside, leftovers, sweep, write_bytes
-from penult.io._file import SCHEMA_VERSION, File, FileFormatError, read, save_file, write
+from penult.io._file import (
+    SCHEMA_VERSION,
+    File,
+    FileFormatError,
+    Identity,
+    check_unchanged,
+    identity,
+    read,
+    save_file,
+    write,
+)
 from penult.io._index import INDEX_NAME, Index, read_index, write_index
-from penult.io._paths import Identity, check_unchanged, contents, identity, other_kind, user_path
+from penult.io._paths import contents, other_kind, user_path
 
 __all__ = [
     "INDEX_NAME",

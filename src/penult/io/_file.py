@@ -19,9 +19,23 @@ from torch import Tensor
 from penult._checks import usable_device
 from penult._version import __version__
 from penult.io._atomic import aside
+from penult.io._file import FileFormatError
 from penult.io._paths import other_kind, user_path
 
-__all__ = ["SCHEMA_VERSION", "File", "FileFormatError", "Record", "decode", "encode", "read", "save_file", "write"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "File",
+    "FileFormatError",
+    "Identity",
+    "Record",
+    "check_unchanged",
+    "decode",
+    "encode",
+    "identity",
+    "read",
+    "save_file",
+    "write",
+]
 
 _METADATA_KEY = "penult"
 _PICKLE = (
@@ -327,3 +341,27 @@ def save_file(
         for name in names:
             plain = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
             file.write(plain.view(-1).view(torch.uint8).numpy().data)
+
+
+class Identity(NamedTuple):
+    """Number of a file on its disk, time of its last change in nanoseconds, and size in bytes."""
+
+    number: int
+    changed: int
+    size: int
+
+
+def identity(path: str | os.PathLike[str]) -> Identity:
+    """Return the identity of a file."""
+    status = os.stat(path)
+    return Identity(status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def check_unchanged(path: str | os.PathLike[str], opened: Identity | None) -> None:
+    """Raise a FileFormatError if a file has another identity than when it was opened; None for an unknown one."""
+    # Whoever opens a file that is missing has a message of their own.
+    if opened is not None and os.path.exists(path) and identity(path) != opened:
+        raise FileFormatError(
+            f"{os.fspath(path)} was written or changed after it was opened, so that its rows may no longer be those "
+            "that were opened. Open it again"
+        )
