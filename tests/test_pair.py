@@ -571,3 +571,38 @@ def test_a_bad_device_is_no_fault_of_the_file(tmp_path, device):
     with pytest.raises(ValueError, match=r"^device is .*expected a device of this machine") as caught:
         penult.load(path, device=device)
     assert not isinstance(caught.value, penult.io.FileFormatError)
+
+
+# --- bases that do not see all that the head reads ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [1, 3, 5])
+@pytest.mark.parametrize("loc", [None, torch.arange(6.0)])
+def test_a_base_that_ignores_what_the_head_reads_is_refused(dims, loc):
+    head = random_head(7, 6, dtype=torch.float32)
+    rows = torch.linalg.qr(torch.randn(6, 6, generator=seeded()))[0][:dims]
+    with pytest.raises(ValueError, match=r"ignores a part of activations that this head reads.*head\.span\(\)"):
+        GenerativePair(head, Sphere(1.0, loc=loc, subspace=rows))
+    other = random_head(4, 6, seed=3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="ignores a part"):
+        GenerativePair(head, Sphere.from_head(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_posterior_is_the_softmax_outside_of_the_subspace(dtype, tmp_path):
+    head = Head(torch.randn(4, 9, generator=seeded()).to(dtype))
+    h = torch.randn(20, 9, generator=seeded(1)).to(dtype)
+    bases = (Sphere.from_head(head), Sphere.fit(head, h, ambient=False), Sphere.fit(head, h, "elliptic", False))
+    for pair in (GenerativePair(head, base) for base in bases):
+        expected = head.clone().float()(h.float()).softmax(-1)
+        assert torch.allclose(pair.posterior(h).probs.float(), expected, atol=1e-5)
+        assert torch.allclose(pair.log_joint(h).float().softmax(-1), expected, atol=1e-5 if h.itemsize > 2 else 0.05)
+        assert penult.load(pair.save(tmp_path / "pair.safetensors")).base.in_features == 9
+        penult.load(copy.deepcopy(pair).bfloat16().save(tmp_path / "half.safetensors"))
+
+
+def test_a_sphere_of_a_layer_norm_lies_in_the_hyperplane_of_its_activations():
+    head = Head(torch.randn(4, 6, generator=seeded()) + 1, norm="layer")
+    pair = GenerativePair(head, Sphere.from_head(head, ambient=True))
+    h = torch.nn.functional.layer_norm(torch.randn(5, 6, generator=seeded(1)), (6,))
+    assert torch.allclose(pair.log_joint(h).softmax(-1), head(h).softmax(-1), atol=1e-5)

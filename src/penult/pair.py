@@ -14,6 +14,7 @@ from torch.distributions import Categorical
 from penult import io
 from penult._checks import as_activations, as_size, described, integer_labels, usable_device
 from penult._derived import DerivedTensors
+from penult._row_blocks import readable
 from penult.activations import Activations, _ActivationSource
 from penult.bases import Base, Gaussian, Marginal, Sphere
 from penult.distributions import Tilt
@@ -24,6 +25,8 @@ __all__ = ["GenerativePair", "load"]
 
 # Largest number of log posteriors that `estimate_prior` keeps; beyond it, every update computes them again.
 _KEPT = 1 << 26
+# Number of random activations whose posterior must survive the projection to the base.
+_PROBES = 8
 
 
 @final
@@ -56,7 +59,8 @@ class GenerativePair(DerivedTensors):
 
     Raises:
         TypeError: If ``head`` is not a :class:`Head` or ``base`` not a :class:`penult.bases.Base`.
-        ValueError: If the base is for activations of another dimension, or M is infinite at a row.
+        ValueError: If the base is for activations of another dimension, or ignores a part of activations that the head
+            reads, or M is infinite at a row.
 
     Example:
         >>> head = Head(torch.tensor([[3.0, 0.0], [0.0, 3.0], [-3.0, -3.0]]))
@@ -86,6 +90,7 @@ class GenerativePair(DerivedTensors):
                 f"base is for activations of dimension {d}, but the head takes {head.in_features}. "
                 "Fit or build the base with this head"
             )
+        self._check_projection()
         self._remember()
 
     # --- distributions --------------------------------------------------------------------------------------
@@ -114,7 +119,10 @@ class GenerativePair(DerivedTensors):
         return self.base.tilt(self.head.centered_weight(labels.to(self.head.weight.device)))
 
     def posterior(self, h: Tensor) -> Categorical:
-        """Return p(y|h), which equals softmax(head(h)): a Categorical of batch shape (*S,) for h (*S, d)."""
+        """Return p(y|h), which equals softmax(head(h)): a Categorical of batch shape (*S,) for h (*S, d).
+
+        For the ambient sphere of a LayerNorm head h is first moved to Σ h = 0, where all its activations lie.
+        """
         h = as_activations(h, device=self.head.weight.device)
         with in_full(h.device):
             logits, dtype = self.head.centered_logits(self.read(h)), torch.promote_types(h.dtype, torch.float32)
@@ -324,6 +332,29 @@ class GenerativePair(DerivedTensors):
             raise ValueError(f"h has shape {tuple(h.shape)}; expected activations (..., {self.head.in_features})")
         with in_full(h.device):
             return self.base.project(in_range(h))
+
+    @torch.no_grad()
+    def _check_projection(self) -> None:
+        """Raise unless projection to the base leaves the softmax of the head as it is, at random activations."""
+        weight = self.head.weight
+        if type(self.base).project is Base.project or not readable(weight):
+            return
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(_PROBES, self.head.in_features, generator=generator).to(self.head.mean_row)
+        # A LayerNorm gives activations whose sum is zero.
+        h = h - h.mean(-1, keepdim=True) if self.head.norm == "layer" else h
+        with in_full(h.device):
+            full, projected = (self.head.centered_logits(rows) for rows in (h, self.base.project(h)))
+        change, full = (logits - logits.mean(-1, keepdim=True) for logits in (projected - full, full))
+        error = float(torch.linalg.vector_norm(change) / torch.linalg.vector_norm(full).clamp_min(1e-30))
+        # Rows of half precision lie in the span of the rows that were rounded to them only up to that rounding.
+        if error > max(1e-3, 8 * torch.finfo(weight.dtype).eps):
+            raise ValueError(
+                f"the base ignores a part of activations that this head reads: projection to its subspace changes "
+                f"centered logits by {error:.2g} of their size, so that no posterior would be the softmax of the head. "
+                "The subspace must contain the span of the centered rows: take head.span(), or make the base of this "
+                "head with Sphere.from_head(head) or Sphere.fit(head, activations, ambient=False)"
+            )
 
 
 def load(
