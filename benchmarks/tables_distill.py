@@ -74,7 +74,7 @@ def _gains(cell: dict[str, Any], method: str, rate: str | None, other: str = "cr
 
 
 def _accuracies(cells: Cells, rate: str | None, title: str) -> Table:
-    header = ("", *(f"{name}: {_teacher(cell):.0f}" for name, cell in cells.items()), "mean gain", "worst")
+    header = ("", *(f"{name}: {_teacher(cell):.0f}" for name, cell in cells.items()), "mean gain", "lowest gain")
     first = next(iter(next(iter(cells.values())).values()))["runs"]
     every = [run["runs"] for cell in cells.values() for run in cell.values()]
     methods = [name for name in first if all(name in runs and (rate or len(runs[name]) > 1) for runs in every)]
@@ -147,7 +147,7 @@ def _bars(cells: Cells, rate: str) -> Table:
         over_hinton = {n: _gains(c, method, rate, "hinton, w=.9") for n, c in cifar.items() if n != "none"}
         add(f"CIFAR-10, {method}: over Hinton, shifted", 5.0, over_hinton)
     rows += _next_bar(mnist, rate)
-    return Table("Criteria and results, at one learning rate, points", ("", "measured", "criterion", ""), rows)
+    return Table("Criteria and results: differences in percentage points of accuracy, at one learning rate", ("", "measured", "criterion", ""), rows)
 
 
 def _next_bar(cells: Cells, rate: str) -> list[tuple[str, str, str, str]]:
@@ -190,7 +190,7 @@ def tries(results: dict[str, Any]) -> Block:
             first = statistics.mean(run["cross-entropy"] for run in cell.values())
             figures.append("–" if not gains else f"{first if what == 'cross-entropy' else statistics.mean(gains):+.1f}")
         rows.append((f"**{what}**" if what == KEPT else what, *figures))
-    title = "Variants: gains over cross-entropy (accuracy in the first row) on validation images, points"
+    title = "Variants: gains over cross-entropy (accuracy in the first row) on validation images, percentage points"
     seeds = len(next(iter(cells.values())))
     notes = [f"Means over {seeds} seeds that are not those of the other tables. Bold: the variant that was chosen."]
     return Block(
