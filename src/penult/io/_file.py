@@ -19,7 +19,6 @@ from torch import Tensor
 from penult._checks import usable_device
 from penult._version import __version__
 from penult.io._atomic import aside
-from penult.io._file import FileFormatError
 from penult.io._paths import other_kind, user_path
 
 __all__ = [
