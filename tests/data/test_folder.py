@@ -36,6 +36,55 @@ def test_classes_are_sorted_folders(tree):
     assert names == ("Eel", "cat", "dog")
 
 
+@pytest.mark.parametrize("system", ["@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found", ".Trash-1000"])
+def test_folders_of_systems_are_no_classes(system, tree, make):
+    for name in (system, f"cat/{system}/0.png", f"Eel/x/{system}"):
+        (tree / name).mkdir(parents=True)
+        make.grey(200).save(tree / name / "THUMB.jpg")
+    dataset = folder(tree, mode="L")
+    assert dataset.class_names == ("Eel", "cat", "dog")
+    assert values(dataset) == [80, 40, 60, 20, 0]
+
+
+def class_folders(root, names, make):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        make.grey(9).save(root / name / "a.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (map(str, range(12)), "label 2 is the folder '10', not '2'.* such as '02'"),
+        (["9", "10"], "label 0 is the folder '10', not '9'.* such as '09'"),
+        (["5", "40", "300"], "label 0 is the folder '300', not '5'.* such as '005'"),
+    ],
+)
+def test_numbers_in_another_order_as_text_are_named(names, message, tmp_path, make):
+    names = [*names]
+    with pytest.warns(UserWarning, match=message):
+        dataset = folder(class_folders(tmp_path, names, make))
+    assert dataset.class_names == tuple(sorted(names))
+
+
+@pytest.mark.parametrize("names", [map(str, range(10)), ["00", "02", "10"], ["10", "9a"], ["n01440764", "n1"]])
+def test_other_names_get_no_warning(names, tmp_path, make):
+    names = [*names]
+    assert folder(class_folders(tmp_path, names, make)).class_names == tuple(sorted(names))
+
+
+def test_the_order_does_not_depend_on_the_system(tmp_path, make, monkeypatch):
+    class_folders(tmp_path, ["Zebra", "ant", "Bee/x", "Bee/X2", "bee-2"], make)
+    here = folder(tmp_path)
+    # Paths of Windows are compared without the case of their letters.
+    monkeypatch.setattr(type(tmp_path), "__lt__", lambda a, b: str(a).lower() < str(b).lower())
+    there = folder(tmp_path)
+    assert here.class_names == there.class_names == ("Bee", "Zebra", "ant", "bee-2")
+    files = [[data._source.where(i) for i in range(len(data))] for data in (here, there)]
+    assert files[0] == files[1]
+
+
 def test_a_flat_folder_has_no_labels(tmp_path, make):
     for i, name in enumerate(["b.png", "a.png", ".c.png", "readme.txt"]):
         make.grey(i).save(tmp_path / name, "png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from penult.data._dataset import ImageDataset, Size, Transform
 from penult.data._decode import PerChannel, suffixes
-from penult.data._splits import counted, files_below, is_split, splits, warn_of_others
+from penult.data._splits import counted, files_below, is_hidden, is_split, splits, warn_of_others
 from penult.io import _user_path
 
 __all__ = ["folder", "images_among"]
@@ -50,7 +51,8 @@ def folder(
     Classes are the folders in `path`, sorted by name; subfolders of these may contain images, too. Images are the
     files whose suffix is that of a format that Pillow decodes by itself: .png, .jpg, .jpeg, .jfif, .webp, .tif, .bmp,
     .gif, .jp2, .avif and others, in lower or upper case. A warning says how many other files are left out. Names
-    that begin with a dot are skipped.
+    that begin with a dot are skipped, as well as folders that systems add, such as ``@eaDir`` and ``__MACOSX``. The
+    order of classes and files is that of their names as text on every system: "10" goes before "2", with a warning.
 
     Folders of splits (``train`` and ``val``, ``train2017`` and ``test2017``) are neither merged nor taken for classes.
 
@@ -96,19 +98,34 @@ def folder(
         raise ValueError(
             f"{root} contains no image; expected images, or one folder of images for each class. {contained}"
         )
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
     if names:
         _check_classes(root, names, images, others)
     warn_of_others(others, root, "names of images, and links that lead to a file")
     if not names:
         return ImageDataset(_Files(root, images), mode=mode, size=size, mean=mean, std=std, transform=transform)
+    _warn_of_numbers(root, names)
     numbers = {name: number for number, name in enumerate(names)}
-    # The files are sorted already, but where letters are compared without their case, in another order than the names.
-    images.sort(key=lambda file: numbers[file.relative_to(root).parts[0]])
     labels = [numbers[file.relative_to(root).parts[0]] for file in images]
     return ImageDataset(
         _Files(root, images), torch.tensor(labels), names, mode=mode, size=size, mean=mean, std=std, transform=transform
     )
+
+
+def _warn_of_numbers(root: Path, names: list[str]) -> None:
+    """Warn of classes that are named by numbers, if these are in another order as text."""
+    if not all(name.isdecimal() for name in names):
+        return
+    ordered = sorted(names, key=int)
+    if ordered != names:
+        label = next(i for i, name in enumerate(names) if name != ordered[i])
+        warnings.warn(
+            f"the class folders of {root} are numbers, and are sorted as text, as torchvision does: label {label} is "
+            f"the folder {names[label]!r}, not {ordered[label]!r}. Labels in the order of the numbers need names of "
+            f"one length, such as {ordered[label].zfill(len(ordered[-1]))!r}; class_names has the order",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_classes(root: Path, names: list[str], images: list[Path], others: list[Path]) -> None:

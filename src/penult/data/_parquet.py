@@ -19,7 +19,7 @@ from penult._checks import class_names_tuple
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
 from penult.data._decode import PerChannel, suffixes
-from penult.data._splits import files_below, matches, one_set, warn_of_others
+from penult.data._splits import files_below, in_order, matches, one_set, warn_of_others
 from penult.io import _check_unchanged, _Identity, _identity, _other_kind, _user_path
 
 __all__ = ["Rows", "is_parquet", "open_parquet", "parquet", "reading"]
@@ -109,7 +109,7 @@ def is_parquet(path: Path) -> bool:
 def _paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the files of a source, sorted."""
     if not isinstance(source, str | os.PathLike):
-        paths = sorted(map(_user_path, source))
+        paths = in_order(map(_user_path, source))
         if not paths:
             raise ValueError("source is an empty list; expected at least one parquet file")
         return paths

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-__all__ = ["counted", "files_below", "is_split", "matches", "one_set", "splits", "warn_of_others"]
+__all__ = [
+    "counted",
+    "files_below",
+    "in_order",
+    "is_hidden",
+    "is_split",
+    "matches",
+    "one_set",
+    "splits",
+    "warn_of_others",
+]
 
 _WORDS = {
     "training": "train training trn trainset traindata trainval",
@@ -28,6 +38,22 @@ _SHARD = re.compile(r"(.+)-\d+-of-\d+")
 
 # Files that accompany data sets and hold none of the data.
 _DOCUMENTS = frozenset("readme license licence notice citation changelog thumbs desktop".split())
+
+
+# Folders that file systems, archivers and NAS devices add, in lower case.
+_SYSTEM = frozenset(
+    "@eadir @tmp @recycle @recently-snapshot #recycle #snapshot __macosx $recycle.bin lost+found".split()
+)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is no part of a data set: it begins with a dot, or is that of a folder that systems add."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Return paths sorted by their parts as text; the order of paths themselves depends on the operating system."""
+    return sorted(paths, key=lambda path: path.parts)
 
 
 class _Split(NamedTuple):
@@ -66,7 +92,7 @@ def is_split(name: str) -> bool:
 
 
 def files_below(root: Path) -> list[Path]:
-    """Return all files below a folder, also through symbolic links, sorted; names that begin with a dot are skipped.
+    """Return all files below a folder, also through symbolic links, sorted; hidden names are skipped.
 
     Broken links are included.
 
@@ -79,7 +105,7 @@ def files_below(root: Path) -> list[Path]:
 
     files = []
     for top in root.iterdir():
-        if top.name.startswith("."):
+        if is_hidden(top.name):
             continue
         if not top.is_dir():
             files.append(top)
@@ -91,9 +117,9 @@ def files_below(root: Path) -> list[Path]:
                 folders.clear()
                 continue
             entered.add(real_path)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            files.extend(Path(parent, name) for name in names if not name.startswith("."))
-    return sorted(files)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            files.extend(Path(parent, name) for name in names if not is_hidden(name))
+    return in_order(files)
 
 
 def matches(pattern: Path) -> list[Path]:
@@ -101,7 +127,7 @@ def matches(pattern: Path) -> list[Path]:
     # Folders are named with brackets, too.
     root = next(path for path in pattern.parents if os.path.exists(path))
     names = glob.glob(str(pattern.relative_to(root)), root_dir=root, recursive=True)
-    return sorted(root / name for name in names)
+    return in_order(root / name for name in names)
 
 
 def one_set(files: Sequence[Path], root: Path) -> None:
