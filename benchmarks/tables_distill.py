@@ -147,7 +147,8 @@ def _bars(cells: Cells, rate: str) -> Table:
         over_hinton = {n: _gains(c, method, rate, "hinton, w=.9") for n, c in cifar.items() if n != "none"}
         add(f"CIFAR-10, {method}: over Hinton, shifted", 5.0, over_hinton)
     rows += _next_bar(mnist, rate)
-    return Table("Criteria and results: differences in percentage points of accuracy, at one learning rate", ("", "measured", "criterion", ""), rows)
+    title = "Criteria and results: differences in percentage points of accuracy, at one learning rate"
+    return Table(title, ("", "measured", "criterion", ""), rows)
 
 
 def _next_bar(cells: Cells, rate: str) -> list[tuple[str, str, str, str]]:
