@@ -337,7 +337,7 @@ def integer_labels(
     """
     if not isinstance(labels, Tensor):
         try:
-            labels = torch.as_tensor(labels)
+            labels = torch.as_tensor(labels, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} is {described(labels)}; expected a tensor of integer class indices") from None
         if not labels.numel():

@@ -194,7 +194,8 @@ class GenerativePair(DerivedTensors):
             >>> pair.prior.probs
             tensor([0.6000, 0.3000, 0.1000])
         """
-        p = prior.probs if isinstance(prior, Categorical) else torch.as_tensor(prior)
+        p = prior.probs if isinstance(prior, Categorical) else prior
+        p = p if isinstance(p, Tensor) else torch.as_tensor(p, device="cpu")
         k = self.head.num_classes
         if p.shape != (k,) or not bool(((p > 0) & p.isfinite()).all()):
             values = f" with values from {float(p.min()):.4g} to {float(p.max()):.4g}" if p.numel() else ""
@@ -340,7 +341,7 @@ class GenerativePair(DerivedTensors):
         if type(self.base).project is Base.project or not readable(weight):
             return
         generator = torch.Generator().manual_seed(0)
-        h = torch.randn(_PROBES, self.head.in_features, generator=generator).to(self.head.mean_row)
+        h = torch.randn(_PROBES, self.head.in_features, generator=generator, device="cpu").to(self.head.mean_row)
         # A LayerNorm gives activations whose sum is zero.
         h = h - h.mean(-1, keepdim=True) if self.head.norm == "layer" else h
         with in_full(h.device):

@@ -58,11 +58,11 @@ class Processes:
 
     def total(self, value: float) -> float:
         """Return the sum of a number over the processes; integers stay exact up to 2⁵³."""
-        return float(self.sum(torch.tensor(value, dtype=torch.float64)))
+        return float(self.sum(torch.tensor(value, dtype=torch.float64, device="cpu")))
 
     def least(self, value: float) -> float:
         """Return the minimum of a number over the processes."""
-        return float(self._reduced(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MIN))
+        return float(self._reduced(torch.tensor(value, dtype=torch.float64, device="cpu"), dist.ReduceOp.MIN))
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows (n, *S) of all processes, in order of rank; n may differ, and may be 0."""

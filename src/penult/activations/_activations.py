@@ -240,7 +240,7 @@ class Activations:
         if isinstance(index, slice) and index.step in (None, 1):
             start, stop, _ = index.indices(len(self))
             return self._like(self._rows.narrow(start, max(start, stop)))
-        numbers = torch.arange(len(self))[index]
+        numbers = torch.arange(len(self), device="cpu")[index]
         if numbers.ndim != 1:
             raise ValueError(
                 f"the index selects rows of shape {tuple(numbers.shape)}; expected indices (M,) or a mask (N,)"
@@ -300,7 +300,7 @@ class Activations:
             (4, 1)
         """
         shares = check_shares(shares)
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(check_seed(seed)))
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(check_seed(seed)), device="cpu")
         ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
         return [
             self._like(self._rows.take(order[start:end].sort().values))

@@ -115,7 +115,7 @@ class Reader:
     def _wanted(self, parts: Fields, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the labels (M,) and a mask of the rows to keep (M,), on the CPU."""
         shape = logits.shape
-        keep = torch.ones(shape[:-1], dtype=torch.bool)
+        keep = torch.ones(shape[:-1], dtype=torch.bool, device="cpu")
         if parts.mask is not None and parts.mask.shape == keep.shape:
             keep = parts.mask.cpu() != 0
         labels = self._labels(parts, logits)

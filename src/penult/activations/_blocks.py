@@ -188,7 +188,7 @@ class _Several:
         return one(parts or [self._blocks[0].narrow(0, 0)])
 
     def take(self, rows: Tensor) -> Block:
-        cuts = [0, *torch.searchsorted(rows, torch.tensor(self._ends)).tolist()]
+        cuts = [0, *torch.searchsorted(rows, torch.tensor(self._ends, device="cpu")).tolist()]
         parts = [
             block.take(rows[first:last] - (end - len(block)))
             for block, end, first, last in zip(self._blocks, self._ends, cuts, cuts[1:], strict=False)

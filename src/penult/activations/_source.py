@@ -168,7 +168,7 @@ class ActivationSource:
     def only(self, rows: Tensor) -> ActivationSource:
         """Return a source of the rows with the given indices (n,), without copying rows."""
         part: ActivationSource = copy(self)
-        part._kept = torch.zeros(self._total, dtype=torch.bool)
+        part._kept = torch.zeros(self._total, dtype=torch.bool, device="cpu")
         part._kept[rows.cpu() if self._kept is None else self._kept.nonzero()[rows.cpu(), 0]] = True
         part._count = int(part._kept.sum())
         return part
@@ -177,7 +177,7 @@ class ActivationSource:
         """Sample at most `count` different rows as they are stored, (n, d); all rows if there are fewer."""
         if len(self) <= count:
             return self.processes.gather(torch.cat(list(self.stored)))
-        chosen = torch.randint(len(self), (count,), generator=generator).unique()
+        chosen = torch.randint(len(self), (count,), generator=generator, device="cpu").unique()
         parts, begin = [], self._before
         for rows in self.stored:
             here = chosen[(chosen >= begin) & (chosen < begin + len(rows))] - begin

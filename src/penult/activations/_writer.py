@@ -93,7 +93,7 @@ class Writer:
         shard_rows = self._shard_size // facts.row_bytes + 1 + len(rows)
         for name, part in zip(facts.names, rows.read(*facts.names), strict=True):
             dtype = torch.int64 if name == "labels" else part.dtype
-            larger = torch.empty(max(needed, min(2 * capacity, shard_rows)), *part.shape[1:], dtype=dtype)
+            larger = torch.empty(max(needed, min(2 * capacity, shard_rows)), *part.shape[1:], dtype=dtype, device="cpu")
             larger[:capacity] = self._buffers.get(name, larger[:0])
             self._buffers[name] = larger
 

@@ -57,7 +57,7 @@ class Chart(NamedTuple):
             if loc is not None and loc.shape[0] != rows.shape[1]:
                 raise ValueError(f"loc has dimension {loc.shape[0]}; expected {rows.shape[1]}, that of subspace")
             gram = special.in_double(rows) @ special.in_double(rows).T
-            error = float((gram - torch.eye(rows.shape[0]).to(gram)).abs().max())
+            error = float((gram - torch.eye(rows.shape[0], device="cpu").to(gram)).abs().max())
             if not error < 1e-4:
                 raise ValueError(
                     f"the products of the rows of subspace are wrong by {error:.2g}; expected orthonormal rows. Take "

@@ -186,7 +186,7 @@ class RowIndex:
         d = head.in_features
         # The vector is not random, since torch.func.vmap refuses random numbers.
         with nullcontext() if torch.compiler.is_compiling() else outside_transforms():
-            self._probe = torch.sin(torch.arange(1, d + 1, dtype=torch.float64).square())
+            self._probe = torch.sin(torch.arange(1, d + 1, dtype=torch.float64, device="cpu").square())
             keys = torch.cat([self._keys(rows) for _, rows in head.centered_blocks()])
             self._keys_sorted, self._order = keys.sort()
 

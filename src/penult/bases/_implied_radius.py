@@ -111,7 +111,7 @@ def _directions(head: Head) -> Tensor:
 
 def _check_untied(head: Head) -> None:
     """Raise if two rows of a head are equal. Equal rows are neighbours when sorted by a random projection."""
-    probe = torch.rand(head.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probe = torch.rand(head.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0), device="cpu")
     keys = torch.cat([(rows * probe.to(rows.device)).sum(-1) for rows in rows_in_double(head.weight)])
     ordered, order = keys.sort()
     close = ordered.diff() <= 1e-9 * keys.abs().max()

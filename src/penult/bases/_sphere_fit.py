@@ -90,7 +90,7 @@ class RadialHistogram:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(_PER_OCTAVE * _OCTAVES, dtype=torch.float64)
+        self.counts = torch.zeros(_PER_OCTAVE * _OCTAVES, dtype=torch.float64, device="cpu")
         self.sums = torch.zeros_like(self.counts)
 
     def update(self, radii: Tensor) -> None:

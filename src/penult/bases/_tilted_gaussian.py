@@ -58,12 +58,12 @@ def tilted_gaussian(
     d = len(w_mean)
     if covariance_type == "spherical":
         e = scale * spread_w.trace() / d
-        covariance = torch.eye(d).to(spread) * (scale * 2 / (1 + (1 + 4 * e).sqrt()))
+        covariance = torch.eye(d, device="cpu").to(spread) * (scale * 2 / (1 + (1 + 4 * e).sqrt()))
     elif covariance_type == "diag":
         variance = (1 - shrinkage) * spread.diagonal() + shrinkage * scale
         covariance = torch.diag(variance * 2 / (1 + (1 + 4 * variance * spread_w.diagonal()).sqrt()))
     else:
-        eye = torch.eye(d).to(spread)
+        eye = torch.eye(d, device="cpu").to(spread)
         values, vectors = torch.linalg.eigh((1 - shrinkage) * spread + shrinkage * scale * eye)
         root = vectors * values.clamp_min(0).sqrt() @ vectors.T
         e, directions = torch.linalg.eigh(root @ spread_w @ root)

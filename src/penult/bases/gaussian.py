@@ -155,7 +155,7 @@ class Gaussian(Base):
             return None
         per_axis = max(2, round(nodes ** (2 / d))) if d > 1 else nodes
         step = 24 / per_axis
-        line = (torch.arange(per_axis, dtype=torch.float64) + 0.5) * step - 12
+        line = (torch.arange(per_axis, dtype=torch.float64, device="cpu") + 0.5) * step - 12
         z = torch.cartesian_prod(*[line] * d).reshape(-1, d)
         scale = in_double(self.scale_tril).cpu()
         spread = z * scale if scale.ndim == 1 else z @ scale.T

@@ -78,7 +78,7 @@ class Sphere(Base):
         log_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
-        radius = torch.as_tensor(radius)
+        radius = radius if isinstance(radius, Tensor) else torch.as_tensor(radius, device="cpu")
         radius = radius.to(torch.promote_types(radius.dtype, torch.float32)).reshape(-1)
         if log_weights is None:
             log_weights = torch.zeros_like(radius)
@@ -328,14 +328,20 @@ class Sphere(Base):
         m = self._chart.dim()
         if m is None or m > 3:
             return None
-        turn = 2 * math.pi * torch.arange(nodes, dtype=torch.float64) / nodes
+        turn = 2 * math.pi * torch.arange(nodes, dtype=torch.float64, device="cpu") / nodes
         circle = torch.stack([turn.cos(), turn.sin()], dim=-1)
         if m == 1:
-            unit, log_area = torch.tensor([[1.0], [-1.0]]).double(), torch.zeros(2).double()
+            unit, log_area = torch.tensor([[1.0], [-1.0]], device="cpu").double(), torch.zeros(2, device="cpu").double()
         elif m == 2:
-            unit, log_area = circle, torch.full((nodes,), math.log(2 * math.pi / nodes), dtype=torch.float64)
+            unit, log_area = (
+                circle,
+                torch.full((nodes,), math.log(2 * math.pi / nodes), dtype=torch.float64, device="cpu"),
+            )
         else:
-            x, weight = (torch.tensor(a, dtype=torch.float64) for a in zip(*special.gauss_legendre(nodes), strict=True))
+            x, weight = (
+                torch.tensor(a, dtype=torch.float64, device="cpu")
+                for a in zip(*special.gauss_legendre(nodes), strict=True)
+            )
             t = (2 * x - 1).unsqueeze(-1).expand(-1, nodes).unsqueeze(-1)
             ring = circle.expand(nodes, nodes, 2) * (1 - t * t).sqrt()
             unit = torch.cat([t, ring], dim=-1).reshape(-1, 3)
@@ -388,7 +394,7 @@ def _log_partition(head: Head, h: Tensor) -> Tensor:
 
 def _zero_sum_basis(d: int) -> Tensor:
     """Return orthonormal rows (d − 1, d) of the hyperplane Σ h = 0 (those of Helmert)."""
-    i = torch.arange(1, d, dtype=torch.float64)
-    rows = torch.tril(torch.ones(d - 1, d, dtype=torch.float64))
-    rows[torch.arange(d - 1), torch.arange(1, d)] = -i
+    i = torch.arange(1, d, dtype=torch.float64, device="cpu")
+    rows = torch.tril(torch.ones(d - 1, d, dtype=torch.float64, device="cpu"))
+    rows[torch.arange(d - 1, device="cpu"), torch.arange(1, d, device="cpu")] = -i
     return rows / (i * (i + 1)).sqrt().unsqueeze(-1)

@@ -282,7 +282,7 @@ def _figure(figures: dict[str, float]) -> str:
 def _confusion(distiller: Distiller, loader: DataLoader[Any], device: torch.device) -> Tensor:
     """Return the counts (K, K) of labels (rows) and the student's predictions (columns)."""
     distiller.eval().to(device)
-    counts = torch.tensor(0)
+    counts = torch.tensor(0, device="cpu")
     with torch.no_grad():
         for images, labels, *_ in loader:
             logits = distiller(images.to(device)).cpu()

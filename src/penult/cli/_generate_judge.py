@@ -98,7 +98,7 @@ def judged(
             skipped.append(f"nothing but accuracy is measured: {error}")
     else:
         skipped.append("nothing but accuracy is measured: there are too few images to judge by")
-    y = torch.arange(k).repeat_interleave(max(1, _EVENLY // k)) if judge is None else labels[kept]
+    y = torch.arange(k, device="cpu").repeat_interleave(max(1, _EVENLY // k)) if judge is None else labels[kept]
     metrics: dict[str, Any] = {}
     for name, threshold in {"generated": None, "confident": confident}.items():
         if name == "confident" and threshold is None:

@@ -252,7 +252,7 @@ def _stored_pair(options: Mapping[str, Any], generator: ActivationGenerator, rep
             ) from error
     if options["confident"] is not None:
         changed = generator.with_pair(pair)
-        labels = torch.arange(pair.head.num_classes)
+        labels = torch.arange(pair.head.num_classes, device="cpu")
         changed.generate(labels, options["confident"], generator=seeded(changed, 0))
     return pair
 

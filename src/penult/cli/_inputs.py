@@ -188,7 +188,9 @@ class ImageSubset:
         """Load a random subset of the images (N, C, H, W) and their labels (N,): at most `most`, and at most 1 GiB."""
         nbytes = 4 * first_images(self.dataset, "the data set", 1).numel()
         count = min(most, max(1, _MEMORY // nbytes), len(self))
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        order = (
+            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu")[:count].sort().values
+        )
         part = replace(self, index=order if self.index is None else self.index[order])
         batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in DataLoader(part.images, **loading)]
         return torch.cat(batches), part.labels
@@ -202,7 +204,7 @@ def split(dataset: ImageDataset, val: ImageDataset | None, seed: int) -> tuple[I
     num_held_out = max(1, round(_HELD_OUT * count))
     if count - num_held_out < 2:
         raise ValueError(f"there are {count} images, too few to hold out a tenth for validation; give --val")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     training, held_out = order[num_held_out:].sort().values, order[:num_held_out].sort().values
     return ImageSubset(dataset, training), ImageSubset(dataset, held_out, held_out=True)
 
@@ -319,7 +321,7 @@ def open_activations(folder: Path) -> Activations:
 
 def spread_rows(acts: Activations, most: int = _CHECKED) -> Activations:
     """Return at most `most` evenly spaced rows: a set may be sorted by class."""
-    return acts[torch.linspace(0, len(acts) - 1, min(len(acts), most), dtype=torch.float64).long()]
+    return acts[torch.linspace(0, len(acts) - 1, min(len(acts), most), dtype=torch.float64, device="cpu").long()]
 
 
 def label_accuracy(acts: Activations) -> tuple[float, bool]:

@@ -159,7 +159,7 @@ def grid(images: Tensor, columns: int) -> bytes:
         raise ValueError(
             f"a grid of {count} images has {size[1]}×{size[0]} pixels, too many: draw fewer, or write an .npz"
         )
-    sheet = torch.full((*size, channels), 255, dtype=torch.uint8)
+    sheet = torch.full((*size, channels), 255, dtype=torch.uint8, device="cpu")
     pixels = (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     for position, image in enumerate(pixels):

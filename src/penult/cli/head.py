@@ -116,4 +116,6 @@ def _inputs(options: Mapping[str, Any]) -> Tensor:
         extents = [int(part) for part in shape.split(",")]
     except ValueError:
         raise ValueError(f"--shape is {shape!r}; expected numbers such as 3,224,224") from None
-    return torch.randn(options["batch_size"], *extents, generator=torch.Generator().manual_seed(options["seed"]))
+    return torch.randn(
+        options["batch_size"], *extents, generator=torch.Generator().manual_seed(options["seed"]), device="cpu"
+    )

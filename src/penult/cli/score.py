@@ -234,7 +234,7 @@ class _Scores:
             if threshold is not None:
                 calibrated = score.to(threshold.calibration)
                 p_value, strange = threshold.p_value(calibrated).cpu(), threshold(calibrated).cpu()
-        return cls(torch.arange(len(score)), score, p_value, strange, predicted, confidence)
+        return cls(torch.arange(len(score), device="cpu"), score, p_value, strange, predicted, confidence)
 
     @property
     def columns(self) -> dict[str, Tensor | None]:

@@ -236,7 +236,9 @@ class Images(NamedTuple):
             ValueError: A share is not positive, or they sum to more than 1.
         """
         shares = check_shares(shares)
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(check_seed(seed)))
+        order = torch.randperm(
+            len(self.labels), generator=torch.Generator().manual_seed(check_seed(seed)), device="cpu"
+        )
         ends = [round(sum(shares[: i + 1]) * len(order)) for i in range(len(shares))]
         return [
             Images(self.images[order[start:end]], self.labels[order[start:end]], self.class_names)

@@ -108,7 +108,14 @@ def folder(
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers[file.relative_to(root).parts[0]] for file in images]
     return ImageDataset(
-        _Files(root, images), torch.tensor(labels), names, mode=mode, size=size, mean=mean, std=std, transform=transform
+        _Files(root, images),
+        torch.tensor(labels, device="cpu"),
+        names,
+        mode=mode,
+        size=size,
+        mean=mean,
+        std=std,
+        transform=transform,
     )
 
 

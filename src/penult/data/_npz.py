@@ -215,9 +215,9 @@ def _images(array: Any, channels: str | None, name: str) -> Tensor:
             raise ValueError(
                 f"{name} has values from {array.min():.3g} to {array.max():.3g}; expected 0 to 1. Scale them"
             )
-        tensor = torch.tensor(array.astype("float32"))
+        tensor = torch.tensor(array.astype("float32"), device="cpu")
     elif array.dtype == "uint8":
-        tensor = torch.tensor(array)
+        tensor = torch.tensor(array, device="cpu")
     else:
         raise ValueError(f"{name} is {array.dtype}; expected uint8, or floating in [0, 1]")
     shape = tuple(tensor.shape)
@@ -242,4 +242,8 @@ def _labels(array: Any, path: str | os.PathLike[str]) -> Tensor:
     """Return the array of labels as (N,) int64."""
     if array.dtype.kind not in "iu":
         raise ValueError(f"the array of labels in {path} is {array.dtype}; expected integers")
-    return torch.tensor(array.astype("int64")).squeeze(1) if array.ndim == 2 else torch.tensor(array.astype("int64"))
+    return (
+        torch.tensor(array.astype("int64"), device="cpu").squeeze(1)
+        if array.ndim == 2
+        else torch.tensor(array.astype("int64"), device="cpu")
+    )

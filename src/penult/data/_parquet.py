@@ -197,7 +197,7 @@ def _read_shard(path: Path, image: str | None, label: str | None, first: _Shard 
                 raise ValueError(f"the column {target!r} of {path} is {columns[target]}; expected integer labels")
             with reading(f"the column {target!r} of {path} cannot be read"):
                 column = file.read(columns=[target], use_threads=False).column(0).cast(pa.int64()).fill_null(-1)
-            labels = torch.tensor(column.to_numpy())
+            labels = torch.tensor(column.to_numpy(), device="cpu")
         names = _class_names(features.get(target, {}).get("names") if target is not None else None, path)
         if first is not None:
             _check_same(first, path, "column of labels", first.label, target)

@@ -93,5 +93,5 @@ def digits() -> Images:
         (torch.Size([1438, 1, 8, 8]), torch.Size([359, 1, 8, 8]))
     """
     bunch = extra("sklearn.datasets", "the digits come with scikit-learn").load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    return Images(images, torch.tensor(bunch.target), tuple(map(str, range(10))))
+    images = torch.tensor(bunch.images, dtype=torch.float32, device="cpu").unsqueeze(1) / 16
+    return Images(images, torch.tensor(bunch.target, device="cpu"), tuple(map(str, range(10))))

@@ -60,7 +60,7 @@ def procedural(draws: Draws, shape: Sequence[int]) -> Tensor:
     pairs = (-(-fields // 2), height, width)
 
     def sample(generator: Generator) -> Tensor:
-        white = torch.randn(pairs, dtype=torch.complex64, generator=generator)
+        white = torch.randn(pairs, dtype=torch.complex64, generator=generator, device="cpu")
         field: Tensor = torch.fft.ifft2(white * amplitude)
         return field
 
@@ -93,7 +93,7 @@ def crops(draws: Draws, shape: Sequence[int], textures: Tensor) -> Tensor:
     limits = (count, tall - height + 1, wide - width + 1)
 
     def sample(generator: Generator) -> Tensor:
-        which, top, left = (int(torch.randint(limit, (), generator=generator)) for limit in limits)
+        which, top, left = (int(torch.randint(limit, (), generator=generator, device="cpu")) for limit in limits)
         return textures[which, :, top : top + height, left : left + width].expand(*shape)
 
     return draws(sample)
@@ -205,7 +205,7 @@ def _texture(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tens
 
 
 def _noise(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tensor:
-    return x + s * draws(lambda generator: torch.randn(x.shape[1:], generator=generator)).to(x)
+    return x + s * draws(lambda generator: torch.randn(x.shape[1:], generator=generator, device="cpu")).to(x)
 
 
 def _blur(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tensor:
@@ -217,7 +217,7 @@ def _blur(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Tensor:
 @lru_cache(maxsize=8)
 def _smoother(side: int, deviation: float) -> Tensor:
     """Return Gaussian weights (side, side) with rows that sum to 1."""
-    pixels = torch.arange(side, dtype=torch.float64)
+    pixels = torch.arange(side, dtype=torch.float64, device="cpu")
     return torch.softmax(-(((pixels[:, None] - pixels) / deviation) ** 2) / 2, dim=1)
 
 
@@ -230,7 +230,9 @@ def _rotation(x: Tensor, s: float, draws: Draws, textures: Tensor | None) -> Ten
 def _rotated(height: int, width: int, angle: float) -> Tensor:
     """Return the source of each pixel (1, height, width, 2), in coordinates from -1 to 1 (horizontal, vertical)."""
     c, d = math.cos(angle), math.sin(angle)
-    affine = torch.tensor([[[c, -d * height / width, 0], [d * width / height, c, 0]]], dtype=torch.float64)
+    affine = torch.tensor(
+        [[[c, -d * height / width, 0], [d * width / height, c, 0]]], dtype=torch.float64, device="cpu"
+    )
     return functional.affine_grid(affine, [1, 1, height, width], align_corners=False)
 
 

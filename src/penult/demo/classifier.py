@@ -71,7 +71,7 @@ def _trained(job: Job) -> tuple[DigitsNet, dict[str, list[float]]]:
     for _ in job.reporter.track(range(_EPOCHS), "training"):
         model.train()
         right = 0
-        order = torch.randperm(len(labels), generator=generator)
+        order = torch.randperm(len(labels), generator=generator, device="cpu")
         for batch in order[: len(order) // _BATCH * _BATCH].split(_BATCH):
             logits = model(images[batch])
             optimizer.zero_grad()

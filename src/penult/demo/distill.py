@@ -281,7 +281,9 @@ def _train(prepare: Callable[[], _Method], domain: _Domain, test_labels: Tensor,
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=_STEPS)
     generator, count = torch.Generator().manual_seed(seed), len(domain.images)
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(_STEPS * _BATCH // count + 1)])
+    order = torch.cat(
+        [torch.randperm(count, generator=generator, device="cpu") for _ in range(_STEPS * _BATCH // count + 1)]
+    )
     for rows in order.split(_BATCH)[:_STEPS]:
         value = method.loss(student, student.features(domain.images[rows]), rows)
         optimizer.zero_grad()

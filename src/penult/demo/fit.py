@@ -107,7 +107,7 @@ def _cosine_figure(job: Job, section: Section) -> None:
 
     real = job.test_activations
     rows = job.head.centered_weight(real.labels)
-    grid = torch.linspace(-0.999, 0.999, 400, dtype=torch.float64)
+    grid = torch.linspace(-0.999, 0.999, 400, dtype=torch.float64, device="cpu")
     panels = {}
     for name in ("R^d, round", "span(W), round"):
         base = job.pairs[name].base

@@ -51,7 +51,7 @@ def generate_images(job: Job) -> None:
     judge = Judge(
         _evaluator(job), (job.test.images, job.test.labels), train=(job.pool.images, job.pool.labels), seed=job.seed
     )
-    y = torch.arange(job.head.num_classes).repeat_interleave(_IMAGES)
+    y = torch.arange(job.head.num_classes, device="cpu").repeat_interleave(_IMAGES)
     images: dict[tuple[str, str], Tensor] = {}
     qualities: dict[tuple[str, str], Quality] = {}
     for kind, generator in generators.items():
@@ -133,7 +133,7 @@ def _interpolation_and_editing(job: Job, section: Section, vae: ActivationGenera
     from penult.report.generate import image_rows
 
     names = list(job.test.class_names)
-    first, last = torch.tensor([3, 4, 1, 0]), torch.tensor([8, 9, 7, 6])
+    first, last = torch.tensor([3, 4, 1, 0], device="cpu"), torch.tensor([8, 9, 7, 6], device="cpu")
     ways = vae.interpolate(first, last, steps=_SHOWN, confident=_CONFIDENT, generator=job.generator(9))
     section.figure(
         image_rows(ways, [f"{names[a]} → {names[b]}" for a, b in zip(first, last, strict=True)], cell=40),
@@ -141,9 +141,11 @@ def _interpolation_and_editing(job: Job, section: Section, vae: ActivationGenera
         "one code for each row.",
         alt="Rows of digits that change into another digit.",
     )
-    rows, goals = _first_of_each_class(job.test.labels)[:6], torch.tensor([6, 7, 3, 8, 9, 2])
+    rows, goals = _first_of_each_class(job.test.labels)[:6], torch.tensor([6, 7, 3, 8, 9, 2], device="cpu")
     originals = job.test.images[rows]
-    edited = vae.edit(originals, goals, torch.linspace(0, 1, 6), confident=_CONFIDENT, generator=job.generator(10))
+    edited = vae.edit(
+        originals, goals, torch.linspace(0, 1, 6, device="cpu"), confident=_CONFIDENT, generator=job.generator(10)
+    )
     labels = [f"{names[job.test.labels[row]]} → {names[goal]}" for row, goal in zip(rows, goals, strict=True)]
     section.figure(
         image_rows(torch.cat([originals[:, None], edited], 1), labels, cell=40),
@@ -243,7 +245,7 @@ def _evaluator(job: Job) -> nn.Module:
         model = DigitsNet(width=32)
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
     for _ in range(15):
-        for rows in torch.randperm(len(job.train.labels), generator=generator).split(_BATCH):
+        for rows in torch.randperm(len(job.train.labels), generator=generator, device="cpu").split(_BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(job.train.images[rows]), job.train.labels[rows]).backward()
             optimizer.step()

@@ -28,7 +28,7 @@ def without_data(job: Job) -> None:
     assert base.subspace is not None
     dimension = base.subspace.shape[0]
     names = job.test.class_names
-    classes = torch.arange(len(names))
+    classes = torch.arange(len(names), device="cpu")
     sampled = pair.given(classes).sample((_SAMPLES,), generator=job.generator(2))
     confidence, predicted = job.head(sampled).softmax(-1).max(-1)
     accuracy = (predicted == classes).double().mean(0)
@@ -75,7 +75,7 @@ def _cloud_figure(job: Job, section: Section, base: Sphere, sampled: Tensor, lab
 
     real = job.test_activations
     assert real.labels is not None
-    shown = torch.randperm(len(labels), generator=job.generator(3))[: len(real)]
+    shown = torch.randperm(len(labels), generator=job.generator(3), device="cpu")[: len(real)]
     figure = realism.principal_components(
         base.read(real.activations),
         real.labels,

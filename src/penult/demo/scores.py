@@ -107,7 +107,7 @@ def _pictures(section: Section, images: Tensor, labels: Tensor, p_values: Tensor
 def _input_sets(digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Return digits, changed digits and noise, all (N, 1, 8, 8), from familiar to unfamiliar inputs."""
     quarters = F.unfold(digits, 4, stride=4)
-    order = torch.rand(len(digits), 1, 4, generator=generator).argsort(-1).expand_as(quarters)
+    order = torch.rand(len(digits), 1, 4, generator=generator, device="cpu").argsort(-1).expand_as(quarters)
     return {
         "digits": digits,
         "rotated by 22°": shift(digits, "rotation", 0.25),
@@ -115,5 +115,5 @@ def _input_sets(digits: Tensor, generator: torch.Generator) -> dict[str, Tensor]
         "light texture": shift(digits, "texture", 0.25),
         "heavy texture": shift(digits, "texture", 0.6),
         "scrambled": F.fold(quarters.gather(2, order), digits.shape[-2:], 4, stride=4),
-        "noise": torch.rand(digits.shape, generator=generator),
+        "noise": torch.rand(digits.shape, generator=generator, device="cpu"),
     }

@@ -202,7 +202,7 @@ class Distiller(LightningModule):
                 raise RuntimeError(
                     "the features of the student are not located yet: train it, or call distiller.locate(images) first"
                 )
-            layer = copy.deepcopy(self.loss.folded()).to(next(student.parameters(), torch.empty(0)).dtype)
+            layer = copy.deepcopy(self.loss.folded()).to(next(student.parameters(), torch.empty(0, device="cpu")).dtype)
             student = (
                 nn.Sequential(student, layer)
                 if self.certificate is None

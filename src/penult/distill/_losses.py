@@ -141,8 +141,12 @@ class ActivationLoss(nn.Module):
                     f"the projector takes {widths[0]} features to {widths[1]}; expected in_features = {in_features} "
                     f"to {rank}, the rank of the head"
                 )
-        self.projector = nn.Linear(in_features, rank).to(head.rows) if projector is None else projector
-        self.hint_projector = nn.Linear(in_features, head.span.shape[1]).to(head.rows) if hint else None
+        self.projector = (
+            nn.Linear(in_features, rank, device=head.rows.device).to(head.rows) if projector is None else projector
+        )
+        self.hint_projector = (
+            nn.Linear(in_features, head.span.shape[1], device=head.rows.device).to(head.rows) if hint else None
+        )
 
     @property
     def num_classes(self) -> int:

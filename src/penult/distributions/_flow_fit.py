@@ -206,8 +206,8 @@ def _spread(rows: Rows) -> Tensor:
 def _sample(rows: Rows, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return two masks (N,): a random sample of the rows, and the rows of the sample that are held out."""
     size = min(rows.count, max(1, _SAMPLE_ELEMENTS // len(rows.mean)))
-    order = torch.randperm(rows.count, generator=generator)[:size]
-    sampled, held_out = torch.zeros(2, rows.count, dtype=torch.bool)
+    order = torch.randperm(rows.count, generator=generator, device="cpu")[:size]
+    sampled, held_out = torch.zeros(2, rows.count, dtype=torch.bool, device="cpu")
     sampled[order] = True
     held_out[order[: min(_MAX_HELD_OUT, size // 10)]] = True
     return sampled, held_out
@@ -233,7 +233,7 @@ def _fit_splines(
     optimizer = torch.optim.Adam([knots], lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for i in range(steps):
-        batch = torch.randint(len(rows), (_BATCH,), generator=generator).to(rows.device)
+        batch = torch.randint(len(rows), (_BATCH,), generator=generator, device="cpu").to(rows.device)
         optimizer.zero_grad()
         _spline_loss(rows[batch], knots).sum().backward()
         optimizer.step()
@@ -285,7 +285,7 @@ def _fit_jointly(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     best, highest, passes_without_gain = None, _mean_log_density(held_out, *current()), 0
     for _ in range(epochs):
-        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        order = torch.randperm(len(rows), generator=generator, device="cpu").to(rows.device)
         for batch in order[: max(1, len(rows) // _BATCH) * _BATCH].split(_BATCH):
             optimizer.zero_grad()
             (-log_density(rows[batch], *current()).mean()).backward()

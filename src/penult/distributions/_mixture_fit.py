@@ -68,9 +68,9 @@ def by_maximisation(
     rows, softness = _read(activations, rectified, positive, Processes(group))
     plane, across = rows.plane(dims)
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.arange(rows.count)
+    sample = torch.arange(rows.count, device="cpu")
     if rows.count > _START_ROWS:
-        sample = torch.randint(rows.count, (_START_ROWS,), generator=generator).unique()
+        sample = torch.randint(rows.count, (_START_ROWS,), generator=generator, device="cpu").unique()
     projected = rows.project(plane)
     first = projected.take(sample)
     components = min(components, max(1, rows.count // _ROWS_PER_COMPONENT))

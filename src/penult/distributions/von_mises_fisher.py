@@ -206,7 +206,8 @@ class VonMisesFisher(Distribution):
         """
         with torch.no_grad():
             x, y = self._sample(as_size(sample_shape), generator)
-        return torch.as_tensor(_Pathwise.apply(self.loc, self.concentration, x, y)).to(self._dtype)
+        pathwise: Tensor = _Pathwise.apply(self.loc, self.concentration, x, y)
+        return pathwise.to(self._dtype)
 
     def _sample(self, sample_shape: Size, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Sample unit vectors, and return them with one minus their cosines to μ."""

@@ -62,7 +62,7 @@ class Standardizer(nn.Module):
         Raises:
             ValueError: All activations are the same.
         """
-        count, total, square = 0, torch.zeros(()), torch.zeros(())
+        count, total, square = 0, torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
         shift: Tensor | None = None
         for block in blocks:
             rows = block.double()

@@ -110,7 +110,7 @@ class Balls:
         wide, start, radii = rows.double(), 0, []
         for block in wide.split(_ROWS):
             distance = _distances(block, wide)
-            index = torch.arange(len(block))
+            index = torch.arange(len(block), device="cpu")
             # A row is not a neighbour of itself, but a copy of it is.
             distance[index, start + index] = torch.inf
             radii.append(distance.kthvalue(neighbours, dim=1).values)
@@ -147,8 +147,8 @@ def overlap(real: Balls, generated: Balls) -> Overlap:
         Overlap(precision=0.5, recall=1.0, density=1.0, coverage=0.6666666666666666)
     """
     num_pairs, num_precise, start = 0, 0, 0
-    recalled = torch.zeros(len(real.rows), dtype=torch.bool)
-    covered = torch.zeros(len(real.rows), dtype=torch.bool)
+    recalled = torch.zeros(len(real.rows), dtype=torch.bool, device="cpu")
+    covered = torch.zeros(len(real.rows), dtype=torch.bool, device="cpu")
     for block in generated.rows.split(_ROWS):
         distance = _distances(block, real.rows)
         in_real_ball = distance <= real.radii
@@ -181,8 +181,8 @@ def nearest(rows: Tensor, pool: Tensor, own: Tensor | None = None) -> Tensor:
     distances = []
     for start in range(0, len(rows), _ROWS):
         block = rows[start : start + _ROWS].double() - center
-        smallest = torch.full((len(block),), torch.inf, dtype=torch.float64)
-        nearest_index = torch.zeros(len(block), dtype=torch.int64)
+        smallest = torch.full((len(block),), torch.inf, dtype=torch.float64, device="cpu")
+        nearest_index = torch.zeros(len(block), dtype=torch.int64, device="cpu")
         for offset in range(0, len(wide), _POOL):
             part = slice(offset, offset + _POOL)
             # Squared distances, up to a constant for each row.
@@ -276,7 +276,7 @@ def classification_accuracy(
         optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(order) // batch))
         for _ in range(epochs):
-            order = order[torch.randperm(len(order), generator=generator)]
+            order = order[torch.randperm(len(order), generator=generator, device="cpu")]
             for index in order[: len(order) // batch * batch].split(batch):
                 logits = _logits(network, images[index.to(images.device)].to(device), classes)
                 optimizer.zero_grad()
@@ -304,13 +304,15 @@ def _small_network(shape: torch.Size, classes: int) -> nn.Module:
     channels, height, width = shape
     size = 5 if min(height, width) >= 16 else 3
     pixels = math.ceil(height / 4) * math.ceil(width / 4)
-    return nn.Sequential(
-        nn.Conv2d(channels, 16, size, stride=2, padding=size // 2),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, size, stride=2, padding=size // 2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * pixels, 64),
-        nn.ReLU(),
-        nn.Linear(64, classes),
-    )
+    # On the CPU first, so that the weights do not depend on the default device.
+    with torch.device("cpu"):
+        return nn.Sequential(
+            nn.Conv2d(channels, 16, size, stride=2, padding=size // 2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, size, stride=2, padding=size // 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * pixels, 64),
+            nn.ReLU(),
+            nn.Linear(64, classes),
+        )

@@ -86,8 +86,8 @@ def check_images(name: str, images: Tensor, shape: torch.Size) -> None:
 def shuffled(images: Tensor, labels: Tensor, seed: int) -> Tensor:
     """Return indices (N,) in a random order that depends on the set of images, but not on their order."""
     generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(images[0].numel(), generator=generator, dtype=torch.float64)
+    direction = torch.randn(images[0].numel(), generator=generator, dtype=torch.float64, device="cpu")
     key = torch.cat([(block.flatten(1).cpu().double() * direction).sum(1) for block in images.split(_BLOCK)])
     order = key.argsort(stable=True)
     order = order[labels[order].argsort(stable=True)]
-    return order[torch.randperm(len(order), generator=generator)]
+    return order[torch.randperm(len(order), generator=generator, device="cpu")]

@@ -300,7 +300,7 @@ class Judge:
         if len(images) < 2:
             raise ValueError(f"train has {len(images)} images; give at least 2, those that the generator was fitted to")
         if labels is None:
-            labels = torch.full((len(images),), -1)
+            labels = torch.full((len(images),), -1, device="cpu")
         else:
             labels = self._checked_labels("train", labels, len(images))
             counts = labels.bincount(minlength=self._k).where(real_counts > 0, 0)

@@ -91,7 +91,9 @@ def _best_biases(logits: Tensor, labels: Tensor, beta: float) -> tuple[float, Te
     blocks = [part.cpu() for part in rows_in_double(logits, size)]
     targets = labels.cpu().split(size)
     # One vector of parameters: 1/T first, then the biases.
-    parameters = torch.cat([torch.tensor([beta], dtype=torch.float64), torch.zeros(logits.shape[1]).double()])
+    parameters = torch.cat(
+        [torch.tensor([beta], dtype=torch.float64, device="cpu"), torch.zeros(logits.shape[1], device="cpu").double()]
+    )
 
     def scores(part: Tensor, direction: Tensor) -> Tensor:
         return direction[0] * part + direction[1:]

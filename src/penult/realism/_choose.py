@@ -304,7 +304,7 @@ def _limits(source: _ActivationSource) -> Tensor:
     A bank without replacement then has twice as many rows of a class as are sampled from it.
     """
     head = source.head
-    expected_counts = torch.zeros(head.num_classes, dtype=torch.float64)
+    expected_counts = torch.zeros(head.num_classes, dtype=torch.float64, device="cpu")
     for h in source:
         expected_counts += head(h.to(head.weight.dtype)).float().softmax(-1).cpu().double().sum(0)
     counts = torch.bincount(source.labels, minlength=head.num_classes)

@@ -273,7 +273,7 @@ def measure_real(
         max_classes=_CLASSES,
         limits=limits,
     )
-    confidences, hits, posterior = [], [], torch.zeros(head.num_classes, dtype=torch.float64)
+    confidences, hits, posterior = [], [], torch.zeros(head.num_classes, dtype=torch.float64, device="cpu")
     for h, y in source.labelled():
         p = head(h.to(head.weight.dtype)).float().softmax(-1)
         top = p.max(-1)
@@ -342,4 +342,4 @@ def _two_sample_test(
 
 def _standard_error(values: Sequence[float]) -> float:
     """Return the standard error of the mean of values."""
-    return float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values))
+    return float(torch.tensor(values, dtype=torch.float64, device="cpu").std()) / math.sqrt(len(values))

@@ -90,10 +90,10 @@ class MatchedRows:
 
 def split_by_class(labels: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Split row numbers at random into a `fraction` of each class and its complement, both ascending."""
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
     order = order[labels[order].argsort(stable=True)]
     # Fractions of a row are carried from class to class, so that the totals are right even where classes are small.
-    position = torch.arange(len(order), dtype=torch.float64)
+    position = torch.arange(len(order), dtype=torch.float64, device="cpu")
     is_first = ((position + 1) * fraction + 1e-9).floor() > (position * fraction + 1e-9).floor()
     return order[is_first].sort().values, order[~is_first].sort().values
 
@@ -129,7 +129,10 @@ def match_rows(
         one, two = split_by_class(source.labels, 0.5, generator)
         sides = [(source, one), (source, two)]
     else:
-        sides = [(source, torch.arange(len(source))), (reference, torch.arange(len(reference)))]
+        sides = [
+            (source, torch.arange(len(source), device="cpu")),
+            (reference, torch.arange(len(reference), device="cpu")),
+        ]
     k = 1 + max(int(side.labels.max()) for side, _ in sides)
     counts = [torch.bincount(side.labels[index], minlength=k) for side, index in sides]
     size = torch.minimum(*counts)
@@ -144,17 +147,17 @@ def match_rows(
         )
     chosen = []
     for side, index in sides:
-        index = index[torch.randperm(len(index), generator=generator)]
+        index = index[torch.randperm(len(index), generator=generator, device="cpu")]
         index = index[side.labels[index].argsort(stable=True)]
         chosen.append(index[_rank_within_class(side.labels[index]) < size[side.labels[index]]])
     labels = source.labels[chosen[0]]
-    pooled = torch.zeros(total, dtype=torch.bool)
-    pooled[torch.randperm(total, generator=generator)[:max_pooled]] = True
+    pooled = torch.zeros(total, dtype=torch.bool, device="cpu")
+    pooled[torch.randperm(total, generator=generator, device="cpu")[:max_pooled]] = True
     large = (size >= min_per_class).nonzero().flatten()
     # A few large classes do not represent all of them.
     if 2 * int(size[large].sum()) < total:
         large = large[:0]
-    tested = large[torch.randperm(len(large), generator=generator)[:max_classes]].sort().values
+    tested = large[torch.randperm(len(large), generator=generator, device="cpu")[:max_classes]].sort().values
     per_class = (_rank_within_class(labels) < max_per_class) & torch.isin(labels, tested)
     kept = pooled | per_class
     real, other = (side.rows_at(index[kept]) for (side, _), index in zip(sides, chosen, strict=True))
@@ -165,4 +168,4 @@ def _rank_within_class(sorted_labels: Tensor) -> Tensor:
     """Return the number (N,) of earlier rows with the same label, for sorted labels (N,)."""
     _, class_index, counts = sorted_labels.unique_consecutive(return_inverse=True, return_counts=True)
     starts: Tensor = counts.cumsum(0) - counts
-    return torch.arange(len(sorted_labels)) - starts[class_index]
+    return torch.arange(len(sorted_labels), device="cpu") - starts[class_index]

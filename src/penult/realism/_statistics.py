@@ -165,7 +165,7 @@ def exact_cosine(base: Sphere, rows: Tensor, counts: Tensor, spread: Spread) -> 
 
 def _spread(real: Tensor, sampled: Tensor, distance: float, real_distance: float) -> Spread:
     low, high = (float(v) for v in torch.cat([real, sampled]).aminmax())
-    edges = torch.linspace(low, high if high > low else low + 1e-6, _BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(low, high if high > low else low + 1e-6, _BINS + 1, dtype=torch.float64, device="cpu")
     counts = {}
     for name, values in (("real", real), ("drawn", sampled)):
         bin_index = (torch.searchsorted(edges, values, right=True) - 1).clamp(0, _BINS - 1)
@@ -229,10 +229,10 @@ class _ClassMoments:
     """Running class sums and second moments of activations."""
 
     def __init__(self, num_classes: int, in_features: int) -> None:
-        self.count = torch.zeros(num_classes, dtype=torch.float64)
-        self.norm = torch.zeros(num_classes, dtype=torch.float64)
-        self._sum = torch.zeros(num_classes, in_features, dtype=torch.float64)
-        self._product = torch.zeros(in_features, in_features, dtype=torch.float64)
+        self.count = torch.zeros(num_classes, dtype=torch.float64, device="cpu")
+        self.norm = torch.zeros(num_classes, dtype=torch.float64, device="cpu")
+        self._sum = torch.zeros(num_classes, in_features, dtype=torch.float64, device="cpu")
+        self._product = torch.zeros(in_features, in_features, dtype=torch.float64, device="cpu")
         # Subtracted from all rows: close to their mean, so that variances lose few digits.
         self._origin: Tensor | None = None
 
@@ -240,7 +240,7 @@ class _ClassMoments:
         """Add rows (n, d) with labels (n,)."""
         if self._origin is None:
             self._origin = h.mean(0)
-        self.count.index_add_(0, y, torch.ones(len(y), dtype=torch.float64))
+        self.count.index_add_(0, y, torch.ones(len(y), dtype=torch.float64, device="cpu"))
         self.norm.index_add_(0, y, torch.linalg.vector_norm(h, dim=-1))
         h = h - self._origin
         self._sum.index_add_(0, y, h)

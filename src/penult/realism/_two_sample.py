@@ -86,7 +86,7 @@ def two_sample_auc(
     seed = check_seed(seed)
     selection = require_sklearn("sklearn.model_selection")
     rows = torch.cat([x, y]).detach().cpu().float()
-    is_x = torch.cat([torch.ones(len(x)), torch.zeros(len(y))]).long()
+    is_x = torch.cat([torch.ones(len(x), device="cpu"), torch.zeros(len(y), device="cpu")]).long()
     folds = selection.StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(is_x, is_x)
     auc = dict.fromkeys(tests, 0.0)
     # Networks this small are slower with more threads, and much slower while other processes use the cores.

@@ -172,7 +172,7 @@ def _sample_checks(pair: GenerativePair, generator: torch.Generator) -> list[Che
     if len(z):
         checks.append((f"class counts of {count:,} joint samples against the softmax", float(z.max()), _limit(len(z))))
     if base.info.exact_mgf:
-        classes = torch.linspace(0, head.num_classes - 1, min(head.num_classes, _TESTED)).round().long()
+        classes = torch.linspace(0, head.num_classes - 1, min(head.num_classes, _TESTED), device="cpu").round().long()
         rows = head.centered_weight(classes.to(head.weight.device)).to(
             torch.promote_types(head.weight.dtype, torch.float32)
         )
@@ -208,7 +208,7 @@ def class_cosines(head: Head, names: Sequence[str]) -> Figure:
         >>> figure = class_cosines(penult.Head(2 * torch.eye(3)), ["cat", "dog", "bird"])
     """
     labels = [shorten(name, 14) for name in names]
-    _, cosines = _norms_and_cosines(head, torch.arange(head.num_classes))
+    _, cosines = _norms_and_cosines(head, torch.arange(head.num_classes, device="cpu"))
     # Adding zero turns the negative zeros of rounding into zeros.
     cosines = cosines.round(decimals=2) + 0.0
     return plots.heatmap(
@@ -226,12 +226,16 @@ def _norms_and_cosines(head: Head, classes: Tensor) -> tuple[Tensor, Tensor]:
 def geometry(page: Page, head: Head, names: Sequence[str], seed: int) -> None:
     """Add the section on the classes with the most similar rows."""
     num_classes = head.num_classes
-    classes = torch.arange(num_classes)
+    classes = torch.arange(num_classes, device="cpu")
     if num_classes > _ROWS:
-        classes = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed))[:_ROWS].sort().values
+        classes = (
+            torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed), device="cpu")[:_ROWS]
+            .sort()
+            .values
+        )
     names = [names[y] for y in classes.tolist()]
     norms, cosines = _norms_and_cosines(head, classes)
-    first, second = torch.triu_indices(len(names), len(names), offset=1)
+    first, second = torch.triu_indices(len(names), len(names), offset=1, device="cpu")
     between = cosines[first, second]
     closest = [
         (names[int(first[index])], names[int(second[index])], float(between[index]))
@@ -257,7 +261,7 @@ def geometry(page: Page, head: Head, names: Sequence[str], seed: int) -> None:
         caption="Cosines between the centered rows w_y.",
         alt=f"Heat map of the cosines between {num_classes} rows. {_closest_in_words(closest, num_classes)}",
     )
-    nearest = (cosines - 3 * torch.eye(num_classes, dtype=torch.float64)).max(-1)
+    nearest = (cosines - 3 * torch.eye(num_classes, dtype=torch.float64, device="cpu")).max(-1)
     section.table(
         ["class", "‖w_y‖", "nearest class", "cosine"],
         [
@@ -387,7 +391,7 @@ def _clouds(
 ) -> None:
     """Add a scatter plot of real activations and of samples of the same classes."""
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(len(familiar), generator=generator)[:_POINTS].sort().values
+    index = torch.randperm(len(familiar), generator=generator, device="cpu")[:_POINTS].sort().values
     part = familiar[index]
     labels = predicted[index] if part.labels is None else part.labels.cpu().long()
     real = part.activations.clamp_min(0) if part.pre_activation else part.activations

@@ -223,7 +223,9 @@ def evenly(classes: int, most: int) -> list[int]:
         >>> evenly(10, 4)
         [0, 3, 6, 9]
     """
-    chosen: list[int] = torch.linspace(0, classes - 1, min(classes, most), dtype=torch.float64).round().long().tolist()
+    chosen: list[int] = (
+        torch.linspace(0, classes - 1, min(classes, most), dtype=torch.float64, device="cpu").round().long().tolist()
+    )
     return chosen
 
 
@@ -234,7 +236,7 @@ def seeded(generator: ActivationGenerator, seed: int) -> torch.Generator:
 
 def class_rows(generator: ActivationGenerator, classes: list[int], seed: int, confident: float | None = None) -> Tensor:
     """Return a row of images for each class, (R, 8, C, H, W); the same seed gives the same codes and activations."""
-    y = torch.tensor(classes).repeat_interleave(COLUMNS)
+    y = torch.tensor(classes, device="cpu").repeat_interleave(COLUMNS)
     images: Tensor = generator.generate(y, confident, generator=seeded(generator, seed)).float().cpu()
     return images.reshape(-1, COLUMNS, *images.shape[1:])
 
@@ -255,12 +257,16 @@ def pictures_of(
     labels = integer_labels(labels, real.shape[:1], num_classes)
     classes = evenly(num_classes, _CLASSES)
     pairs = list(zip(classes[::2], classes[1::2], strict=False))[:_INTERPOLATED]
-    first, last = torch.tensor(pairs).T
+    first, last = torch.tensor(pairs, device="cpu").T
     ways = generator.interpolate(first, last, COLUMNS, confident, seeded(generator, seed))
     rows = [int((labels == y).nonzero()[0]) for y in labels.unique().tolist()][:_EDITED]
     goals = (labels[rows] + 1) % num_classes
     edited = generator.edit(
-        real[rows].to(device), goals.to(device), torch.tensor(_STRENGTHS), confident, seeded(generator, seed)
+        real[rows].to(device),
+        goals.to(device),
+        torch.tensor(_STRENGTHS, device="cpu"),
+        confident,
+        seeded(generator, seed),
     )
     return Pictures(
         classes=classes,

@@ -162,11 +162,11 @@ def _scored(
             f"all {num_familiar} familiar activations are the same; expected activations of different inputs, such as "
             "those that penult.extract returns"
         )
-    order = torch.randperm(num_familiar, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(num_familiar, generator=torch.Generator().manual_seed(seed), device="cpu")
     half = -(-num_familiar // 2)
     calibration, judged = order[:half].sort().values, order[half:].sort().values
     threshold = scores.Threshold(_identity, familiar.scores[score_name][calibration], false_alarm)
-    rows = {name: torch.arange(len(scored_set.predicted)) for name, scored_set in scored_sets.items()}
+    rows = {name: torch.arange(len(scored_set.predicted), device="cpu") for name, scored_set in scored_sets.items()}
     return Scores(scored_sets, rows | {FAMILIAR: judged}, score_name, threshold)
 
 
@@ -179,7 +179,7 @@ def _read(pair: GenerativePair, name: str, activations: Activations, functions: 
     head = pair.head
     parts: dict[str, list[Tensor]] = {score: [] for score in functions}
     confidences, predictions = [], []
-    posterior = torch.zeros(head.num_classes, dtype=torch.float64)
+    posterior = torch.zeros(head.num_classes, dtype=torch.float64, device="cpu")
     gap, stored_gap, limit = 0.0, 0.0, 0.0
     first, constant, start = None, True, 0
     source = _ActivationSource(activations, name=f"the set {name!r}", dtype="wide")

@@ -115,8 +115,8 @@ def principal_components(
     counts = torch.bincount(classes, minlength=len(names))
     num_coloured = len(names) if all_coloured else MOST_COLOURED
     coloured = counts.argsort(descending=True, stable=True)[:num_coloured].sort().values
-    colour_index = torch.full((len(names),), -1)
-    colour_index[coloured] = torch.arange(len(coloured))
+    colour_index = torch.full((len(names),), -1, device="cpu")
+    colour_index[coloured] = torch.arange(len(coloured), device="cpu")
     return plots.scatter(
         planes[0],
         colour_index[classes],

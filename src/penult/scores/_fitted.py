@@ -209,7 +209,7 @@ class KNN(Score):
             raise ValueError(f"size is {size}; expected at least k = {k}")
         source = _ActivationSource(activations, dtype="wide")
         total = len(source)
-        chosen = torch.arange(total)
+        chosen = torch.arange(total, device="cpu")
         if total > size:
             device = None if generator is None else generator.device
             chosen = torch.randperm(total, generator=generator, device=device)[:size].sort().values.cpu()
@@ -242,7 +242,7 @@ class KNN(Score):
 
     def get_extra_state(self) -> Tensor:
         """Return k for the state dict."""
-        return torch.tensor(self.k)
+        return torch.tensor(self.k, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Set k from a state dict."""
@@ -395,7 +395,7 @@ def _class_moments(
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
     d = len(covariance)
-    return (1 - shrinkage) * covariance + shrinkage * covariance.trace() / d * torch.eye(d).to(covariance)
+    return (1 - shrinkage) * covariance + shrinkage * covariance.trace() / d * torch.eye(d, device="cpu").to(covariance)
 
 
 def _whitening_matrix(covariance: Tensor) -> Tensor:
@@ -406,7 +406,7 @@ def _whitening_matrix(covariance: Tensor) -> Tensor:
             f"the covariance of shape {tuple(covariance.shape)} is not positive definite; give more activations than "
             "dimensions, or a shrinkage above 0"
         )
-    eye = torch.eye(len(root)).to(root)
+    eye = torch.eye(len(root), device="cpu").to(root)
     inverse: Tensor = torch.linalg.solve_triangular(root, eye, upper=False)
     return inverse.T.contiguous().to(covariance)
 

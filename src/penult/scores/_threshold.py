@@ -116,7 +116,7 @@ class Threshold(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return α for the state dict, as float64."""
         # A buffer would be rounded when the threshold moves to another dtype.
-        return torch.tensor(self.false_alarm, dtype=torch.float64)
+        return torch.tensor(self.false_alarm, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Set α from a state dict."""
@@ -164,8 +164,10 @@ class Threshold(nn.Module):
         """
         confidence = check_between("confidence", confidence)
         n, k = len(self.calibration), self._max_rank
-        j = torch.arange(k, n + 1, dtype=torch.float64)
-        log_binomial = torch.lgamma(torch.tensor(n + 1.0).double()) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+        j = torch.arange(k, n + 1, dtype=torch.float64, device="cpu")
+        log_binomial = (
+            torch.lgamma(torch.tensor(n + 1.0, device="cpu").double()) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+        )
         # P(Beta(k, n + 1 - k) <= x) is the probability of at least k successes in n trials; bisect for its quantile.
         low, high = 0.0, 1.0
         for _ in range(60):

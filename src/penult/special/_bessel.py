@@ -338,7 +338,8 @@ def call(functions: FunctionPair, kappa: Tensor, dim: int) -> Tensor:
     """Apply the Function of a pair that suits the mode: compiled or eager."""
     reverse, both = functions
     function = reverse if torch.compiler.is_compiling() else both
-    return torch.as_tensor(function.apply(kappa, dim))
+    value: Tensor = function.apply(kappa, dim)
+    return value
 
 
 def variance(kappa: Tensor, dim: int) -> Tensor:

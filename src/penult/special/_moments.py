@@ -184,7 +184,8 @@ def concentration(dim: int, resultant: Tensor, complement: Tensor | None = None)
     work = working_dtype(resultant.device)
     r = resultant.to(work)
     c = 1 - r.detach() if complement is None else complement.detach().to(work)
-    return torch.as_tensor(_Concentration.apply(r, c, dim)).to(resultant.dtype)
+    kappa: Tensor = _Concentration.apply(r, c, dim)
+    return kappa.to(resultant.dtype)
 
 
 def _in_working_dtype(functions: _bessel.FunctionPair, dim: int, kappa: Tensor) -> Tensor:

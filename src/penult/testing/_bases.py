@@ -58,11 +58,11 @@ def check_base(base: Base, head: Head | None = None, samples: int = 100_000, see
         if base.in_features is None:
             raise ValueError("head is None and this base has no fixed dimension; pass a head")
         kind = next((b.dtype for b in base.buffers() if b.is_floating_point()), torch.get_default_dtype())
-        head = Head(torch.randn(3, base.in_features, generator=generator).to(kind))
+        head = Head(torch.randn(3, base.in_features, generator=generator, device="cpu").to(kind))
     samples = min(samples, max(1000, 50_000_000 // head.in_features))
     pair = GenerativePair(head, base)
     laws = list(_pair_laws(pair, samples, generator))
-    classes = torch.linspace(0, head.num_classes - 1, min(head.num_classes, 4)).round().long()
+    classes = torch.linspace(0, head.num_classes - 1, min(head.num_classes, 4), device="cpu").round().long()
     rows = head.centered_weight(classes)
     laws += _normalisation(base, rows)
     if isinstance(base, Marginal):

@@ -235,7 +235,7 @@ class Subject:
     def normal(self, shape: Size, seed: int = 1) -> Tensor:
         """Return standard normal numbers in float64, independent of those of the distribution."""
         generator = torch.Generator().manual_seed(self._seed + seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.device)
 
     def rebuilt(self, parameters: Mapping[str, Tensor], validate_args: bool = False) -> Any:
         """Return a distribution of the same class with other parameters and the same other arguments."""

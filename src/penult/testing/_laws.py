@@ -101,7 +101,7 @@ def frequencies(name: str, y: Tensor, p: Tensor, doubt: float = 0.0) -> Law:
 def uniform(values: Tensor) -> float:
     """Return the Kolmogorov-Smirnov p-value of values (N,) for the uniform distribution."""
     ordered, n = values.sort().values, len(values)
-    steps = torch.arange(n, dtype=ordered.dtype) / n
+    steps = torch.arange(n, dtype=ordered.dtype, device="cpu") / n
     largest = float(torch.maximum((ordered - steps).max(), (steps + 1 / n - ordered).max()))
     return kolmogorov(largest * math.sqrt(n))
 
