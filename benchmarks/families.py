@@ -123,6 +123,9 @@ FAMILIES = [
     Family("ConvNext", _hugging_face("ConvNextForImageClassification", "ConvNextConfig", num_stages=2, **_STAGES),
            images, "sphere"),
     Family("ViT", _hugging_face("ViTForImageClassification", "ViTConfig", **_PICTURE), images, "sphere"),
+    Family("DeiT, distilled", _hugging_face(
+        "DeiTForImageClassificationWithTeacher", "DeiTConfig", **_PICTURE
+    ), images, "reals"),
     Family("BEiT", _hugging_face("BeitForImageClassification", "BeitConfig", **_PICTURE), images, "sphere"),
     Family("DINOv2", _hugging_face("Dinov2ForImageClassification", "Dinov2Config", **_PICTURE), images, "reals"),
     Family("Swin", _hugging_face("SwinForImageClassification", "SwinConfig", image_size=64, patch_size=4, embed_dim=16,
@@ -187,15 +190,16 @@ def examine(family: Family) -> dict[str, Any]:
         return {"refused": str(reason)}
     certificate = head.certificate
     assert certificate is not None
-    weight = model.get_submodule(certificate.path).weight
+    paths = [part.path for part in certificate.parts] or [certificate.path]
+    weights = {model.get_submodule(path).weight.data_ptr() for path in paths}
     with torch.no_grad():
         h, logits = penult.Tap(model, head)(**family.inputs(1))
         error = float((head(h).softmax(-1) - logits.softmax(-1)).abs().max())
     return {
-        "path": certificate.path, "kind": certificate.kind, "shape": list(certificate.shape),
+        "path": " and ".join(paths), "kind": certificate.kind, "shape": list(certificate.shape),
         "bias": certificate.bias, "before": certificate.before, "folded": certificate.folded,
         "support": certificate.support, "axes": [*certificate.axes], "positions": certificate.positions,
-        "tied": any(m.weight.data_ptr() == weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)),
+        "tied": any(m.weight.data_ptr() in weights for m in model.modules() if isinstance(m, nn.Embedding)),
         "residual": short(certificate.residual, 2),
         "confirmed": None if certificate.confirmed is None else short(certificate.confirmed, 2),
         "softmax_error": short(error, 2),

@@ -169,6 +169,15 @@ class CLIPSoftmaxNet(Net):
         return logits
 
 
+def two_heads(self, x):
+    return (self.fc(self.a(x)) + self.other(self.a(x))) / 2
+
+
+def lora(self, x):
+    h = self.a(x).relu()
+    return self.fc(h) + 2 * self.b(self.c(h))
+
+
 def masked(squash):
     def forward(self, x):
         logits = squash(self, x).clone()
@@ -486,6 +495,97 @@ FOUND = {
         lambda: net(lambda self, x: torch.cat([self.fc(h) for h in (self.fc(self.a(x) + 1), self.a(x))[1].split(2)])),
         "fc", "Linear", "reals", says={"positions": "pieces", "call": 1},
     ),
+    # several products
+    "two heads averaged": Case(
+        lambda: net(two_heads, other=nn.Linear(8, 3)), "", "Linear", "reals", shares=False, says={"weight": None}
+    ),
+    "two tokens averaged": Case(
+        lambda: net(lambda self, x: (self.fc(self.a(x).relu()) + self.other(self.b(x).relu())) / 2,
+                    b=nn.Linear(4, 6), other=nn.Linear(6, 3)),
+        "", "relu", "orthant", shares=False, says={"shape": (3, 14), "bias": True},
+    ),
+    "two heads in a module": Case(
+        lambda: Net(lambda self, x: self.part(x), part=net(two_heads, other=nn.Linear(8, 3))), "part", "Linear",
+        "reals", shares=False,
+    ),
+    "three tokens summed": Case(
+        lambda: net(lambda self, x: sum(head(self.a(x * i).tanh()) for i, head in enumerate(self.heads, 1)),
+                    heads=nn.ModuleList(nn.Linear(8, 3) for _ in range(3))),
+        "heads", "tanh", "cube", shares=False, says={"shape": (3, 24)},
+    ),
+    "weighted heads": Case(
+        lambda: net(lambda self, x: torch.lerp(self.fc(self.a(x)), self.other(x.sin()), 0.3) + self.c,
+                    other=nn.Linear(4, 3), c=param(3)),
+        "", "Linear, sin", "reals", shares=False, says={"shape": (3, 12)},
+    ),
+    "one head of two tokens": Case(
+        lambda: net(lambda self, x: torch.stack([self.fc(self.a(x).relu()), self.fc(self.a(-x).relu())]).mean(0)), "fc",
+        "relu", "orthant", shares=False, says={"shape": (3, 16)},
+    ),
+    "two heads, log_softmax": Case(
+        lambda: net(lambda self, x: two_heads(self, x).log_softmax(-1), other=nn.Linear(8, 3)), "", "Linear", "reals",
+        shares=False, says={"log_softmax": True},
+    ),
+    "two heads of tokens": Case(
+        lambda: net(lambda self, x: self.fc(tokens(self, x)) + self.other(tokens(self, x).cos()),
+                    other=nn.Linear(8, 3)),
+        "", "sin, cos", "reals", shares=False, says={"axes": ("batch", "token")},
+    ),
+    "two heads and a masked class": Case(
+        lambda: net(masked(lambda self, x: (self.fc(self.a(x)) + self.o(x.sin())) / 2), o=nn.Linear(4, 3)), "",
+        "Linear, sin", "reals", shares=False, says={"empty": 1},
+    ),
+    "two heads, one sample": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x)) + self.o(x.mean(1, keepdim=True)), o=nn.Linear(1, 3)), "",
+        "Linear, mean", "reals", VECTORS[:1], shares=False, says={"shape": (3, 9)},
+    ),
+    "update from the input": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x)) + self.b(self.c(x)), b=nn.Linear(2, 3), c=nn.Linear(4, 2)), "",
+        "Linear", "reals", shares=False, says={"shape": (3, 10)},
+    ),
+    "low-rank update": Case(
+        lambda: net(lora, b=nn.Linear(2, 3, bias=False), c=nn.Linear(8, 2, bias=False)), "", "relu", "orthant",
+        shares=False, says={"shape": (3, 8)},
+    ),
+    "parts of the classes": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(self.a(x).relu()), self.other(self.a(x).relu())], -1),
+                    other=nn.Linear(8, 2)),
+        "", "relu", "orthant", shares=False, says={"shape": (5, 8)},
+    ),
+    "parts of the classes of two tokens": Case(
+        lambda: net(lambda self, x: torch.cat([self.fc(self.a(x).relu()), self.other(self.a(-x).relu())], -1),
+                    other=nn.Linear(8, 2)),
+        "", "relu", "orthant", shares=False, says={"shape": (5, 16)},
+    ),
+    "a layer for each class": Case(
+        lambda: net(lambda self, x: torch.cat([head(self.a(x)) for head in self.heads], 1),
+                    heads=nn.ModuleList(nn.Linear(8, 1) for _ in range(4))),
+        "heads", "Linear", "reals", shares=False, says={"shape": (4, 8)},
+    ),
+    "chosen classes": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x)).index_select(1, torch.tensor([4, 1, 3])), fc=nn.Linear(8, 6)),
+        "fc", "Linear", "reals", shares=False, says={"shape": (3, 8)},
+    ),
+    "first classes": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x))[:, :3], fc=nn.Linear(8, 6)), "fc", "Linear", "reals",
+        shares=False,
+    ),
+    "classes in another order": Case(
+        lambda: net(lambda self, x: self.fc(self.a(x))[..., [2, 0, 1]]), "fc", "Linear", "reals", shares=False,
+        says={"shape": (3, 8)},
+    ),
+    "classes in another order, maps": Case(
+        lambda: conv_net(lambda self, x: self.fc(self.a(x)).flip(1)), "fc", "Conv2d", "reals", MAPS, shares=False,
+        says={"class_axis": 1, "axes": ("batch", "height", "width")},
+    ),
+    "a class of zeros": Case(
+        lambda: net(lambda self, x: F.pad(self.fc(self.a(x)), (1, 0))), "fc", "Linear", "reals", shares=False,
+        says={"shape": (4, 8), "empty": 1},
+    ),
+    "classes that never occur": Case(
+        lambda: net(lambda self, x: F.pad(self.fc(self.a(x)), (0, 2), value=-1e9)), "fc", "Linear", "reals",
+        shares=False, says={"shape": (5, 8), "empty": 2},
+    ),
     # norms
     "channel norm, a pixel": Case(
         lambda: conv_net(lambda self, x: self.fc(self.norm(self.a(x))), norm=ChannelNorm(8)), "fc", "ChannelNorm",
@@ -595,22 +695,12 @@ FOUND = {
 }  # fmt: skip
 
 
-def two_heads(self, x):
-    return (self.fc(self.a(x)) + self.other(self.a(x))) / 2
-
-
 REFUSED = {
     # name: model, input, words of the reason
     "softmax": (lambda: mlp(nn.ReLU()).append(nn.Softmax(-1)), VECTORS, "a softmax inside"),
     "softmax over maps": (lambda: conv_net(lambda self, x: self.fc(self.a(x)).softmax(1)), MAPS, "a softmax inside"),
     "sigmoid": (lambda: mlp(nn.ReLU()).append(nn.Sigmoid()), VECTORS, "a sigmoid inside"),
     "soft cap": (lambda: net(lambda self, x: 2 * torch.tanh(self.fc(self.a(x)) / 2)), VECTORS, "tanh .a soft cap"),
-    "two heads averaged": (lambda: net(two_heads, other=nn.Linear(8, 3)), VECTORS, "the mean of two products"),
-    "low-rank update": (
-        lambda: net(lambda self, x: self.fc(self.a(x)) + self.b(self.c(x)), b=nn.Linear(2, 3), c=nn.Linear(4, 2)),
-        VECTORS,
-        "the sum of two products",
-    ),
     "relu after the last convolution": (
         lambda: conv_net(lambda self, x: F.relu(self.fc(self.a(x))).mean((2, 3))), MAPS, "applies relu"
     ),
@@ -631,12 +721,19 @@ REFUSED = {
     "scale of the batch, whatever its order": (
         lambda: net(lambda self, x: self.fc(self.a(x)) / x.std()), VECTORS, "not those of a second one"
     ),
-    "two heads, one sample": (
-        lambda: net(lambda self, x: self.fc(self.a(x)) + self.o(x.mean(1, keepdim=True)), o=nn.Linear(1, 3)),
-        VECTORS[:1], "second one",
+    "a gate between two heads": (
+        lambda: net(lambda self, x: torch.lerp(self.fc(self.a(x)), self.o(x.sin()), x[:, :1].abs()),
+                    o=nn.Linear(4, 3)), VECTORS, "residual",
     ),
-    "two heads and a masked class": (
-        lambda: net(masked(lambda self, x: (self.fc(self.a(x)) + self.o(x.sin())) / 2), o=nn.Linear(4, 3)), VECTORS,
+    "two soft caps averaged": (
+        lambda: net(lambda self, x: self.fc(self.a(x)).tanh() + self.o(x.sin()).tanh(), o=nn.Linear(4, 3)), VECTORS,
+        "applies tanh",
+    ),
+    "classes that depend on the input": (
+        lambda: net(lambda self, x: self.fc(self.a(x)).sort(-1).values), VECTORS, "sort, which is not read",
+    ),
+    "the largest of two heads": (
+        lambda: net(lambda self, x: torch.maximum(self.fc(self.a(x)), self.o(x.sin())), o=nn.Linear(4, 3)), VECTORS,
         "residual",
     ),
     "soft cap and a masked class": (

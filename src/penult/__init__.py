@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from penult.activations import Activations, Tap, extract
     from penult.bases import Gaussian, Marginal, Sphere
     from penult.distributions import VonMisesFisher
-    from penult.head import Head, HeadCertificate, HeadNotFoundError, find_head
+    from penult.head import Head, HeadCertificate, HeadNotFoundError, HeadPart, find_head
     from penult.pair import GenerativePair, load
 
 # Rooms and names are imported on first use, so that `import penult` and `penult --help` stay quick.
@@ -34,6 +34,7 @@ _NAMES = {
     "Head": "head",
     "HeadCertificate": "head",
     "HeadNotFoundError": "head",
+    "HeadPart": "head",
     "Marginal": "bases",
     "Sphere": "bases",
     "Tap": "activations",
@@ -65,6 +66,7 @@ __all__ = [
     "Head",
     "HeadCertificate",
     "HeadNotFoundError",
+    "HeadPart",
     "Marginal",
     "Sphere",
     "Tap",

@@ -212,6 +212,7 @@ OUTPUTS = {
     "sparse": (lambda z: z.to_sparse(), TypeError, r"a sparse_coo tensor.* x.to_dense\(\)"),
     "float8": (lambda z: z.to(torch.float8_e5m2), TypeError, "a torch.float8_e5m2 tensor"),
     "meta": (lambda z: z.to("meta"), TypeError, "on meta, which holds no values"),
+    "-inf": (lambda z: F.pad(z, (0, 2), value=-torch.inf), ValueError, "-inf for class 3, 4 in every row.* -1e9"),
     "empty": (lambda z: z[:0], ValueError, r"shape \(0, 3\), which holds no logits"),
 }
 

@@ -338,7 +338,7 @@ def _with_head(student: nn.Module, certificate: HeadCertificate, layer: nn.Modul
     head = student.get_submodule(certificate.path)
     is_linear = isinstance(head, nn.Linear) and (head.out_features, head.in_features) == certificate.shape
     outputs_logits = certificate.scale == 1 and not certificate.shifted and not certificate.log_softmax
-    called_once = certificate.positions == "same" and certificate.forward_call in (0, None)
+    called_once = certificate.positions == "same" and not certificate.parts and certificate.forward_call in (0, None)
     if not (is_linear and outputs_logits and called_once):
         raise ValueError(
             f"the student's head is {certificate.kind} at {certificate.path!r} in a {type(head).__name__}; expected a "

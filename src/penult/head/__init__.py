@@ -1,14 +1,14 @@
 """Heads, the last linear layers of classifiers, and the search for the head of any model."""
 
 from penult.head._capture import capture
-from penult.head._certificate import HeadCertificate, HeadNotFoundError
+from penult.head._certificate import HeadCertificate, HeadNotFoundError, HeadPart
 from penult.head._find import find_head
 from penult.head._foreign import in_memory
 from penult.head._head import Head
 from penult.head._model import evaluating, logits_of, submodule, tensor_at, untouched, unwrap
 from penult.head._rectified import refuse_unrectified
 
-__all__ = ["Head", "HeadCertificate", "HeadNotFoundError", "find_head"]
+__all__ = ["Head", "HeadCertificate", "HeadNotFoundError", "HeadPart", "find_head"]
 
 # Lent to other rooms of the package; not public.
 _capture_forward = capture

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,9 @@ def capture(
     if compiling and certificate.forward_call is None:
         raise RuntimeError("this head was found by an older penult: find it again to compile its tap")
     args, kwargs = own_arguments(args, kwargs)
-    watch = _Watch(model, certificate, compiling=compiling, pre_activation=pre_activation)
+    if certificate.parts:
+        return _capture_parts(model, certificate, args, kwargs, pre_activation)
+    watch = _Watch(model, certificate, whole_model=compiling or pre_activation, pre_activation=pre_activation)
     # torch.compile cannot trace hooks, and a position is picked, or rectified, outside of the head's module.
     if pre_activation:
         with compiled_parts_eager(model) if has_compiled_parts(model) else nullcontext(), watch:
@@ -64,11 +67,7 @@ def capture(
         with _inside(model.get_submodule(certificate.path), watch), compiled_parts_eager(model, certificate.path):
             output = model(*args, **kwargs)
     logits = logits_of(output).movedim(certificate.class_axis, -1)
-    if not watch.captured:
-        raise RuntimeError(
-            f"the head at {certificate.path!r} ran {watch.num_calls} times in this forward, but its call number "
-            f"{watch.call} (from 0) gave the logits when the head was found: the model has taken another path"
-        )
+    watch.check_captured()
     layout = Layout(certificate.class_axis, certificate.positions)
     if watch.picked is not None and watch.picked.shape[:-1] == logits.shape[:-1]:
         h = watch.picked
@@ -84,6 +83,38 @@ def capture(
     if head is not None and watch.operand is not None and readable(watch.operand):
         _check_weight(head, watch.operand, gain, certificate)
     return h, logits
+
+
+def _capture_parts(
+    model: nn.Module,
+    certificate: HeadCertificate,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    pre_activation: bool,
+) -> tuple[Tensor, Tensor]:
+    """Capture the concatenated activations of a head that the model assembles from several products."""
+    compiling = torch.compiler.is_compiling()
+    watches = [
+        _Watch(
+            model,
+            replace(certificate, parts=(), **vars(part)),
+            whole_model=True,
+            pre_activation=pre_activation,
+        )
+        for part in certificate.parts
+    ]
+    eager = has_compiled_parts(model) and not compiling
+    with ExitStack() as entered, compiled_parts_eager(model) if eager else nullcontext():
+        for watch in watches:
+            entered.enter_context(watch)
+        output = model(*args, **kwargs)
+    logits = logits_of(output).movedim(certificate.class_axis, -1)
+    layout = Layout(certificate.class_axis, "same")
+    activations = []
+    for watch in watches:
+        watch.check_captured()
+        activations.append(layout.apply(*watch.captured[0], logits))
+    return torch.cat(activations, dim=-1), logits
 
 
 # Rows and columns of W that are compared.
@@ -159,14 +190,15 @@ class _Watch(TorchFunctionMode):
     """Captures the input of the head's product (or of the ReLU before it), its output, and the picked position."""
 
     def __init__(
-        self, model: nn.Module, certificate: HeadCertificate, *, compiling: bool, pre_activation: bool
+        self, model: nn.Module, certificate: HeadCertificate, *, whole_model: bool, pre_activation: bool = False
     ) -> None:
         super().__init__()
+        self.path = certificate.path
         self.signature = signature_of(certificate.kind, certificate.shape, certificate.weight_first)
         self.elementwise = ElementwiseProducts()
         self.rectifiers = Rectifiers() if pre_activation else None
         # Whether the whole forward is watched, so that calls are counted in the model and not in the module.
-        self.whole_model = compiling or pre_activation
+        self.whole_model = whole_model
         self.picks = certificate.positions == "picked"
         self.call = certificate.call
         if self.whole_model and certificate.forward_call is not None:
@@ -202,6 +234,14 @@ class _Watch(TorchFunctionMode):
         if self.picks and self.captured and self._product is not None and len(args) > 0:
             self._follow(func, args, output)
         return output
+
+    def check_captured(self) -> None:
+        """Raise a RuntimeError if the head did not run."""
+        if not self.captured:
+            raise RuntimeError(
+                f"the head at {self.path!r} ran {self.num_calls} times in this forward, but its call number "
+                f"{self.call} (from 0) gave the logits when the head was found: the model has taken another path"
+            )
 
     def _is_weight(self, operand: Tensor) -> bool:
         """Whether an operand is the W of the head, as far as that is known."""

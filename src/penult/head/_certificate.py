@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["UNMIXED", "HeadCertificate", "HeadNotFoundError", "Kind", "Positions", "Support"]
+__all__ = ["UNMIXED", "HeadCertificate", "HeadNotFoundError", "HeadPart", "Kind", "Positions", "Support"]
 
 Kind = Literal["linear", "matmul", "bmm", "sum", "einsum", "conv", "cosine"]
 
@@ -36,6 +37,33 @@ Support = Literal["orthant", "sphere", "ball", "cube", "box", "reals"]
 
 class HeadNotFoundError(ValueError):
     """No linear map of one activation reproduces the model's logits."""
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """A product whose activations are a part of h, for a head that a model assembles from several products.
+
+    Attributes:
+        path: Name of the module in whose forward it is computed.
+        kind: As in `HeadCertificate`.
+        shape: Shape of its own W.
+        weight: As in `HeadCertificate`.
+        weight_first: As in `HeadCertificate`.
+        operand: As in `HeadCertificate`.
+        forward_call: As in `HeadCertificate`.
+    """
+
+    path: str
+    kind: Kind
+    shape: tuple[int, int]
+    weight: str | None
+    weight_first: bool
+    operand: bool
+    forward_call: int
+
+    def __str__(self) -> str:
+        classes, features = self.shape
+        return f"{self.path or '(the model itself)'} ({self.kind} {features}->{classes})"
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,9 @@ class HeadCertificate:
             module, a function or a clamp at 0, in place or not), ignoring the same operations as `before`.
             `Tap.pre_activation` and ``extract(..., pre_activation=True)`` then give u. False in files of older
             versions.
+        parts: For a head that the model assembles from several products, such as the mean of two heads that read
+            different tokens, or from chosen classes of one: the products whose activations, concatenated, are h. Then
+            W and b are computed from theirs, and `path` is the innermost module that contains all of them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -129,6 +160,12 @@ class HeadCertificate:
     confirmed: float | None = None
     unit_offset: bool = False
     rectified: bool = False
+    parts: tuple[HeadPart, ...] = ()
+
+    def __post_init__(self) -> None:
+        # In files the parts are mappings.
+        parts = [part if isinstance(part, HeadPart) else _part_of(part) for part in self.parts]
+        object.__setattr__(self, "parts", tuple(parts))
 
     def __str__(self) -> str:
         classes, features = self.shape
@@ -160,6 +197,8 @@ class HeadCertificate:
                 f"  axes    h ({', '.join((*self.axes, 'd'))}), classes on axis {self.class_axis} of the model's output"
                 + after.get(self.positions, f"; {self.positions} resizing")
             )
+        if self.parts:
+            lines.append(f"  parts   h is the activations of {', '.join(map(str, self.parts))}, concatenated")
         if self.empty:
             lines.append(f"  empty   {self.empty} classes have a row of zeros")
         if self.log_softmax:
@@ -168,3 +207,7 @@ class HeadCertificate:
             radius = f"sqrt({features}) = {math.sqrt(features):.5g}"
             lines.append(f"  folded  {self.folded} at {self.norm_path}: ideal radius {radius}")
         return "\n".join(lines)
+
+
+def _part_of(facts: Mapping[str, Any]) -> HeadPart:
+    return HeadPart(**{**facts, "shape": tuple(facts["shape"])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from penult._checks import check_finite
 from penult._row_blocks import blocks, rows_in_double
+from penult.head._assembled import Assembly, assemblies
 from penult.head._capture import capture
-from penult.head._certificate import UNMIXED, HeadCertificate, Kind, Support
+from penult.head._certificate import UNMIXED, HeadCertificate, HeadNotFoundError, HeadPart, Kind, Support
 from penult.head._foreign import in_memory, is_real, own_arguments
 from penult.head._head import Head
 from penult.head._match import Match, axes_of, matches, relative_error
@@ -22,7 +24,14 @@ from penult.head._origin import Norm, Origin, gain_and_offset, invertible, witho
 from penult.head._pieces import joined_candidates
 from penult.head._products import Product
 from penult.head._record import Candidate, Recorder, Steps
-from penult.head._refusal import are_probabilities, not_confirmed_error, not_found_error, refuse_other_tasks
+from penult.head._refusal import (
+    are_probabilities,
+    described_assembly,
+    described_match,
+    not_confirmed_error,
+    not_found_error,
+    refuse_other_tasks,
+)
 
 __all__ = ["find_head"]
 
@@ -51,6 +60,11 @@ def find_head(
     buffers and hooks and the random number generators are restored, and it gets copies of lists, dicts and other
     objects among the arguments, such as caches.
 
+    The rows of several calls of the head may be concatenated. The model may also assemble its logits from several
+    products: sums and means with constant weights, classes joined from several layers, chosen, reordered, or padded
+    with constants. Such a head reads the activations of all its products, concatenated, and the certificate lists them
+    as ``parts``.
+
     If a LayerNorm or RMSNorm is right before the head (ignoring dropout, casts, views such as a class token, and a
     mean over positions), its gain and offset are folded into the head: the weight becomes W diag(gamma), the bias
     b + W beta, in at least float32 and in its own storage, and h is the normalised vector.
@@ -67,7 +81,7 @@ def find_head(
         The head, with its ``certificate``.
 
     Raises:
-        HeadNotFoundError: No product reproduces the logits, or the model has no softmax (one logit, multi-label). The
+        HeadNotFoundError: No products reproduce the logits, or the model has no softmax (one logit, multi-label). The
             message names the three nearest candidates with their residuals, and the likely cause.
         TypeError: `model` is not a module or cannot be watched (TorchScript, torch.export, FSDP), has lazy layers
             without weights, its output holds no logits (or complex numbers or integers), or it failed on a mapping
@@ -103,41 +117,51 @@ def find_head(
         if steps.squashed_by is None and are_probabilities(logits):
             steps = Steps("a softmax")
 
-        def limit(match: Match) -> float:
+        def limit(match: Match | Assembly) -> float:
             return _residual_limit(tolerance, logits, match)
 
         # Of equal candidates, the last call is the head.
-        candidates = [
+        single_calls = [
             candidate
             for group in recorder.candidates.values()
             for candidate in reversed(group)
             if named_module is None or _is_computed_in(model, named_module, candidate)
         ]
-        candidates += joined_candidates(candidates, logits)
+        candidates = [*single_calls, *joined_candidates(single_calls, logits)]
         all_matches: list[Match] = []
+        refusals: list[HeadNotFoundError] = []
         for fit in (False, True):
             new_matches = [match for candidate in candidates for match in matches(candidate, logits, fit=fit)]
             new_matches.sort(key=lambda match: match.residual)
             # For small values even a soft cap looks affine, so a recorded function decides against every match.
             good = [match for match in new_matches if not steps.squashed_by and match.residual <= limit(match)]
             good.sort(key=lambda match: (match.scale != 1) + (match.shift is not None))
-            refused: list[tuple[Match, float | None]] = []
             for match in good[:_TRIES]:
                 head = _build_head(model, match, logits, tolerance, fold, recorder)
-                second = _second_residual(model, head, match, args, kwargs)
+                second = _second_residual(model, head, match.candidate.product.h, args, kwargs)
                 if second <= limit(match) if second is not None else not match.fitted:
                     return _complete_certificate(head, confirmed=second, path=path, model=model)
-                refused.append((match, second))
-            if refused:
-                raise not_confirmed_error(*refused[0], tolerance)
+                refusals.append(not_confirmed_error(described_match(match), second, tolerance))
+            if refusals:
+                break
             all_matches += new_matches
+        for assembly in () if steps.squashed_by else assemblies(single_calls, logits):
+            if assembly.residual <= limit(assembly):
+                head = _build_assembled_head(model, assembly, logits, recorder)
+                second = _second_residual(model, head, assembly.h, args, kwargs)
+                if second is not None and second <= limit(assembly):
+                    return _complete_certificate(head, confirmed=second, path=path, model=model)
+                refusals.append(not_confirmed_error(described_assembly(assembly), second, tolerance))
+        if refusals:
+            raise refusals[0]
         all_matches.sort(key=lambda match: match.residual)
         raise not_found_error(model, logits, all_matches, recorder.candidates, path, tolerance, steps)
 
 
-def _residual_limit(tolerance: float, logits: Tensor, match: Match) -> float:
+def _residual_limit(tolerance: float, logits: Tensor, match: Match | Assembly) -> float:
     """Return the tolerance, or the rounding error of half precision if part of the head is computed in it."""
-    parts = (logits, match.candidate.product.h, match.candidate.product.weight)
+    candidates = (match.candidate,) if isinstance(match, Match) else match.sources
+    parts = [logits, *(x for candidate in candidates for x in (candidate.product.h, candidate.product.weight))]
     return max(tolerance, *(2 * torch.finfo(part.dtype).eps for part in parts))
 
 
@@ -191,6 +215,72 @@ def _source_tensors(model: nn.Module, match: Match, norm: Norm | None) -> list[T
     return list(tensors.values())
 
 
+def _build_assembled_head(model: nn.Module, assembly: Assembly, logits: Tensor, recorder: Recorder) -> Head:
+    """Build a head that the model assembles from several products, with its certificate."""
+    tensors: dict[int, Tensor] = {}
+    for candidate in assembly.sources:
+        tensors |= {id(x): x for x in (candidate.product.operand, candidate.product.bias) if x is not None}
+        if _parameter_name(model, candidate.product.weight) is None:
+            module = model.get_submodule(candidate.path)
+            tensors |= {id(x): x for x in module.parameters(recurse=candidate.path != "")}
+    head = Head._of_model(assembly.weight, assembly.bias, sources=list(tensors.values()))
+    first = assembly.parts[0]
+    parts = tuple(_part(model, candidate, recorder) for candidate in assembly.parts)
+    names = list(dict.fromkeys("the input" if c.origin is None else c.origin.name for c in assembly.parts))
+    origin = first.origin if len(names) == 1 else None
+    norms, low, high = _observed(assembly.h)
+    paths = [candidate.path.split(".") for candidate in assembly.sources]
+    common = [names[0] for names in takewhile(lambda names: len({*names}) == 1, zip(*paths, strict=False))]
+    head.certificate = HeadCertificate(
+        path=".".join(common),
+        kind=first.product.kind,
+        scale=1.0,
+        residual=assembly.residual,
+        shape=(head.num_classes, head.in_features),
+        bias=head.bias is not None,
+        before=None if names == ["the input"] else ", ".join(names),
+        support=_support(origin, None, False, low, high, norms, head.in_features),
+        zeros=(assembly.h == 0).sum().item() / assembly.h.numel(),
+        norms=(norms.min().item(), norms.max().item()),
+        minimum=low,
+        maximum=high,
+        gauge=head.mean_row.float().norm().item(),
+        folded=None,
+        samples=norms.numel(),
+        forward_call=parts[0].forward_call,
+        class_axis=assembly.class_axis,
+        axes=axes_of(logits.ndim, assembly.class_axis, "same"),
+        log_softmax=assembly.log_softmax,
+        empty=sum(int((~rows.any(dim=1)).sum()) for rows in blocks(assembly.weight)),
+        rectified=all(candidate.rectified for candidate in assembly.parts),
+        parts=parts,
+    )
+    return head
+
+
+def _part(model: nn.Module, candidate: Candidate, recorder: Recorder) -> HeadPart:
+    """Return how a tap recognises the product of a candidate."""
+    product = candidate.product
+    classes, features = product.weight.shape
+    name = _parameter_name(model, product.weight)
+    by_operand = name is not None and isinstance(product.operand, nn.Parameter)
+    return HeadPart(
+        path=candidate.path,
+        kind=product.kind,
+        shape=(classes, features),
+        weight=name,
+        weight_first=product.first,
+        operand=by_operand,
+        forward_call=recorder.earlier_calls_in_model(candidate, by_operand=by_operand),
+    )
+
+
+def _observed(h: Tensor) -> tuple[Tensor, float, float]:
+    """Return the norms of activations and their smallest and largest coordinate."""
+    norms = torch.linalg.vector_norm(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
+    return norms, h.min().item(), h.max().item()
+
+
 def _exact_shift(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
     """Return the parameter of the model that a fitted shift approximates, or the fitted shift if there is none."""
     for value in (*model.parameters(), *model.buffers()):
@@ -201,9 +291,9 @@ def _exact_shift(model: nn.Module, shift: Tensor, tolerance: float) -> Tensor:
 
 
 def _second_residual(
-    model: nn.Module, head: Head, match: Match, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, head: Head, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> float | None:
-    """Return the residual on the reversed batch; None if the model raises an error, or h is the same as before."""
+    """Return the residual on the reversed batch; None if the model raises an error, or h is the `first` one again."""
     assert head.certificate is not None
     args, kwargs = pytree.tree_map_only(Tensor, _reversed, (args, kwargs))
     # A model may raise any error for a batch that it was not written for.
@@ -211,7 +301,6 @@ def _second_residual(
         h, logits = capture(model, head.certificate, args, kwargs)
     except Exception:
         return None
-    first = match.candidate.product.h
     if h.shape[-1] == first.shape[-1] and h.numel() == first.numel() and head.certificate.folded is None:
         if torch.equal(h.reshape(first.shape), first):
             return None
@@ -294,9 +383,9 @@ def _certify(
 ) -> HeadCertificate:
     """Return the certificate of a head, without the residual on the second batch."""
     candidate, layout = match.candidate, match.layout
-    norms = torch.linalg.vector_norm(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
-    low, high = h.min().item(), h.max().item()
-    name, operand = _parameter_name(model, candidate.product.weight), candidate.product.operand
+    norms, low, high = _observed(h)
+    part = _part(model, candidate, recorder)
+    name = part.weight
     # For a picked position, `capture` watches the whole forward, and otherwise only the module of the head.
     if layout.positions == "picked":
         call = recorder.earlier_calls_in_model(candidate, by_address=name is not None)
@@ -321,9 +410,9 @@ def _certify(
         norm_path=None if norm is None else norm.path,
         weight=name,
         weight_first=candidate.product.first,
-        operand=isinstance(operand, nn.Parameter),
+        operand=part.operand,
         call=call,
-        forward_call=recorder.earlier_calls_in_model(candidate, by_operand=isinstance(operand, nn.Parameter)),
+        forward_call=part.forward_call,
         class_axis=layout.class_axis,
         axes=axes_of(logits.ndim, layout.class_axis, layout.positions),
         positions=layout.positions,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penult._checks import unreadable
+from penult.head._assembled import Assembly
 from penult.head._certificate import HeadNotFoundError
 from penult.head._foreign import attribute, in_memory
-from penult.head._match import Match, relative_error
+from penult.head._match import Match
 from penult.head._model import is_scripted
 from penult.head._record import Candidate, Steps
 
@@ -43,6 +43,15 @@ def refuse_other_tasks(model: nn.Module, logits: Tensor) -> None:
         raise ValueError(
             f"the model's output has shape {tuple(logits.shape)}, which holds no logits; expected at least one row. "
             "Give a batch of at least one sample"
+        )
+    rows = logits.reshape(-1, logits.shape[-1] if logits.ndim else 1)
+    never = (rows == -torch.inf).all(0)
+    if bool(never.any()) and not bool(never.all()):
+        classes = never.nonzero().flatten().tolist()
+        names = ", ".join(map(str, classes[:8])) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
+        raise ValueError(
+            f"the model's output is -inf for class {names} in every row; expected finite logits. Let the model return "
+            "them without these classes, or with a number such as -1e9 in place of -inf"
         )
     if logits.ndim == 0 or max(logits.shape[-1], logits.shape[1] if logits.ndim > 2 else 0) < 2:
         raise HeadNotFoundError(
@@ -76,7 +85,7 @@ def not_found_error(
     for match in ranked:
         best.setdefault(match.candidate, match)
     if best:
-        evidence = "nearest: " + "; ".join(_describe(match) for match in list(best.values())[:3])
+        evidence = "nearest: " + "; ".join(described_match(match) for match in list(best.values())[:3])
     else:
         row_counts = ", ".join(
             f"{k} ({group[-1].path or 'the model itself'})" for k, group in list(candidates.items())[-6:]
@@ -92,21 +101,21 @@ def not_found_error(
     )
 
 
-def not_confirmed_error(match: Match, residual: float | None, tolerance: float) -> HeadNotFoundError:
+def not_confirmed_error(head: str, residual: float | None, tolerance: float) -> HeadNotFoundError:
     """Return the error for a head that does not reproduce the second batch, or was not tested on it."""
-    product = _describe(match)
     if residual is None:
         return HeadNotFoundError(
-            f"{product} reproduces the logits only with a fitted scale or shift, which needs a second batch to "
-            "confirm, and this batch in reverse order gives the model nothing new: give several different samples"
+            f"{head} reproduces the logits only with fitted numbers (a scale, a shift, weights), which needs a second "
+            "batch to confirm, and this batch in reverse order gives the model nothing new: give several different "
+            "samples"
         )
     return HeadNotFoundError(
-        f"{product} reproduces the logits of this batch but not those of a second one (residual {residual:.2g}, "
+        f"{head} reproduces the logits of this batch but not those of a second one (residual {residual:.2g}, "
         f"tolerance {tolerance:g}): the operations after it depend on the model's input"
     )
 
 
-def _describe(match: Match) -> str:
+def described_match(match: Match) -> str:
     """Describe a match by its module, shape and residual."""
     product, extra = match.candidate.product, ""
     if match.layout.positions != "same":
@@ -118,6 +127,12 @@ def _describe(match: Match) -> str:
     where = match.candidate.path or "(the model itself)"
     classes, features = product.weight.shape
     return f"{where} ({product.kind} {features}->{classes}{extra}) residual {match.residual:.2g}"
+
+
+def described_assembly(assembly: Assembly) -> str:
+    """Describe the products of an assembly by their modules."""
+    paths = dict.fromkeys(repr(candidate.path or "(the model itself)") for candidate in assembly.sources)
+    return f"an affine map of the concatenated activations of {', '.join(paths)}"
 
 
 def are_probabilities(output: Tensor) -> bool:
@@ -159,17 +174,6 @@ def _likely_cause(logits: Tensor, best: Sequence[Match], steps: Steps) -> str:
                 f"The output is a function of each value of {match.candidate.path or 'the model itself'} (a soft cap, "
                 "a ReLU): return what comes before it."
             )
-    for one, other in combinations(best, 2):
-        a, b = _product_values(one), _product_values(other)
-        if a is None or b is None or a.shape != b.shape:
-            continue
-        target = logits.movedim(one.layout.class_axis, -1)
-        for factor, operation in ((1.0, "sum"), (0.5, "mean")):
-            if relative_error(factor * (a + b), target) <= 1e-4:
-                return (
-                    f"The output is the {operation} of two products ({one.candidate.path!r} and "
-                    f"{other.candidate.path!r}): two heads, or a head and a low-rank update. Merge them into one layer."
-                )
     if not best:
         return (
             "The cause is not known. Typical causes: a head that is more than one matrix for each position (a "
