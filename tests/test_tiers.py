@@ -58,19 +58,18 @@ def run(project, *options):
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ([], {"test_grid[2]"}),
-        (["-n", "2"], {"test_grid[2]"}),
-        (["--tier", "slow"], {"test_grid[1]", "test_grid[3]", "test_slow", "test_demo"}),
-        (["--tier", "all"], {"test_grid[1]", "test_grid[2]", "test_grid[3]", "test_slow", "test_demo"}),
-        (["--long"], {"test_grid[2]", "test_long"}),
-        (["tests/test_some.py::test_slow"], {"test_slow"}),
-        (["-n", "2", "tests/test_some.py::test_long"], {"test_long"}),
-    ],
-    ids=" ".join,
-)
+RUNS = [
+    ([], {"test_grid[2]"}),
+    (["-n", "2"], {"test_grid[2]"}),
+    (["--tier", "slow"], {"test_grid[1]", "test_grid[3]", "test_slow", "test_demo"}),
+    (["--tier", "all"], {"test_grid[1]", "test_grid[2]", "test_grid[3]", "test_slow", "test_demo"}),
+    (["--long"], {"test_grid[2]", "test_long"}),
+    (["tests/test_some.py::test_slow"], {"test_slow"}),
+    (["-n", "2", "tests/test_some.py::test_long"], {"test_long"}),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), RUNS, ids=[" ".join(options) or "default" for options, _ in RUNS])
 def test_what_a_tier_runs(project, options, expected):
     code, output = run(project, *options)
     assert code == 0, output
