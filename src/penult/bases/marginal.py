@@ -398,7 +398,7 @@ class Marginal(Base):
         return lambda count: self.law.sample(count, generator, self.head.weight.device)
 
     def _reference(self) -> Iterator[Tensor]:
-        """Iterate over the activations that the prior is estimated from, the same at each call: all rows of a bank."""
+        """Iterate over the activations that the prior is estimated from, the same each time; for a bank, its rows."""
         law, size = self.distribution, block_size(self.head)
         if isinstance(law, Bank):
             yield from (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in law.rows.split(size))

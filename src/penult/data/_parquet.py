@@ -280,7 +280,7 @@ _KEPT = 64 * 2**20
 
 
 def _require_file(path: Path) -> None:
-    """Raise unless there is such a file."""
+    """Raise unless the path is that of a file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
 

@@ -102,7 +102,7 @@ def read(path: str | os.PathLike[str], name: str, device: str | torch.device) ->
 
     Raises:
         FileNotFoundError: There is no such file.
-        penult.io.FileFormatError: The file is damaged, of another kind, or of another class.
+        penult.io.FileFormatError: The file is damaged, of another kind, or holds a generator of another class.
     """
     file = io.read(path, kind=KIND, device=device)
     states: dict[str, dict[str, Tensor]] = {}

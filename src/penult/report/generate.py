@@ -249,7 +249,7 @@ def pictures_of(
     Args:
         generator: The generator.
         real: Real images (N, C, H, W), some of which are edited.
-        labels: Their labels (N,).
+        labels: Labels (N,) of the real images.
         seed: Seed of the samples.
         confident: Smallest p(y|h) of confident samples, or None for no such samples.
     """

@@ -177,7 +177,7 @@ class _State:
         return _horner(self.series.slope, self.q)
 
     def ratio(self) -> Tensor:
-        """Return A_M / κ at order M."""
+        """Return A / κ at order M, where A is the derivative of F."""
         return self.gap - (0.5 + self.p * self.slope()) / (self.s * self.s)
 
     def rise(self) -> Tensor:

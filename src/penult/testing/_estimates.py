@@ -208,7 +208,7 @@ class Subject:
 
     Args:
         distribution: The distribution.
-        seed: Seed of its samples.
+        seed: Seed of the samples.
     """
 
     def __init__(self, distribution: Distribution, seed: int) -> None:
