@@ -391,10 +391,10 @@ def test_data_sets_are_read_like_tensors(judge):
     assert listed.reference == judge.reference
 
 
-def test_a_tap_and_double_images_are_taken(judge):
+def test_a_compiled_tap_and_double_images_are_taken(judge):
     images, labels = blobs(300, 3)
     model = flat()
-    tap = Tap(model, find_head(model, images[:8]))
+    tap = torch.compile(Tap(model, find_head(model, images[:8])), backend="eager")
     real, train = blobs(300, 1), blobs(600, 2)
     other = Judge(tap, (real[0].double(), real[1].int()), train, cas=False)
     assert other(images.double(), labels.int()) == judge(images, labels)

@@ -622,6 +622,11 @@ def test_wrong_options_are_named(setting, options, error, message):
         ActivationVAE(**given)
 
 
+def test_wrappers_of_a_tap_are_removed(setting):
+    for wrapped in (torch.compile(setting.tap, backend="eager"), nn.DataParallel(setting.tap)):
+        assert make(setting, tap=wrapped).tap is setting.tap
+
+
 def test_wrong_images_are_named(setting, trained):
     for images, error, message in (
         (setting.images * 255, ValueError, r"images go from 0 to 255.*preprocess"),

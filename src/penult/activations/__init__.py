@@ -3,7 +3,7 @@
 from penult.activations._activations import Activations
 from penult.activations._extract import extract
 from penult.activations._source import ActivationSource
-from penult.activations._tap import Tap
+from penult.activations._tap import Tap, tap_in
 from penult.activations._writer import checksum
 
 __all__ = ["Activations", "Tap", "extract"]
@@ -11,3 +11,4 @@ __all__ = ["Activations", "Tap", "extract"]
 # Lent to other rooms of the package; not public.
 _ActivationSource = ActivationSource
 _checksum = checksum
+_tap_in = tap_in

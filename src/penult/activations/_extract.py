@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from penult import io
 from penult._checks import check_integer, class_names_tuple, described
@@ -17,9 +16,9 @@ from penult.activations._activations import Activations
 from penult.activations._batch import Reader, check_loader, length_of, share_of
 from penult.activations._blocks import Memory
 from penult.activations._folder import Stored, finished, name_of, record_of, unfinished, writing
-from penult.activations._tap import Tap
+from penult.activations._tap import Tap, tap_in
 from penult.activations._writer import SHARD_SIZE, Writer, check_batch, check_record, checksum, refusal, write_index
-from penult.head import _evaluating, _refuse_unrectified, _unwrap
+from penult.head import _evaluating, _refuse_unrectified
 from penult.io import _user_path
 from penult.processes import Processes
 
@@ -127,8 +126,8 @@ def extract(
         >>> torch.allclose(model[2](acts.activations.clamp(min=0)), acts.logits)
         True
     """
-    inner = _unwrap(tap) if isinstance(tap, nn.Module) else tap
-    if not isinstance(inner, Tap):
+    inner = tap_in(tap)
+    if inner is None:
         raise TypeError(
             f"tap is {described(tap)}; expected a penult.Tap. Make one of the model: "
             "penult.Tap(model, penult.find_head(model, batch))"

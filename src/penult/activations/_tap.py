@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from penult.head import Head, _capture_forward, _in_memory, _refuse_unrectified, _submodule, _tensor_at, _unwrap
 
-__all__ = ["Tap"]
+__all__ = ["Tap", "tap_in"]
 
 
 @final
@@ -187,6 +187,12 @@ class Tap(nn.Module):
                 continue
             if tensor.data_ptr() != current.data_ptr():
                 setattr(self.head, name, tensor.detach().as_strided(*layout))
+
+
+def tap_in(value: Any) -> Tap | None:
+    """Return a tap, also from within wrappers such as torch.compile and DataParallel; None for anything else."""
+    inner = _unwrap(value) if isinstance(value, nn.Module) else None
+    return inner if isinstance(inner, Tap) else None
 
 
 def _behaves_as_in_training(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from penult._checks import described
-from penult.activations import Tap
+from penult.activations import Tap, _tap_in
 from penult.head import Head, _evaluating, _untouched
 
 __all__ = ["FrozenClassifier", "device_only", "frozen"]
@@ -41,8 +41,10 @@ class FrozenClassifier(nn.Module):
         if preprocess is not None and not callable(preprocess):
             raise TypeError(f"preprocess is {described(preprocess)}; expected a function of images in [0, 1]")
         if tap is not None:
-            if not isinstance(tap, Tap):
+            inner = _tap_in(tap)
+            if inner is None:
                 raise TypeError(f"tap is {described(tap)}; expected a penult.Tap. Make one: penult.Tap(model, head)")
+            tap = inner
             if tap.axes != ("batch",):
                 raise ValueError(f"the classifier has the axes {tap.axes}; expected one row of activations per image")
             if tap.head.weight.shape != head.weight.shape:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from penult._checks import check_finite, check_integer, check_seed, described, integer_labels
-from penult.activations import Tap
+from penult.activations import Tap, _tap_in
 from penult.generate._image_metrics import Balls, Normal, classification_accuracy, nearer, nearest, overlap
 from penult.generate._images import Source, check_images, read_source, shuffled
 from penult.head import _untouched, find_head
@@ -223,10 +223,11 @@ class Judge:
         state = chain(evaluator.parameters(), evaluator.buffers())
         example = next((tensor for tensor in state if tensor.is_floating_point()), images)
         self._device, self._dtype = example.device, example.dtype
-        if not isinstance(evaluator, Tap):
-            evaluator = Tap(evaluator, find_head(evaluator, images[:16].to(self._device, self._dtype)))
-        self._tap = evaluator
-        self._k = evaluator.head.num_classes
+        tap = _tap_in(evaluator)
+        if tap is None:
+            tap = Tap(evaluator, find_head(evaluator, images[:16].to(self._device, self._dtype)))
+        self._tap = tap
+        self._k = tap.head.num_classes
         labels = self._checked_labels("real", labels, len(images))
         counts = labels.bincount(minlength=self._k)
         self._check_counts("real", counts, counts)
