@@ -63,8 +63,8 @@ class Remedy:
 
     Attributes:
         reason: The message without the parameter.
-        parameter: Name of the parameter, which is a flag.
-        purpose: The effect of the parameter, such as "start again".
+        parameter: Name of the parameter.
+        purpose: The effect of a parameter that is a flag, such as "start again"; empty for one that names a choice.
     """
 
     reason: str
@@ -72,11 +72,15 @@ class Remedy:
     purpose: str
 
 
-def with_remedy(error: _Error, parameter: str, purpose: str) -> _Error:
-    """Append ", or pass PARAMETER=True to PURPOSE" to a message, and keep the parts as the attribute ``remedy``."""
+def with_remedy(error: _Error, parameter: str, purpose: str = "") -> _Error:
+    """Append a parameter to a message, and keep the parts as the attribute ``remedy``.
+
+    The message ends with ", or pass PARAMETER=True to PURPOSE", or with "; pass one with PARAMETER=" without a purpose.
+    """
     reason = str(error)
     vars(error)["remedy"] = Remedy(reason, parameter, purpose)
-    error.args = (f"{reason}, or pass {parameter}=True to {purpose}",)
+    text = f", or pass {parameter}=True to {purpose}" if purpose else f"; pass one with {parameter}="
+    error.args = (reason + text,)
     return error
 
 

@@ -264,7 +264,7 @@ def test_columns_that_cannot_be_told(tmp_path, make):
     table = table.rename_columns(["first", "fine", "coarse", "second"])
     metadata = {"huggingface": json.dumps({"info": {"features": kinds}})}
     pq.write_table(table.replace_schema_metadata(metadata), path)
-    with pytest.raises(ValueError, match=r"no column image; pass one .* image=: first \(struct"):
+    with pytest.raises(ValueError, match=r"no column image; its columns are first \(struct.*; pass one with image="):
         parquet(path)
     with pytest.raises(ValueError, match="may be the labels: fine, coarse; pass one with label="):
         parquet(path, image="second")

@@ -41,6 +41,14 @@ _REMEDIES = {
     errno.EPERM: "check the permissions there, or give another path",
 }
 
+# Options that are not named like the parameter of the library.
+_OPTIONS = {
+    "image": "--image-column",
+    "images": "--image-column",
+    "label": "--label-column",
+    "labels": "--label-column",
+}
+
 # Control characters of a class name, for example, could move the cursor or write to the clipboard.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -189,7 +197,9 @@ def fail(error: BaseException) -> None:
     remedy = getattr(error, "remedy", None)
     if remedy is not None:
         # The library names a parameter, users of a command know the option.
-        reason = f"{remedy.reason}, or pass --{remedy.parameter.replace('_', '-')} to {remedy.purpose}"
+        option = _OPTIONS.get(remedy.parameter) or f"--{remedy.parameter.replace('_', '-')}"
+        text = f", or pass {option} to {remedy.purpose}" if remedy.purpose else f"; pass one with {option}"
+        reason = remedy.reason + text
     elif isinstance(error, OSError) and error.errno in _REMEDIES:
         file = "" if error.filename is None else f": {error.filename!r}"
         reason = f"{error.strerror}{file}; {_REMEDIES[error.errno]}"

@@ -16,13 +16,14 @@ from penult import io
 from penult._checks import is_chance_level
 from penult.activations import Tap, _checksum, extract
 from penult.cli._console import RichReporter, warnings_as_lines
+from penult.cli._image_options import ImageOptions
 from penult.cli._inputs import (
-    ImageOptions,
     ImageSubset,
     NetworkOptions,
     class_names,
     first_images,
     guessing,
+    number_as_network,
     split,
 )
 from penult.cli._models import folder_path, is_file, load_model, load_pair, running
@@ -138,6 +139,7 @@ def _open_teacher(
 ) -> _Teacher:
     """Load the teacher's pair from its file, or find the head of its network; check it against the data."""
     name, weight_key, bias_key = options["teacher"], options["weight_key"], options["bias_key"]
+    datasets = {options["data"]: dataset} | ({} if val is None else {options["val"]: val})
     tap = None
     if is_file(name):
         for option in ("pair", "weights", "path"):
@@ -150,7 +152,8 @@ def _open_teacher(
         fitted = None if options["pair"] is None else load(options["pair"])
         classifier = NetworkOptions.of(options, name, "TEACHER").open(images, device, reporter)
         pair, tap = classifier.pair(fitted, f"--pair {options['pair']}"), classifier.tap
-    datasets = {options["data"]: dataset} | ({} if val is None else {options["val"]: val})
+    if tap is not None:
+        number_as_network(tap.model, datasets, reporter)
     names = class_names(pair.head.num_classes, datasets)
     if dataset.labels is None and tap is None:
         raise ValueError(

@@ -17,12 +17,13 @@ from penult.activations import Tap, _checksum, extract
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli._console import RichReporter, warnings_as_lines
 from penult.cli._generate_judge import JUDGED, evaluator_of, judged
+from penult.cli._image_options import ImageOptions
 from penult.cli._inputs import (
-    ImageOptions,
     ImageSubset,
     NetworkOptions,
     class_names,
     first_images,
+    number_as_network,
     split,
 )
 from penult.cli._models import folder_path, load_pair
@@ -90,13 +91,13 @@ def train(options: Mapping[str, Any], kind_options: Mapping[str, Any], launch: L
         # Generators make images in [0, 1], so --mean and --std are for the classifier and the judge alone.
         normalization = ImageOptions.of(options).normalization
         dataset, val, first = _read(options)
-        names = class_names(
-            pair.head.num_classes, {options["images"]: dataset} | ({} if val is None else {options["val"]: val})
-        )
         classifier_options = NetworkOptions.of(options, options["model"], "--model")
         seen = first if normalization is None else normalization(first)
         classifier = classifier_options.open(seen, device, reporter)
         pair, tap = classifier.pair(pair, options["source"]), classifier.tap
+        datasets = {options["images"]: dataset} | ({} if val is None else {options["val"]: val})
+        number_as_network(classifier.network, datasets, reporter)
+        names = class_names(pair.head.num_classes, datasets)
         evaluator = evaluator_of(classifier, classifier_options, _judge(options), normalization, first.to(device))
         run.settings |= {"head": _checksum(pair.head), "count": len(dataset)}
         run.settings |= _digests(options, first, dataset, val)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from penult.cli._console import RichReporter
+from penult.cli._image_options import ImageOptions
 from penult.cli._models import load_model, running
-from penult.data import ImageDataset, _Normalization, read
+from penult.data import ImageDataset
 
 if TYPE_CHECKING:
     from penult.activations import Activations, Tap
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classifier",
-    "ImageOptions",
     "ImageSubset",
     "Inputs",
     "InputsReader",
@@ -35,6 +35,7 @@ __all__ = [
     "guessing",
     "keep_matching_labels",
     "label_accuracy",
+    "number_as_network",
     "of_one_size",
     "open_activations",
     "split",
@@ -48,61 +49,6 @@ _MEMORY = 1 << 30  # Bytes of images that are loaded together.
 
 
 # --- images -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """The options --size, --mode, --mean and --std."""
-
-    size: str | None
-    mode: str | None
-    mean: str | None
-    std: str | None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> ImageOptions:
-        """Select these options from all options of a command."""
-        return cls(*(options[name] for name in ("size", "mode", "mean", "std")))
-
-    def read(self, source: str, normalized: bool = True) -> ImageDataset:
-        """Read a data set; with `normalized=False` images stay in [0, 1], as before --mean and --std."""
-        mean, std = (self._mean, self._std) if normalized else (None, None)
-        return read(source, size=_size(self.size), mode=self.mode, mean=mean, std=std)
-
-    @property
-    def normalization(self) -> _Normalization | None:
-        """The normalisation by --mean and --std; None if neither is given."""
-        return _Normalization.of(self._mean, self._std)
-
-    @property
-    def _mean(self) -> list[float] | None:
-        return _per_channel("--mean", self.mean)
-
-    @property
-    def _std(self) -> list[float] | None:
-        std = _per_channel("--std", self.std)
-        if std is not None and min(std) <= 0:
-            raise ValueError(f"--std is {self.std}; expected positive numbers")
-        return std
-
-
-def _per_channel(option: str, text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"{option} is {text!r}; expected one number, or one per channel such as 0.485,0.456,0.406"
-        ) from None
-
-
-def _size(text: str | None) -> int | tuple[int, int] | None:
-    if text is None:
-        return None
-    try:
-        numbers = [int(part) for part in text.lower().replace("x", ",").split(",")]
-        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-    except (ValueError, IndexError):
-        raise ValueError(f"--size is {text!r}; expected one number, or HEIGHTxWIDTH") from None
 
 
 def first_images(dataset: ImageDataset, source: str, count: int = _FEW) -> Tensor:
@@ -136,6 +82,58 @@ def keep_matching_labels(
         return dataset.class_names
     reporter.line(f"{source} has {count} classes, but the head has {num_classes}: its labels are ignored")
     dataset.labels = None
+    return None
+
+
+def number_as_network(network: nn.Module, datasets: Mapping[str, ImageDataset], reporter: RichReporter) -> None:
+    """Number the labels of data sets as a network does whose configuration names the same classes in another order.
+
+    Where the names themselves differ, a line says so: they may be other words for the same classes.
+
+    Args:
+        network: The network. Those of Hugging Face have names in ``config.id2label``.
+        datasets: The data sets by their source; their labels and class names are changed.
+        reporter: Prints the lines.
+    """
+    own = _names_of(network)
+    for source, dataset in datasets.items():
+        names = dataset.class_names
+        if own is None or names is None or len(names) != len(own):
+            continue
+        numbers = {name.casefold(): number for number, name in enumerate(own)}
+        order = [numbers.get(name.casefold(), -1) for name in names]
+        if order == list(range(len(own))):
+            continue
+        if sorted(order) == list(range(len(own))):
+            if dataset.labels is not None:
+                dataset.labels = torch.tensor(order)[dataset.labels]
+            dataset.class_names = own
+            reporter.line(
+                f"{source} has the classes of the network in another order: its labels are renumbered in that of the "
+                "network's config.id2label"
+            )
+        else:
+            number = next(i for i, at in enumerate(order) if at != i)
+            reporter.line(
+                f"warning: class {number} is {names[number]!r} in {source} and {own[number]!r} in the network's "
+                "config.id2label; check that the labels are numbers of the network's classes"
+            )
+
+
+def _names_of(network: nn.Module) -> tuple[str, ...] | None:
+    """Return the names of the classes in the configuration of a network, or None."""
+    from penult._checks import class_names_tuple
+
+    for module in network.modules():
+        # A configuration may be any object.
+        names = getattr(getattr(module, "config", None), "id2label", None)
+        try:
+            own = class_names_tuple(names) if isinstance(names, Mapping) else ()
+        except (TypeError, ValueError):
+            continue
+        # Configurations without names have LABEL_0, LABEL_1 and so on.
+        if own and not all(name == f"LABEL_{number}" for number, name in enumerate(own)):
+            return own
     return None
 
 
@@ -442,16 +440,17 @@ class InputsReader:
                 f"{source} holds images, so the network has to run: give --model package.module:factory (and "
                 "--weights), or the folder of activations that penult extract wrote"
             )
-        names = None
-        if labels:
-            names = keep_matching_labels(dataset, source, self._pair.head.num_classes, self._reporter)
-        else:
+        if not labels:
             dataset.labels = None
         first = first_images(dataset, source)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             # For factories and networks that draw random numbers.
             torch.manual_seed(self._options["seed"])
             tap = self._opened(first)
+            names = None
+            if labels:
+                number_as_network(tap.model, {source: dataset}, self._reporter)
+                names = keep_matching_labels(dataset, source, self._pair.head.num_classes, self._reporter)
             loader = DataLoader(dataset, batch_size=self._options["batch_size"], num_workers=self._options["workers"])
             # Images of different sizes are no fault of the model, so this stands inside.
             with running(tuple(first.shape), f"--model {self._options['model']}"), of_one_size(source):

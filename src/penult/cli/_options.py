@@ -19,6 +19,8 @@ __all__ = [
     "Devices",
     "Fold",
     "HeadPath",
+    "ImageColumn",
+    "LabelColumn",
     "Mean",
     "Mode",
     "Model",
@@ -71,6 +73,12 @@ Size = Annotated[str | None, typer.Option(help="Size that images are scaled to, 
 Mode = Annotated[str | None, typer.Option(help="Colour mode that images are converted to: L (grey) or RGB.")]
 Mean = Annotated[str | None, typer.Option(help="Per-channel mean of images in 0..1, for example 0.485,0.456,0.406.")]
 Std = Annotated[str | None, typer.Option(help="Per-channel standard deviation, for example 0.229,0.224,0.225.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="Column of the images in parquet files, or their array in an .npz file.")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Column of the labels in parquet files, or their array in an .npz file.")
+]
 BatchSize = Annotated[int, typer.Option(help="Images per batch.", min=1)]
 Workers = Annotated[int, typer.Option(help="Number of processes that decode images.", min=0)]
 

@@ -18,6 +18,8 @@ from penult.cli._options import (
     Devices,
     Fold,
     HeadPath,
+    ImageColumn,
+    LabelColumn,
     Mean,
     Mode,
     NumNodes,
@@ -60,6 +62,8 @@ def extract(
     mode: Mode = None,
     mean: Mean = None,
     std: Std = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     weights: Weights = None,
     path: HeadPath = None,
     fold: Fold = True,
@@ -93,7 +97,8 @@ def extract(
     from penult import io
     from penult.activations import Tap
     from penult.activations import extract as run
-    from penult.cli._inputs import ImageOptions, NetworkOptions, first_images, keep_matching_labels, of_one_size
+    from penult.cli._image_options import ImageOptions
+    from penult.cli._inputs import NetworkOptions, first_images, keep_matching_labels, number_as_network, of_one_size
     from penult.pair import GenerativePair
 
     launch = Launch(device, devices, num_nodes, strategy)
@@ -105,6 +110,7 @@ def extract(
     options = NetworkOptions.of(context.params, model, "MODEL")
     classifier = options.open(first_images(dataset, data), launch.device, reporter)
     head = classifier.head
+    number_as_network(classifier.network, {data: dataset}, reporter)
     names = keep_matching_labels(dataset, data, head.num_classes, reporter)
     shards = [] if overwrite else sorted(path.name for path in out.glob("activations-*.safetensors"))
     complete = (out / io.INDEX_NAME).exists() and not overwrite

@@ -18,6 +18,8 @@ from penult.cli._options import (
     Devices,
     Fold,
     HeadPath,
+    ImageColumn,
+    LabelColumn,
     Mode,
     NumNodes,
     Precision,
@@ -170,6 +172,8 @@ def generate(
             help="Per-channel standard deviation, for classifier and judge only, for example 0.229,0.224,0.225."
         ),
     ] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     judge: Annotated[
         str | None,
         typer.Option(

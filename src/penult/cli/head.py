@@ -17,6 +17,8 @@ from penult.cli._options import (
     Device,
     Fold,
     HeadPath,
+    ImageColumn,
+    LabelColumn,
     Mean,
     Mode,
     Model,
@@ -47,6 +49,8 @@ def head(
     mode: Mode = None,
     mean: Mean = None,
     std: Std = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     weights: Weights = None,
     path: HeadPath = None,
     fold: Fold = True,
@@ -105,7 +109,8 @@ def _inputs(options: Mapping[str, Any]) -> Tensor:
     """Return the inputs to run the network on: images of --data, or random tensors of --shape."""
     import torch
 
-    from penult.cli._inputs import ImageOptions, first_images
+    from penult.cli._image_options import ImageOptions
+    from penult.cli._inputs import first_images
 
     if options["data"] is not None:
         return first_images(ImageOptions.of(options).read(options["data"]), options["data"], options["batch_size"])

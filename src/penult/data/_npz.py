@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penult._checks import check_choice
+from penult._checks import check_choice, with_remedy
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
 from penult.data._decode import PerChannel
@@ -131,14 +131,15 @@ def _arrays(path: Path, images: str | None, labels: str | None) -> tuple[Any, An
                 None if label_key is None else _array(archive, members[label_key]),
             )
     except _NoKeyError as error:
-        raise ValueError(str(error)) from None
+        fault = ValueError(str(error))
+        raise (fault if error.parameter is None else with_remedy(fault, error.parameter)) from None
     except Exception as error:
         # Damaged files raise errors of many types: BadZipFile, EOFError, zlib.error, ValueError for Python objects.
         message = _other_kind(path, "a zip archive", {"a NumPy array (.npy)": _REMEDY})
         raise ValueError(message or f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
     unread = [key for key in members if key not in (image_key, label_key)]
     if unread and (images is None or label_key is None):
-        without = ". The images have no labels; pass labels=, if one of them holds labels" if label_key is None else ""
+        without = ". The images have no labels. If one of these arrays holds them, name it" if label_key is None else ""
         warnings.warn(f"{path}: arrays that are not read: {', '.join(unread)}{without}", UserWarning, stacklevel=4)
     return arrays
 
@@ -165,7 +166,16 @@ def _array(archive: zipfile.ZipFile, name: str) -> Any:
 
 
 class _NoKeyError(Exception):
-    """Error for a file that can be read, but in which an array is missing or the choice is ambiguous."""
+    """Error for a file that can be read, but in which an array is missing or the choice is ambiguous.
+
+    Args:
+        message: The message.
+        parameter: Parameter that names the array, or None.
+    """
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 def _key(keys: list[str], wanted: str | None, path: Path) -> str:
@@ -187,9 +197,7 @@ def _key(keys: list[str], wanted: str | None, path: Path) -> str:
         if candidates
         else "has no array named images or x"
     )
-    raise _NoKeyError(
-        f"{path} {fault}. Name the arrays with images= (and labels=). Arrays in the file: {', '.join(keys) or 'none'}"
-    )
+    raise _NoKeyError(f"{path} {fault}. Arrays in the file: {', '.join(keys) or 'none'}", "images")
 
 
 def _words(key: str) -> frozenset[str]:
@@ -204,7 +212,7 @@ def _partner(images: str, keys: list[str], path: Path) -> str | None:
     others = [key for key in keys if key != images]
     candidates = [key for key in others if (words := _words(key)) & _LABELS and words - _LABELS - _IMAGES == further]
     if len(candidates) > 1:
-        raise _NoKeyError(f"{path} has several arrays that may be the labels: {', '.join(candidates)}; pass labels=")
+        raise _NoKeyError(f"{path} has several arrays that may be the labels: {', '.join(candidates)}", "labels")
     return candidates[0] if candidates else None
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from penult._checks import class_names_tuple
+from penult._checks import class_names_tuple, with_remedy
 from penult._extras import extra
 from penult.data._dataset import ImageDataset, Size, Transform
 from penult.data._decode import PerChannel, suffixes
@@ -180,7 +180,8 @@ def _read_shard(path: Path, image: str | None, label: str | None, first: _Shard 
         if images is None:
             candidates = [name for name, kind in types.items() if _is_image_type(kind)]
             if len(candidates) != 1:
-                raise ValueError(f"{path} has no column image; pass one of its columns with image=: {_listed(columns)}")
+                fault = ValueError(f"{path} has no column image; its columns are {_listed(columns)}")
+                raise with_remedy(fault, "image")
             images = candidates[0]
         if not _is_image_type(types[images]):
             raise ValueError(
@@ -235,7 +236,7 @@ def _choose(
             return choice[0]
     if declared or named:
         several = ", ".join(declared or named)
-        raise ValueError(f"several columns of {path} may be the {content}: {several}; pass one with {usual[0]}=")
+        raise with_remedy(ValueError(f"several columns of {path} may be the {content}: {several}"), usual[0])
     return None
 
 
