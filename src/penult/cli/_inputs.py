@@ -106,7 +106,7 @@ def number_as_network(network: nn.Module, datasets: Mapping[str, ImageDataset], 
             continue
         if sorted(order) == list(range(len(own))):
             if dataset.labels is not None:
-                dataset.labels = torch.tensor(order)[dataset.labels]
+                dataset.labels = torch.tensor(order, device="cpu")[dataset.labels]
             dataset.class_names = own
             reporter.line(
                 f"{source} has the classes of the network in another order: its labels are renumbered in that of the "

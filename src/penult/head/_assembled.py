@@ -102,7 +102,7 @@ def _chosen_classes(candidates: Sequence[Candidate], z: Tensor, varies: Tensor, 
     computed again.
     """
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(len(z), 2, generator=generator, dtype=z.dtype).to(z.device)
+    directions = torch.randn(len(z), 2, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
     wanted = z.T @ directions
     missing = varies.clone()
     found: list[tuple[Candidate, Tensor, Tensor]] = []
