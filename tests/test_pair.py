@@ -515,6 +515,7 @@ def test_label_shift_on_digits_against_the_oracle():
     assert after < float((pair.posterior(target).probs.double().mean(0) - oracle).abs().sum() / 2)
 
 
+@pytest.mark.filterwarnings("ignore:the base Sphere")
 def test_estimated_prior_is_a_fixed_point_of_most_likelihood():
     pair = GenerativePair(penult.Head(3 * torch.eye(3)), Sphere(2.0))
     y = torch.tensor([0] * 700 + [1] * 250 + [2] * 50)
@@ -531,6 +532,7 @@ def test_estimated_prior_is_a_fixed_point_of_most_likelihood():
     assert float((found - torch.tensor([0.7, 0.25, 0.05], dtype=torch.float64)).abs().max()) < 0.03
 
 
+@pytest.mark.filterwarnings("ignore:the base Sphere")
 def test_estimated_prior_streams_and_takes_batches(tmp_path, monkeypatch):
     pair = GenerativePair(penult.Head(3 * torch.eye(3)), Sphere(2.0))
     h, _ = pair.with_prior(torch.tensor([0.6, 0.3, 0.1])).sample((2000,), generator=seeded())
@@ -544,12 +546,31 @@ def test_estimated_prior_streams_and_takes_batches(tmp_path, monkeypatch):
         pair.estimate_prior([1.0])
 
 
+@pytest.mark.filterwarnings("ignore:the base Sphere")
 def test_a_class_that_is_absent_gets_next_to_nothing():
     pair = GenerativePair(penult.Head(5 * torch.eye(3)), Sphere(2.0))
     h = pair.given(torch.tensor([0, 1])).sample((500,), generator=seeded()).reshape(-1, 3)
     found = pair.estimate_prior(h)
     assert 0 < float(found.probs[2]) < 0.01
     assert float(pair.with_prior(found).prior.probs[2]) < 0.01
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_an_estimated_prior_needs_a_base_that_was_fitted(load, tmp_path):
+    head = random_head(3, 4, dtype=torch.float32)
+    h = torch.randn(90, 4, generator=seeded())
+
+    def pair_of(base):
+        pair = GenerativePair(head, base)
+        return penult.load(pair.save(tmp_path / "pair.safetensors")) if load else pair
+
+    for base in (Sphere.from_head(head), Sphere.from_head(head, ambient=True), Sphere(2.0)):
+        with pytest.warns(UserWarning, match=r"was not fitted to activations.*biases=True"):
+            pair_of(base).estimate_prior(h)
+    one = Sphere.fit(head, h, radii=1)
+    for base in (one, Sphere.fit(head, h), penult.Gaussian.fit(head, h), penult.Marginal.fit(head, h, kind="bank")):
+        assert pair_of(base).base.reference == base.reference
+        pair_of(base).estimate_prior(h)
 
 
 def test_distributions_of_classes_map_over_labels():

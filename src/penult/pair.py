@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -219,9 +220,9 @@ class GenerativePair(DerivedTensors):
 
         .. math:: q_y \leftarrow \frac{1}{N} \sum_i \frac{q_y\, p(y|h_i) / p(y)}{\sum_k q_k\, p(k|h_i) / p(k)} .
 
-        The estimate relies on the pair's p(h|y), so calibrate the head first (:meth:`Head.calibrate`), and use a
-        :class:`Marginal` fitted to activations of the old class balance: its prior is their mean posterior, whereas
-        the prior that a sphere implies may differ from their class balance.
+        The estimate relies on the pair's p(h|y), so calibrate the head first, with ``head.calibrate(logits, labels,
+        biases=True)`` on held-out activations of the old class balance, and fit a :class:`Marginal` with this head: its
+        prior is their mean posterior, whereas the prior that a sphere implies may differ from their class balance.
 
         References:
             Saerens, Latinne and Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori Probabilities",
@@ -236,18 +237,30 @@ class GenerativePair(DerivedTensors):
         Returns:
             The prior, for :meth:`with_prior`. No probability is below 1e-10.
 
+        Warns:
+            UserWarning: The base was not fitted to activations, such as a sphere of the head alone.
+
         Raises:
             TypeError: ``activations`` is neither a floating tensor nor `Activations`.
             ValueError: ``activations`` has too few rows or a wrong shape, or is not finite.
 
         Example:
-            >>> pair = GenerativePair(Head(4 * torch.eye(3)), Sphere(2.0))
-            >>> g = torch.Generator().manual_seed(0)
+            >>> head, g = Head(4 * torch.eye(3)), torch.Generator().manual_seed(0)
+            >>> pair = GenerativePair(head, Marginal.fit(head, 2 * torch.randn(600, 3, generator=g), kind="bank"))
             >>> h = pair.given(torch.tensor([0] * 80 + [1] * 15 + [2] * 5)).sample((20,), generator=g).reshape(-1, 3)
             >>> pair.estimate_prior(h).probs
             tensor([0.8003, 0.1494, 0.0503])
         """
         source = _ActivationSource(activations, self.head, min_rows=2)
+        if not _knows_activations(self.base):
+            warnings.warn(
+                f"the base {self.base} was not fitted to activations, so that the old class prior is implied by the "
+                "head alone, and the estimate may be far off even without a shift. Fit a base to activations of the "
+                "old class balance, Marginal.fit(head, activations), with head = head.calibrate(logits, labels, "
+                "biases=True)",
+                UserWarning,
+                stacklevel=3,
+            )
         old = self._log_evidence().log_softmax(-1)
 
         def posteriors() -> Iterator[Tensor]:
@@ -358,6 +371,12 @@ class GenerativePair(DerivedTensors):
             )
 
 
+def _knows_activations(base: Base) -> bool:
+    # Spheres of older files do not say whether they were fitted; several radii and a centre come from activations.
+    shaped = isinstance(base, Sphere) and (base.radius.numel() > 1 or base.loc is not None)
+    return shaped or base.info.needs_data or base.reference is not None
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -400,6 +419,8 @@ def to_parts(pair: GenerativePair) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"head.{name}": t for name, t in pair.head.state_dict().items()}
     tensors |= {f"base.{name}": t for name, t in pair.base.state_dict().items()}
     base = {"class": type(pair.base).__name__, "config": pair.base.config()}
+    if pair.base.reference is not None:
+        base["reference"] = pair.base.reference
     return tensors, {"head": pair.head.config(), "base": base}
 
 
@@ -428,6 +449,9 @@ def from_parts(
     try:
         head = Head.from_config(head_config, parts["head"])
         base = known[name].from_config(config, parts["base"], head)
+        # Older files have none.
+        reference = description.get("reference")
+        base.reference = reference if isinstance(reference, str) else None
         return GenerativePair(head, base)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise io.FileFormatError(f"{path}: head and base cannot be rebuilt from the file: {error}") from error

@@ -417,6 +417,7 @@ def test_bar(tmp_path, capsys, monkeypatch):
     extract(tap, batches, tmp_path / "d")
 
 
+@pytest.mark.filterwarnings("ignore:the weight of the model's head")
 def test_a_head_that_is_not_the_models_any_more(tmp_path):
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     tap = Tap(model, find_head(model, torch.randn(5, 4)))  # the norm is folded, so that the head is a copy

@@ -547,7 +547,10 @@ def test_the_head_is_checked_with_what_it_reads():
     extract(tap, [VECTORS], pre_activation=True)
     with torch.no_grad():
         model.fc.weight.mul_(-3)
-    with pytest.raises(ValueError, match=r"the head does not give the model's logits.*Find the head again"):
+    with (
+        pytest.warns(UserWarning, match="is not that of this tap's head"),
+        pytest.raises(ValueError, match=r"the head does not give the model's logits.*Find the head again"),
+    ):
         extract(tap, [VECTORS], pre_activation=True)
 
 

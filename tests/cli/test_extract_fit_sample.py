@@ -152,6 +152,12 @@ def test_the_prior_of_other_activations(penult_json, refused, here):
     assert facts["prior_from"] == "shifted"
     assert facts["prior"] == pytest.approx([0.8, 0.15, 0.05], abs=0.03)
     assert facts["draws_accuracy"] == pytest.approx(facts["draws_confidence"], abs=0.05)
+    even = penult.Activations.open("even")
+    labels = torch.distributions.Categorical(logits=even.logits + torch.tensor([0.0, 0.0, 1.0])).sample()
+    penult.Activations(even.activations, even.logits, labels).save("labelled")
+    penult_json("fit", "labelled", *command[2:], "--prior-from", "shifted")
+    # The labels say that the biases of the head are off by (0, 0, 1), and an estimate relies on them.
+    assert penult.load("out.safetensors").base.head.bias[2] > penult.load("out.safetensors").base.head.bias[0] + 0.5
     penult_json(*command, "--base", "gaussian", "--prior-from", "shifted")
     assert penult.load("out.safetensors").prior.probs.tolist() == pytest.approx([0.8, 0.15, 0.05], abs=0.04)
     penult.Activations(torch.eye(3), torch.zeros(3, 3)).save("alien")

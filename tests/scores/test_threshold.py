@@ -2,13 +2,14 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from scipy import stats
 
 import penult
-from penult.scores import KNN, Threshold, directional, energy
+from penult.scores import KNN, Mahalanobis, RelativeMahalanobis, Threshold, ViM, density, directional, energy
 
 
 def identity(h):
@@ -116,3 +117,60 @@ def test_bad_input():
         Threshold.fit(KNN(torch.eye(3), k=1), torch.eye(3), pair=penult.GenerativePair(penult.Head(torch.eye(3))))
     with pytest.raises(ValueError, match="confidence"):
         Threshold(identity, torch.arange(100.0)).rate_bound(1.0)
+
+
+# --- calibration with the reference activations -------------------------------------------------------------
+
+
+HEAD = penult.Head(3 * torch.eye(3))
+ROWS = torch.randn(120, 3, generator=torch.Generator().manual_seed(5))
+LABELS = torch.arange(120) % 3
+BASES = {
+    "sphere": lambda: penult.Sphere.fit(HEAD, ROWS),
+    "elliptic": lambda: penult.Sphere.fit(HEAD, ROWS, shape="elliptic", trim=0.2),
+    "gaussian": lambda: penult.Gaussian.fit(HEAD, ROWS),
+    "mixture": lambda: penult.Marginal.fit(HEAD, ROWS, components=3),
+}
+FITTED = {
+    "KNN": lambda: KNN.fit(ROWS),
+    "Mahalanobis": lambda: Mahalanobis.fit(ROWS, LABELS),
+    "RelativeMahalanobis": lambda: RelativeMahalanobis.fit(ROWS, LABELS),
+    "ViM": lambda: ViM.fit(HEAD, ROWS, dims=1),
+}
+
+
+def same_sets(folder):
+    """The reference activations, as people hold them."""
+    yield ROWS.clone()
+    yield ROWS[torch.randperm(120, generator=torch.Generator().manual_seed(1))]
+    yield ROWS.double()
+    yield penult.Activations(ROWS, HEAD(ROWS)).save(folder, shard_size=500)
+
+
+@pytest.mark.parametrize(
+    ("base", "score"),
+    [("sphere", directional), ("elliptic", directional), *((base, density) for base in BASES)],
+)
+def test_calibration_with_what_the_base_was_fitted_to_is_refused(base, score, tmp_path):
+    pair = penult.GenerativePair(HEAD, BASES[base]())
+    pairs = [pair, penult.load(pair.save(tmp_path / "pair.safetensors")), copy.deepcopy(pair)]
+    for number, rows in enumerate(same_sets(tmp_path / "acts")):
+        with pytest.raises(ValueError, match=f"very set that the base of {score.__name__} was fitted to"):
+            Threshold.fit(score, rows, pair=pairs[number % 3])
+    with pytest.raises(ValueError, match="very set"):
+        Threshold.fit(partial(score, pair), ROWS)
+    # The head alone was not fitted to them, and a part of them is not noticed.
+    Threshold.fit(energy, ROWS, pair=pair)
+    Threshold.fit(score, ROWS[1:], pair=pair)
+
+
+@pytest.mark.parametrize("score", FITTED)
+def test_calibration_with_what_a_score_was_fitted_to_is_refused(score, tmp_path):
+    fitted = FITTED[score]()
+    for rows in same_sets(tmp_path / "acts"):
+        with pytest.raises(ValueError, match=f"very set that the score of {score} was fitted to"):
+            Threshold.fit(fitted, rows)
+    changed = ROWS.clone()
+    changed[7, 1] += 1e-3
+    for others in (changed, torch.cat([ROWS, ROWS[:1]]), ROWS + torch.tensor([[1.0], [-1.0]]).repeat(60, 1)):
+        Threshold.fit(fitted, others)

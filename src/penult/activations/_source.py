@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from penult._checks import as_activations, integer_labels
+from penult._row_blocks import rows_digest
 from penult.activations._activations import Activations
 from penult.head import Head
 from penult.processes import Processes
@@ -51,6 +52,8 @@ class ActivationSource:
             negative and the head's certificate says that a ReLU stands right before the head.
         minimum: Smallest value.
         zeros: Fraction of values that are exactly zero.
+        digest: Digest of the whole set of rows as they are stored, in float32: it depends on no order of the rows, and
+            says nothing of a single one.
 
     Raises:
         TypeError: The activations are neither floating, as a tensor or array, nor `Activations`; or the labels are not
@@ -92,17 +95,19 @@ class ActivationSource:
 
     def _scan(self, name: str) -> None:
         """Look for values that are not finite, count zeros, and find the smallest value."""
-        bad, zeros, minimum = 0, 0, float("inf")
+        bad, zeros, minimum, hashes = 0, 0, float("inf"), 0
         for rows in self.stored:
             if len(rows):
                 zeros += int((rows == 0).sum())
                 bad += int((~rows.isfinite().all(-1)).sum())
                 minimum = min(minimum, float(rows.min()))
+                hashes += rows_digest(rows)
         bad, zeros = (int(self.processes.total(count)) for count in (bad, zeros))
         if bad:
             raise ValueError(f"{bad} of {self._total} rows of {name} hold NaN or infinity; leave them out first")
         self.minimum = self.processes.least(minimum)
         self.zeros = zeros / (self._total * self.in_features) if self._total else 0.0
+        self.digest = f"{self._total}-{sum(self.processes.objects(hashes)) % 2**64:016x}"
         certificate = None if self._head is None else self._head.certificate
         relu = certificate is not None and certificate.rectified
         self.rectified = self.declared or (relu and self.minimum < 0)

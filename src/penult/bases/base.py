@@ -47,7 +47,13 @@ class Base(nn.Module, abc.ABC):
 
     A subclass stores its tensors as buffers and implements the abstract methods below. Check it with
     :func:`penult.testing.check_base` and use it in a :class:`penult.GenerativePair`.
+
+    Attributes:
+        reference: Digest of the whole set of activations that the base was fitted to, None if it is not known. Files of
+            pairs keep it.
     """
+
+    reference: str | None = None
 
     @property
     @abc.abstractmethod

@@ -95,10 +95,10 @@ class Gaussian(Base):
         """
         check_choice("covariance_type", covariance_type, get_args(CovarianceType))
         shrinkage = check_between("shrinkage", shrinkage, inclusive=True)
-        loc, covariance = tilted_gaussian(
-            head, _ActivationSource(activations, head, min_rows=2, group=group), covariance_type, shrinkage
-        )
+        source = _ActivationSource(activations, head, min_rows=2, group=group)
+        loc, covariance = tilted_gaussian(head, source, covariance_type, shrinkage)
         base = cls(loc, covariance if covariance_type == "full" else covariance.diagonal())
+        base.reference = source.digest
         return base.to(head.weight.device, torch.promote_types(head.weight.dtype, torch.float32))
 
     @property

@@ -213,7 +213,9 @@ class Marginal(Base):
             law = NormalizingFlow.fit(rows, rectified=source.rectified, seed=seed)
         else:
             law = Bank(subset(), rectified=source.rectified, validate_args=False)
-        return cls(head, law, seed=seed)
+        base = cls(head, law, seed=seed)
+        base.reference = source.digest
+        return base
 
     @property
     def head(self) -> Head:

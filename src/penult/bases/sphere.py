@@ -197,7 +197,9 @@ class Sphere(Base):
                 return lambda rows: -base.direction_log_prob(head, base.project(rows.to(dtype)), table)
 
             source = trimmed(source, trim, fit_score)
-        return fit_part(source, radii)
+        base = fit_part(source, radii)
+        base.reference = source.digest
+        return base
 
     # --- methods of every base ------------------------------------------------------------------------------
 

@@ -142,6 +142,8 @@ def fit(
     file = activations / HEAD_FILE if head is None else head
     acts, fitted_head = _read(activations, file, weight_key, bias_key)
     prior_acts = None if prior_from is None else _read(prior_from, file, weight_key, bias_key)[0]
+    if prior_from is not None:
+        fitted_head = _calibrated(fitted_head, acts, activations, reporter)
     fitted_head = fitted_head.to(launch.device)
     group = launch.start()
     results: dict[str, Any] = {"out": str(out), "base": base.value, "samples": len(acts)}
@@ -236,6 +238,28 @@ def _read(folder: Path, file: Path, weight_key: str | None, bias_key: str | None
     check_shape(acts.num_classes, acts.in_features, str(folder), head, str(file))
     check_logits(acts, str(folder), head, str(file), exact=True)
     return acts, head
+
+
+def _calibrated(head: Head, acts: Activations, folder: Path, reporter: RichReporter) -> Head:
+    """Calibrate temperature and biases of a head, on which an estimated prior relies, where there are labels."""
+    from penult.cli._inputs import spread_rows
+
+    if acts.labels is None:
+        reporter.line(f"{folder} has no labels, so the prior is estimated with the biases of the head as they are")
+        return head
+    some = spread_rows(acts)
+    assert some.labels is not None
+    try:
+        calibrated = head.calibrate(some.logits, some.labels, biases=True)
+    # The labels allow no calibration, as where all predictions are right: the data of the training.
+    except ValueError as error:
+        reporter.line(f"the head is not calibrated, so the prior is estimated with its biases as they are: {error}")
+        return head
+    reporter.line(
+        f"head calibrated with {len(some)} labels of {folder}: temperature {calibrated.temperature:.3g}, and one bias "
+        "for each class"
+    )
+    return calibrated
 
 
 def _warn_of_rectified(base: BaseName, head: Head, acts: Activations, folder: Path) -> None:

@@ -7,6 +7,7 @@ import io as memory
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,8 +125,9 @@ def score(
 
     Example: penult score net.penult.safetensors photos/ --model mynets:net --weights net.safetensors --score energy
     """
+    from penult.activations import _ActivationSource
     from penult.cli._inputs import InputsReader
-    from penult.scores import Threshold
+    from penult.scores import Threshold, _check_calibration
 
     reporter = RichReporter(stderr=as_json)
     if out is not None and out.suffix.lower() not in (".csv", ".npz"):
@@ -145,6 +147,7 @@ def score(
         threshold = familiar = None
         if calibrate is not None:
             familiar = reader.read(calibrate, labels=True).activations
+            _check_calibration(partial(function, loaded), _ActivationSource(familiar).digest)
             with reporter.waiting(f"scoring {len(familiar)} familiar activations"):
                 familiar_scores = _Scores.compute(loaded, function, familiar, None).score
             # Scores are computed once: the threshold is one of scores, not of activations.

@@ -123,7 +123,7 @@ _GRID = 64
 
 @torch.no_grad()
 def _check_weight(head: HeadTensors, operand: Tensor, gain: Tensor | None, certificate: HeadCertificate) -> None:
-    """Warn if W (K, d) of a head is not the model's, up to a positive factor and a common row."""
+    """Warn if W (K, d) of a head is not the model's, up to its temperature and a common row."""
     weight = head.weight
     if weight.data_ptr() == operand.data_ptr() or not readable(weight):
         return
@@ -132,12 +132,10 @@ def _check_weight(head: HeadTensors, operand: Tensor, gain: Tensor | None, certi
     if gain is not None:
         model *= gain[columns].to(model)
     own, model = (part - part[:1] for part in (own, model))
-    # A temperature divides W, and the model may multiply W h by a number.
-    factor = (own * model).sum() / model.square().sum()
-    error = float((own - factor * model).abs().max() / own.abs().max())
-    # A folded gain has the precision of float32.
+    error = float((own - certificate.scale / head.temperature * model).abs().max() / own.abs().max())
+    # A folded gain has the precision of float32, and a scale may have been fitted.
     coarse = max(torch.finfo(dtype).eps for dtype in (weight.dtype, operand.dtype, torch.float32))
-    if not (error <= 16 * coarse and factor > 0):
+    if not error <= 16 * coarse + (0 if certificate.scale == 1 else 2e-3):
         # Pairs that were made with this head raise an error from now on.
         head._disagreements += 1
         warnings.warn(

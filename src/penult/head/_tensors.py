@@ -23,6 +23,7 @@ class HeadTensors(nn.Module):
     bias: Tensor | None
     mean_row: Tensor
     certificate: HeadCertificate | None
+    temperature: float
     # State of W that the mean row belongs to, None in a copy and in older pickles.
     _mean_state: tuple[int, int] | None = None
     # How often a tap has found another W in its model; counted in ``version``.

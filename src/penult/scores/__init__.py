@@ -25,7 +25,7 @@ from penult.scores import _pair_scores
 from penult.scores._fitted import KNN, Mahalanobis, RelativeMahalanobis, ViM
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits, usual
 from penult.scores._score import Score
-from penult.scores._threshold import Threshold
+from penult.scores._threshold import Threshold, check_calibration
 
 __all__ = [
     "KNN",
@@ -44,6 +44,7 @@ __all__ = [
 
 # Lent to other rooms of the package; not public.
 _raw_logits = raw_logits
+_check_calibration = check_calibration
 
 # Pickles that earlier versions wrote name these modules.
 sys.modules["penult.scores._of_pairs"] = _pair_scores

@@ -73,8 +73,8 @@ class Mahalanobis(Score):
             TypeError: `activations` are neither a floating tensor nor `Activations`, or labels are not integers.
             ValueError: There are no labels, shapes do not fit, or the covariance is singular.
         """
-        means, within, _, _ = _class_moments(activations, labels, shrinkage)
-        return cls(means, within)
+        source, (means, within, _, _) = _class_moments(activations, labels, shrinkage)
+        return cls(means, within)._fitted_to(source)
 
     @property
     def in_features(self) -> int:
@@ -137,7 +137,8 @@ class RelativeMahalanobis(Score):
         cls, activations: Tensor | Activations, labels: Tensor | None = None, *, shrinkage: float = 1e-3
     ) -> RelativeMahalanobis:
         """Fit means and covariances to labelled activations; arguments and errors as for `Mahalanobis.fit`."""
-        return cls(*_class_moments(activations, labels, shrinkage))
+        source, moments = _class_moments(activations, labels, shrinkage)
+        return cls(*moments)._fitted_to(source)
 
     @property
     def in_features(self) -> int:
@@ -218,7 +219,7 @@ class KNN(Score):
             chosen_here = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
             parts.append(rows[chosen_here.to(rows.device)])
             start += len(rows)
-        return cls(torch.cat(parts), k)
+        return cls(torch.cat(parts), k)._fitted_to(source)
 
     @property
     def in_features(self) -> int:
@@ -332,7 +333,7 @@ class ViM(Score):
                 f"the mean of the largest logits is {sum_of_largest_logits / len(source):.3g}; expected a positive "
                 "mean. Center the head (head.centered()), or use another score"
             )
-        return cls(head, residual.to(head.weight), sum_of_largest_logits / sum_of_norms)
+        return cls(head, residual.to(head.weight), sum_of_largest_logits / sum_of_norms)._fitted_to(source)
 
     @property
     def in_features(self) -> int:
@@ -363,8 +364,8 @@ def _origin(head: Head) -> Tensor:
 
 def _class_moments(
     activations: Tensor | Activations, labels: Tensor | None, shrinkage: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return means (K, d) of classes that have rows, covariance within classes, total mean (d,) and covariance."""
+) -> tuple[_ActivationSource, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return the rows; means (K, d) of classes with rows, covariance within them, total mean (d,) and covariance."""
     shrinkage = check_between("shrinkage", shrinkage, inclusive=True)
     if labels is None and isinstance(activations, Activations):
         labels = activations.labels
@@ -390,7 +391,8 @@ def _class_moments(
     deviations = means - mean
     total = (within + (deviations * counts.unsqueeze(-1)).T @ deviations) / counts.sum()
     within = within / counts.sum()
-    return means.to(rows), _shrunk(within, shrinkage).to(rows), mean.to(rows), _shrunk(total, shrinkage).to(rows)
+    covariances = (_shrunk(part, shrinkage).to(rows) for part in (within, total))
+    return source, (means.to(rows), next(covariances), mean.to(rows), next(covariances))
 
 
 def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from penult._checks import as_activations
+from penult.activations import _ActivationSource
 from penult.special import in_range
 
 __all__ = ["Score", "as_score", "drop_missing", "resize"]
+
+_S = TypeVar("_S", bound="Score")
 
 
 class Score(nn.Module, abc.ABC):
@@ -19,12 +22,19 @@ class Score(nn.Module, abc.ABC):
 
     Scores are computed in at least float32, also under torch.autocast. A score loads the state dict of any other score
     of its kind and dimension, even if the two were fitted to different numbers of rows or classes.
+
+    Attributes:
+        reference: Digest of the whole set of activations that the score was fitted to, None if it is not known. State
+            dicts do not hold it.
     """
+
+    reference: str | None = None
 
     # Buffers whose size depends on the data, each with the axis along which it varies.
     _sizes: ClassVar[dict[str, int]] = {}
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.reference = None
         for name, axis in self._sizes.items():
             loaded, own = state.get(prefix + name), getattr(self, name)
             if loaded is not None and loaded.dim() == own.dim() and loaded.shape[1 - axis] == own.shape[1 - axis]:
@@ -44,6 +54,11 @@ class Score(nn.Module, abc.ABC):
     def forward(self, h: Tensor) -> Tensor:
         """Return `score(h)`."""
         return self.score(h)
+
+    def _fitted_to(self: _S, source: _ActivationSource) -> _S:
+        """Remember the reference activations."""
+        self.reference = source.digest
+        return self
 
     def _read(self, h: Tensor) -> Tensor:
         """Check activations and convert them to float32 or wider, and to float64 where float32 would overflow."""

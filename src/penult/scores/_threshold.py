@@ -16,9 +16,11 @@ from penult.pair import GenerativePair
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp
 from penult.scores._score import Score, drop_missing, resize
 
-__all__ = ["Threshold"]
+__all__ = ["Threshold", "check_calibration"]
 
-_PAIR_SCORES = (density, directional, energy, max_logit, msp)
+# Scores of the head alone, to which the base means nothing.
+_HEAD_SCORES = (energy, max_logit, msp)
+_PAIR_SCORES = (density, directional, *_HEAD_SCORES)
 
 
 @final
@@ -103,14 +105,17 @@ class Threshold(nn.Module):
         Raises:
             TypeError: `activations` are neither a floating tensor nor `Activations`, a `pair` is given with a fitted
                 score, or it is missing with a function of a pair.
-            ValueError: There are too few activations, or a score is NaN.
+            ValueError: There are too few activations, a score is NaN, or the activations are the very set that the
+                score, or the base that it depends on, was fitted to. A part of that set is not noticed.
         """
         if pair is not None and isinstance(score, nn.Module):
             raise TypeError(f"a {type(score).__name__} is fitted already and takes no pair: leave pair out")
         if pair is None and score in _PAIR_SCORES:
             raise TypeError(f"{_name(score)} is a score of a pair: give it, pair=pair")
         function = score if pair is None else _ScoreWithPair(score, pair)
-        scores = [function(rows) for rows in _ActivationSource(activations, dtype="wide")]
+        source = _ActivationSource(activations, dtype="wide")
+        check_calibration(function, source.digest)
+        scores = [function(rows) for rows in source]
         return cls(function, torch.cat(scores), false_alarm)
 
     def get_extra_state(self) -> Tensor:
@@ -218,6 +223,24 @@ class _ScoreWithPair(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.function(self.pair, h.to(self.pair.head.weight.device))
+
+
+def check_calibration(score: object, digest: str) -> None:
+    """Raise if calibration activations are the set that a score, or the base of its pair, was fitted to."""
+    name = _name(score)
+    if isinstance(score, partial):
+        pairs = [part for part in (*score.args, *score.keywords.values()) if isinstance(part, GenerativePair)]
+        fitted: list[Any] = [] if score.func in _HEAD_SCORES else [pair.base for pair in pairs]
+    elif isinstance(score, _ScoreWithPair):
+        fitted = [] if score.function in _HEAD_SCORES else [score.pair.base]
+    else:
+        fitted = [score] if isinstance(score, Score) else []
+    if any(part.reference == digest for part in fitted):
+        raise ValueError(
+            f"the calibration activations are the very set that the {'base' if fitted[0] is not score else 'score'} of "
+            f"{name} was fitted to; expected others of the same distribution. Scores of the former are too low, so "
+            "that false alarms would be too frequent: fit to one part, and calibrate with another, as from acts.split"
+        )
 
 
 # Pickles of version 0.1 have this name.
