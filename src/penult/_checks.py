@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from penult._row_blocks import blocks
@@ -45,7 +44,6 @@ __all__ = [
     "tensor_of",
     "unreadable",
     "usable_device",
-    "validates_by_default",
     "with_remedy",
 ]
 
@@ -162,21 +160,6 @@ def as_size(shape: Any) -> torch.Size:
         TypeError: The shape is neither an integer nor a sequence of integers.
     """
     return torch.Size((int(shape),)) if isinstance(shape, numbers.Integral) else torch.Size(shape)
-
-
-def validates_by_default() -> bool:
-    """Whether distributions check values by default, as ``Distribution.set_default_validate_args`` says.
-
-    The first use of torch.compile turns that switch off for good in the whole process. The user did not ask for this,
-    so it is ignored: pass ``validate_args=False`` in such a process.
-    """
-    if Distribution._validate_args:
-        return True
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    patch = getattr(getattr(compiler, "TorchPatcher", None), "patch", None)
-    # The patch is cached, so that its cache tells whether torch.compile has applied it.
-    switched_off_by_compiler = patch is not None and patch.cache_info().currsize > 0
-    return __debug__ and switched_off_by_compiler
 
 
 # --- tensors ------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from penult._checks import as_size, check_floating, validates_by_default
-from penult.special import in_double
+from penult._checks import as_size, check_floating
+from penult.special import _validates_by_default, in_double
 
 __all__ = ["Bank"]
 
@@ -58,7 +58,7 @@ class Bank(Distribution):
         check_floating("activations", activations, "(N, d)")
         if activations.dim() != 2 or 0 in activations.shape:
             raise ValueError(f"activations has shape {tuple(activations.shape)}; expected (N, d) with N, d >= 1")
-        validate = validates_by_default() if validate_args is None else validate_args
+        validate = _validates_by_default() if validate_args is None else validate_args
         if validate and not bool(activations.isfinite().all()):
             bad = int((~activations.isfinite().all(-1)).sum())
             raise ValueError(

@@ -10,10 +10,10 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from penult._checks import as_size, check_floating, validates_by_default
+from penult._checks import as_size, check_floating
 from penult.distributions._mixture_fit import by_maximisation, by_posterior
 from penult.distributions._positive import positive_moments, rectified_moments, square, unsquare
-from penult.special import in_full, traced, working_dtype
+from penult.special import _validates_by_default, in_full, traced, working_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -175,7 +175,7 @@ class PrincipalMixture(Distribution):
         if softness is not None:
             parameters["softness"] = softness
         check_parameters(parameters)
-        validate = validates_by_default() if validate_args is None else validate_args
+        validate = _validates_by_default() if validate_args is None else validate_args
         if validate:
             check_values(parameters)
         self.loc = loc

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
-from penult._checks import as_size, validates_by_default
-from penult.special import in_full, in_range, traced
+from penult._checks import as_size
+from penult.special import _validates_by_default, in_full, in_range, traced
 
 __all__ = ["Tilt", "Tiltable"]
 
@@ -58,7 +58,7 @@ class Tilt(Distribution):
         self.base = base
         self.weight = weight
         # The constraint of torch refuses NaN alone, but an infinite tilt has no mean and no density.
-        validate = validates_by_default() if validate_args is None else validate_args
+        validate = _validates_by_default() if validate_args is None else validate_args
         if validate and not traced(weight) and not bool(weight.isfinite().all()):
             raise ValueError("weight holds NaN or infinity; expected finite tilts")
         super().__init__(weight.shape[:-1], weight.shape[-1:], validate_args=validate)

@@ -10,9 +10,10 @@ from torch.autograd.function import Function, once_differentiable
 from torch.distributions import Distribution, constraints, register_kl
 
 from penult import special
-from penult._checks import as_size, check_floating, validates_by_default
+from penult._checks import as_size, check_floating
 from penult.distributions import _sampling
 from penult.distributions.constraints import sphere
+from penult.special import _validates_by_default
 
 __all__ = ["VonMisesFisher"]
 
@@ -74,7 +75,7 @@ class VonMisesFisher(Distribution):
                 f"loc {tuple(loc.shape)} and concentration {tuple(concentration.shape)} do not broadcast: "
                 "expected (*B, d) and (*B,)"
             ) from error
-        validate = validates_by_default() if validate_args is None else validate_args
+        validate = _validates_by_default() if validate_args is None else validate_args
         if special.traced(loc, concentration):
             # Values are not available inside a transform.
             validate = False

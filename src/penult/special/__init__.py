@@ -23,7 +23,15 @@ from penult.special._moments import (
     mean_resultant_deficit,
     mean_resultant_length,
 )
-from penult.special._precision import in_double, in_full, in_range, outside_transforms, traced, working_dtype
+from penult.special._precision import (
+    in_double,
+    in_full,
+    in_range,
+    outside_transforms,
+    traced,
+    validates_by_default,
+    working_dtype,
+)
 
 __all__ = [
     "concentration",
@@ -44,3 +52,6 @@ __all__ = [
     "traced",
     "working_dtype",
 ]
+
+# Lent to other rooms of the package; not public.
+_validates_by_default = validates_by_default

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from penult._checks import check_floating, check_integer
 from penult._row_blocks import readable
 
-__all__ = ["checked_dim", "in_double", "in_full", "in_range", "outside_transforms", "traced", "working_dtype"]
+__all__ = [
+    "checked_dim",
+    "in_double",
+    "in_full",
+    "in_range",
+    "outside_transforms",
+    "traced",
+    "validates_by_default",
+    "working_dtype",
+]
 
 # Device types without float64.
 SINGLE_ONLY = frozenset({"mps"})
@@ -118,3 +129,18 @@ def checked_dim(dim: int, **tensors: Tensor) -> int:
         check_floating(name, tensor, "of any shape")
     # range(dim).stop equals dim, but torch.compile makes it a constant, so that each dimension gets its own graph.
     return range(dim).stop
+
+
+def validates_by_default() -> bool:
+    """Whether distributions check values by default, as ``Distribution.set_default_validate_args`` says.
+
+    The first use of torch.compile turns that switch off for good in the whole process. The user did not ask for this,
+    so it is ignored: pass ``validate_args=False`` in such a process.
+    """
+    if Distribution._validate_args:
+        return True
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    patch = getattr(getattr(compiler, "TorchPatcher", None), "patch", None)
+    # The patch is cached, so that its cache tells whether torch.compile has applied it.
+    switched_off_by_compiler = patch is not None and patch.cache_info().currsize > 0
+    return __debug__ and switched_off_by_compiler
