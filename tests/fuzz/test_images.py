@@ -253,7 +253,7 @@ def test_ghostscript_is_never_run(tmp_path, monkeypatch):
         (png(2**31 - 1, 2**31 - 1), "exceeds limit|format is unknown"),
         (png(0, 0), "format is unknown"),
         (encoded()[:40], "truncated|format is unknown"),
-        (b"", "format is unknown"),
+        (b"", "it is empty"),
     ],
 )
 def test_images_that_are_none(tmp_path, data, words):
@@ -291,7 +291,8 @@ def test_odd_file_names(tmp_path):
     for name in ("a b.png", "-x.png", "$(touch y).png", "\u202egnp.png", "\n.png", "κ.PNG", os.fsdecode(b"\xff.png")):
         (tmp_path / name).write_bytes(encoded())
     os.mkfifo(tmp_path / "pipe.png")
-    assert len(look(tmp_path)) == 7
+    with pytest.warns(UserWarning, match=r"1 file \(pipe.png\) .*left out"):
+        assert len(look(tmp_path)) == 7
 
 
 def table(path, cell, labels=(0,), **features):
@@ -343,7 +344,7 @@ def test_a_path_that_is_no_text(tmp_path):
 @pytest.mark.parametrize("names", [5, "ab", {"a": 0}, True])
 def test_class_names_of_a_wrong_type(tmp_path, names):
     path = table(tmp_path / "a.parquet", {"bytes": encoded(), "path": None}, names=names)
-    with pytest.raises(ValueError, match=r"class names in the metadata of .*a.parquet are .*expected a list of names"):
+    with pytest.raises(ValueError, match=r"class names in the metadata of .*a.parquet cannot be used: class_names is .*expected"):
         read(path)
 
 
@@ -424,7 +425,7 @@ def test_members_that_are_no_arrays(tmp_path):
         read(path)
     numpy.save(tmp_path / "b.npy", numpy.zeros((2, 2, 2), "uint8"))
     (tmp_path / "b.npy").rename(tmp_path / "b.npz")
-    with pytest.raises(ValueError, match=r"b.npz cannot be read .*not a zip"):
+    with pytest.raises(ValueError, match=r"b.npz is a NumPy array .*expected a zip archive"):
         read(tmp_path / "b.npz")
 
 
@@ -445,5 +446,5 @@ def test_a_row_group_that_is_not_as_long_as_it_was(tmp_path):
     path = table(tmp_path / "a.parquet", {"bytes": encoded(), "path": None}, (0, 1, 0))
     dataset = read(path)
     table(path, {"bytes": encoded(), "path": None}, (0,))
-    with pytest.raises(ValueError, match=r"row 2 of .*a.parquet is missing"):
+    with pytest.raises(ValueError, match=r"a.parquet was written or changed after it was opened"):
         dataset[2]
