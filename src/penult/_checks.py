@@ -71,10 +71,7 @@ class Remedy:
 
 
 def with_remedy(error: _Error, parameter: str, purpose: str = "") -> _Error:
-    """Append a parameter to a message, and keep the parts as the attribute ``remedy``.
-
-    The message ends with ", or pass PARAMETER=True to PURPOSE", or with "; pass one with PARAMETER=" without a purpose.
-    """
+    """Append ", or pass PARAMETER=True to PURPOSE", or "; pass one with PARAMETER="; keep the parts as ``remedy``."""
     reason = str(error)
     vars(error)["remedy"] = Remedy(reason, parameter, purpose)
     text = f", or pass {parameter}=True to {purpose}" if purpose else f"; pass one with {parameter}="

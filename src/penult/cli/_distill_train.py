@@ -16,7 +16,6 @@ from penult import io
 from penult._checks import is_chance_level
 from penult.activations import Tap, _checksum, extract
 from penult.cli._console import RichReporter, warnings_as_lines
-from penult.cli._image_options import ImageOptions
 from penult.cli._inputs import (
     ImageSubset,
     NetworkOptions,
@@ -27,6 +26,7 @@ from penult.cli._inputs import (
     split,
 )
 from penult.cli._models import folder_path, is_file, load_model, load_pair, running
+from penult.cli._options import ImageOptions
 from penult.cli._training import PAGE_FILE, TrainingRun, digest
 from penult.distill import (
     _SHARPNESS,

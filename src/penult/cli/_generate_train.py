@@ -17,7 +17,6 @@ from penult.activations import Tap, _checksum, extract
 from penult.bases import Gaussian, Marginal, Sphere
 from penult.cli._console import RichReporter, warnings_as_lines
 from penult.cli._generate_judge import JUDGED, evaluator_of, judged
-from penult.cli._image_options import ImageOptions
 from penult.cli._inputs import (
     ImageSubset,
     NetworkOptions,
@@ -27,6 +26,7 @@ from penult.cli._inputs import (
     split,
 )
 from penult.cli._models import folder_path, load_pair
+from penult.cli._options import ImageOptions
 from penult.cli._training import PAGE_FILE, TrainingRun, digest
 from penult.cli.draw import GENERATOR_FILE, PILLOW, grid
 from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from penult.cli._console import RichReporter
-from penult.cli._image_options import ImageOptions
 from penult.cli._models import load_model, running
+from penult.cli._options import ImageOptions
 from penult.data import ImageDataset
 
 if TYPE_CHECKING:

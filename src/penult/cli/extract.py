@@ -19,6 +19,7 @@ from penult.cli._options import (
     Fold,
     HeadPath,
     ImageColumn,
+    ImageOptions,
     LabelColumn,
     Mean,
     Mode,
@@ -97,7 +98,6 @@ def extract(
     from penult import io
     from penult.activations import Tap
     from penult.activations import extract as run
-    from penult.cli._image_options import ImageOptions
     from penult.cli._inputs import NetworkOptions, first_images, keep_matching_labels, number_as_network, of_one_size
     from penult.pair import GenerativePair
 

@@ -18,6 +18,7 @@ from penult.cli._options import (
     Fold,
     HeadPath,
     ImageColumn,
+    ImageOptions,
     LabelColumn,
     Mean,
     Mode,
@@ -109,7 +110,6 @@ def _inputs(options: Mapping[str, Any]) -> Tensor:
     """Return the inputs to run the network on: images of --data, or random tensors of --shape."""
     import torch
 
-    from penult.cli._image_options import ImageOptions
     from penult.cli._inputs import first_images
 
     if options["data"] is not None:
