@@ -57,7 +57,7 @@ def described(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Parameter that avoids an error. It is stored so that a caller can put the name known to its own users.
+    """Advice to pass a parameter, stored in parts so that a caller can write another name for the parameter.
 
     Attributes:
         reason: The message without the parameter.
@@ -368,8 +368,8 @@ def class_names_tuple(names: Any, num_classes: int | None = None, name: str = "c
         name: Name of the argument in messages.
 
     Raises:
-        TypeError: It is neither, or a name is not a string.
-        ValueError: The numbers are not 0 to K - 1, or there is another number of names.
+        TypeError: `names` is neither a sequence nor a mapping, or a name is not a string.
+        ValueError: The class numbers are not 0 to K - 1, or the number of names is not K.
     """
     if isinstance(names, Mapping):
         names = _in_order(names, name)

@@ -168,10 +168,10 @@ def score(
 
 
 def score_of(pair: GenerativePair, name: ScoreName | None) -> tuple[Callable[[GenerativePair, Tensor], Tensor], str]:
-    """Return the score of that name, or the default of the base, and the reason for it.
+    """Return the score with the given name, or the recommended score for the base; and the reason for the choice.
 
     Raises:
-        ValueError: The base does not give the score.
+        ValueError: The score cannot be computed with this base.
     """
     from penult import scores
     from penult.bases import Sphere

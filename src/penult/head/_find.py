@@ -159,7 +159,7 @@ def find_head(
 
 
 def _residual_limit(tolerance: float, logits: Tensor, match: Match | Assembly) -> float:
-    """Return the tolerance, or the rounding error of half precision if part of the head is computed in it."""
+    """Return the largest accepted residual: the tolerance, or more if part of the head has half precision."""
     candidates = (match.candidate,) if isinstance(match, Match) else match.sources
     parts = [logits, *(x for candidate in candidates for x in (candidate.product.h, candidate.product.weight))]
     return max(tolerance, *(2 * torch.finfo(part.dtype).eps for part in parts))

@@ -84,12 +84,12 @@ class Origin:
 
     @property
     def scaled(self) -> bool:
-        """Whether it is a multiplication or division."""
+        """Whether the function is a multiplication or division."""
         return self.name.strip("_") in ("mul", "rmul", "div", "truediv")
 
     @property
     def normalized(self) -> bool:
-        """Whether it divided vectors by their norms, or multiplied such vectors by a number."""
+        """Whether the function divided vectors by their norms, or multiplied such vectors by a number."""
         return "normalize" in self.name or (self.scaled and self.source is not None and self.source.normalized)
 
 

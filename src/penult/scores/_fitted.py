@@ -354,7 +354,7 @@ class ViM(Score):
 
 
 def _origin(head: Head) -> Tensor:
-    """Return the activation (d,) with the smallest logits in the least-squares sense, float64."""
+    """Return the activation (d,) at which the sum of the squared logits is smallest, in float64."""
     origin: Tensor = -torch.linalg.pinv(in_double(head.weight)) @ in_double(head.full_bias)
     return origin
 

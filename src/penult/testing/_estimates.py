@@ -161,7 +161,7 @@ def _slope(name: str, slope: Tensor | None, above: Tensor, below: Tensor) -> Law
 
 
 def _paths(subject: Subject) -> Iterator[Law]:
-    """Test the gradients of rsample by those of the moments.
+    """Test the gradients of samples from rsample against the gradients of the moments.
 
     Each sample has its own copy of the parameters, so that its gradient is known.
     """
