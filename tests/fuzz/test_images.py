@@ -344,7 +344,9 @@ def test_a_path_that_is_no_text(tmp_path):
 @pytest.mark.parametrize("names", [5, "ab", {"a": 0}, True])
 def test_class_names_of_a_wrong_type(tmp_path, names):
     path = table(tmp_path / "a.parquet", {"bytes": encoded(), "path": None}, names=names)
-    with pytest.raises(ValueError, match=r"class names in the metadata of .*a.parquet cannot be used: class_names is .*expected"):
+    with pytest.raises(
+        ValueError, match=r"class names in the metadata of .*a.parquet cannot be used: class_names is .*expected"
+    ):
         read(path)
 
 
