@@ -110,8 +110,9 @@ def origin(section: dict[str, Any], packages: Iterable[str]) -> str:
     """The line on machine and versions."""
     made = section["machine"]
     used = ", ".join(f"{name} {section['versions'][name]}" for name in packages)
-    seed = section["settings"]["seed"]
-    return f"Measured on {made['cpu']}, {made['cores']} cores, one thread used; {used}; seed {seed}."
+    settings = section["settings"]
+    seeds = f"seed {settings['seed']}" if "seed" in settings else f"seeds 0 to {settings['seeds'] - 1}"
+    return f"Measured on {made['cpu']}, {made['cores']} cores, one thread used; {used}; {seeds}."
 
 
 def section(results: dict[str, Any], name: str) -> dict[str, Any]:
