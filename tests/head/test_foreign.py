@@ -277,3 +277,18 @@ def test_a_refusal_is_told_of_a_model_with_complex_layers():
     model = Net(lambda self, x: torch.fft.fft(self.a(x)).abs() ** 2, a=nn.Linear(4, 3))
     with pytest.raises(HeadNotFoundError, match="residual"):
         find_head(shake(model), X)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("lengths", [(3, 5, 2), (1, 1), (4, 4, 4)])
+def test_inputs_that_are_nested_tensors(lengths):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(torch.nested.to_padded_tensor(self.body(x), 0.0).mean(1))
+
+    ragged = torch.nested.nested_tensor([torch.randn(length, 4) for length in lengths])
+    assert find_head(Pooled().eval(), ragged).certificate.path == "head"

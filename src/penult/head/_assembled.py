@@ -191,8 +191,8 @@ def _weighted_sums(
                 pairs.sort(key=lambda pair: pair[0].number)
                 shift = torch.zeros_like(z[0])
                 if shifted:
-                    rest = z - (torch.stack([columns[i] for i in subset], -1) @ weights)
-                    shift = rest.mean(0).masked_fill(~varies, 0.0)
+                    remainder = z - (torch.stack([columns[i] for i in subset], -1) @ weights)
+                    shift = remainder.mean(0).masked_fill(~varies, 0.0)
                 yield pairs, shift
 
 

@@ -312,6 +312,9 @@ def _reversed(x: Tensor) -> Tensor:
     """Return a different batch of the same shapes: images upside down and darker, texts in reverse order."""
     if x.ndim == 0 or x.is_complex():
         return x
+    if x.is_nested:
+        # Nested tensors have no flip, so their samples are reversed one by one.
+        return torch.nested.as_nested_tensor([_reversed(sample) for sample in x.unbind()], layout=x.layout)
     if x.is_floating_point():
         return 0.7 * x.flip(tuple(range(min(1, x.ndim - 1), x.ndim)))
     backwards = x.flip(1) if x.ndim > 1 else x
