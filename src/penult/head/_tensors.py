@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class HeadTensors(nn.Module):
 
     def _states(self) -> tuple[int, ...]:
         """Return the states of W, b and the tensors that they were computed from, see `state_of`."""
-        with outside_transforms():
+        # A compiler knows no states, and does not trace this context.
+        with nullcontext() if torch.compiler.is_compiling() else outside_transforms():
             for i, source in enumerate(self._sources):
                 tensor = source()
                 if tensor is not None:
