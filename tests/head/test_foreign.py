@@ -199,6 +199,30 @@ def test_a_lazy_layer_that_does_not_run_is_no_matter():
     assert len(penult.Tap(model, find_head(model, X))(X)) == 2
 
 
+INPUTS = {
+    "nested": (nested(X), padded),
+    "nested, jagged": (torch.nested.nested_tensor([X[:2], X[2:]], layout=torch.jagged), lambda x: padded(x)),
+    "nested, a list": ([nested(X)], lambda x: padded(x[0])),
+    "sparse": (X.to_sparse(), torch.Tensor.to_dense),
+    "complex": (torch.complex(X, X.flip(0)), torch.abs),
+    "float8": (X.to(torch.float8_e4m3fn), torch.Tensor.float),
+    "bytes": ((100 * X.abs()).to(torch.uint8), lambda x: x / 100),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_other_kinds(name, scale):
+    x, step = INPUTS[name]
+    model = net(lambda self, x: scale * self.fc(self.a(step(x)).relu()))
+    head = find_head(model, x)
+    assert head.certificate.path == "fc"
+    assert head.certificate.confirmed <= 1e-5
+    h, logits = penult.Tap(model, head)(x)
+    assert torch.allclose(head(h), logits, atol=1e-5)
+
+
 # ---- outputs ----------------------------------------------------------------------------------------------
 
 OUTPUTS = {

@@ -295,9 +295,9 @@ def _second_residual(
 ) -> float | None:
     """Return the residual on the reversed batch; None if the model raises an error, or h is the `first` one again."""
     assert head.certificate is not None
-    args, kwargs = pytree.tree_map_only(Tensor, _reversed, (args, kwargs))
-    # A model may raise any error for a batch that it was not written for.
+    # A model may raise any error for a batch that it was not written for, and so may a tensor that cannot be reversed.
     try:
+        args, kwargs = pytree.tree_map_only(Tensor, _reversed, (args, kwargs))
         h, logits = capture(model, head.certificate, args, kwargs)
     except Exception:
         return None
@@ -310,13 +310,17 @@ def _second_residual(
 
 def _reversed(x: Tensor) -> Tensor:
     """Return a different batch of the same shapes: images upside down and darker, texts in reverse order."""
-    if x.ndim == 0 or x.is_complex():
+    if x.ndim == 0:
         return x
     if x.is_nested:
         # Nested tensors have no flip, so their samples are reversed one by one.
         return torch.nested.as_nested_tensor([_reversed(sample) for sample in x.unbind()], layout=x.layout)
-    if x.is_floating_point():
-        return 0.7 * x.flip(tuple(range(min(1, x.ndim - 1), x.ndim)))
+    if x.layout != torch.strided:
+        return 0.7 * x
+    if x.is_floating_point() or x.is_complex():
+        # Float8 has no arithmetic.
+        wide = x if x.is_complex() or is_real(x) else x.float()
+        return (0.7 * wide.flip(tuple(range(min(1, x.ndim - 1), x.ndim)))).to(x.dtype)
     backwards = x.flip(1) if x.ndim > 1 else x
     return x.flatten().roll(1).view_as(x) if torch.equal(backwards, x) else backwards
 
