@@ -319,6 +319,10 @@ FOUND = {
         lambda: net(lambda self, x: torch.addmm(self.fc.bias.expand(len(x), 3), self.a(x), self.fc.weight.T)), "",
         "Linear", "reals", says={"bias": True, "kind": "matmul"},
     ),
+    "addmm in place": Case(
+        lambda: net(lambda self, x: self.fc.bias.repeat(len(x), 1).addmm_(self.a(x).relu(), self.fc.weight.T)), "",
+        "relu", "orthant", says={"bias": True},
+    ),
     "multi_dot": Case(
         lambda: product_net(lambda h, w: torch.linalg.multi_dot([h, w.T])), "", "relu", "orthant",
         says={"kind": "matmul"},
@@ -728,6 +732,15 @@ REFUSED = {
     "two soft caps averaged": (
         lambda: net(lambda self, x: self.fc(self.a(x)).tanh() + self.o(x.sin()).tanh(), o=nn.Linear(4, 3)), VECTORS,
         "applies tanh",
+    ),
+    "a product in steps that are not read": (
+        lambda: net(lambda self, x: (self.a(x).relu()[:, None] * self.fc.weight).sum(-1, keepdim=True).squeeze(-1)),
+        VECTORS, "relu and then mul, which is not read",
+    ),
+    "a product in steps, as wide as the classes": (
+        lambda: net(lambda self, x: (self.b(x).relu()[:, None] * self.fc.weight).cumsum(-1)[..., -1],
+                    b=nn.Linear(4, 3), fc=nn.Linear(3, 3)),
+        VECTORS, "which is not read",
     ),
     "classes that depend on the input": (
         lambda: net(lambda self, x: self.fc(self.a(x)).sort(-1).values), VECTORS, "sort, which is not read",

@@ -103,5 +103,5 @@ def test_weights_that_depend_on_the_batch_are_no_head():
 
 def test_classes_without_a_layer_are_told():
     model = net(lambda self, x: torch.cat([self.fc(self.a(x)), self.fc(self.a(x)).exp()], 1))
-    with pytest.raises(HeadNotFoundError, match="applies exp"):
+    with pytest.raises(HeadNotFoundError, match="The cause is not known"):
         find_head(model, X)

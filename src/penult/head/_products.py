@@ -194,6 +194,11 @@ def _baddbmm(
     yield from _addmm(input, batch1, batch2, beta=beta, alpha=alpha)
 
 
+def _in_place(added: Tensor, first: Tensor, second: Tensor, **_: Any) -> Iterator[Product]:
+    """Read a product that was added in place, so that the added tensor is gone."""
+    yield from _matmul(first, second)
+
+
 def _addmv(
     input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any
 ) -> Iterator[Product]:
@@ -344,6 +349,9 @@ _READERS: dict[Any, Callable[..., Iterator[Product]]] = {
     Tensor.baddbmm: _baddbmm,
     torch.addmv: _addmv,
     Tensor.addmv: _addmv,
+    Tensor.addmm_: _in_place,
+    Tensor.baddbmm_: _in_place,
+    Tensor.addmv_: _in_place,
     torch.linalg.multi_dot: _multi_dot,
     torch.linalg.vecdot: _vecdot,
     torch.inner: _inner,

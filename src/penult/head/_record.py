@@ -40,7 +40,7 @@ _READ_THROUGH = (
         "add radd sub rsub mul rmul div rdiv truediv rtruediv neg mean sum avg_pool1d avg_pool2d avg_pool3d "
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d stack cat concat concatenate hstack vstack "
         "interpolate upsample masked_fill where clamp clip clamp_min clamp_max log_softmax pad constant_pad_nd split "
-        "chunk unbind tensor_split iter roll flip detach requires_grad_ setitem copy".split()
+        "chunk unbind tensor_split iter roll flip detach requires_grad setitem getitem get copy".split()
     )
 )
 
@@ -69,9 +69,17 @@ class Lineage:
         self._steps: dict[Key, Steps] = {}
 
     def record_function(
-        self, func: Any, operands: Sequence[Key | None], outputs: Sequence[Tensor], *, product: bool
+        self, func: Any, operands: Sequence[Key | None], outputs: Sequence[Tensor], *, product: bool, elementwise: bool
     ) -> None:
-        """Record a torch function, with the keys of its operands before the call and the tensors that it wrote."""
+        """Record a torch function.
+
+        Args:
+            func: The function.
+            operands: Keys of its operands before the call.
+            outputs: The tensors that it wrote.
+            product: Whether it was read as a product.
+            elementwise: Whether it multiplied two tensors, which is a step of some products.
+        """
         known = [self._steps[key] for key in operands if key is not None and key in self._steps]
         if product:
             steps = Steps()
@@ -86,7 +94,7 @@ class Lineage:
                 squash = None
             elif squash is None and name in _SQUASHING:
                 squash = name
-            steps = Steps(squash, unread if name in _READ_THROUGH else name)
+            steps = Steps(squash, name if elementwise or name not in _READ_THROUGH else unread)
         for tensor in outputs:
             key = key_of(tensor)
             if key is not None and (product or key not in operands):
@@ -204,7 +212,14 @@ class Recorder(TorchFunctionMode):
         self._elementwise.remember(func, args, output)
         self._origins.record_function(func, source, output)
         changed = [operand for operand, key in zip(operands, keys, strict=True) if key_of(operand) != key]
-        self._lineage.record_function(func, keys, [*tensors_in([output]), *changed], product=is_product)
+        multiplies = name_of(func).strip("_") in ("mul", "rmul", "multiply")
+        self._lineage.record_function(
+            func,
+            keys,
+            [*tensors_in([output]), *changed],
+            product=is_product,
+            elementwise=multiplies and sum(operand.numel() > 1 for operand in operands) > 1,
+        )
         return output
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

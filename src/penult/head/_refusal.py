@@ -157,12 +157,13 @@ def _likely_cause(logits: Tensor, best: Sequence[Match], steps: Steps) -> str:
         )
     if steps.unread is not None:
         before = "" if squashed_by is None else f"{squashed_by} and then "
+        scale = " (it may be a scale that depends on the input)" if steps.unread in ("mul", "rmul", "multiply") else ""
         return (
             f"After the last product that is read, the model applies {before}{steps.unread}, which is not read as a "
-            "product of activations with one matrix. If it is one, compute it by nn.Linear, torch.matmul or "
+            f"product of activations with one matrix{scale}. If it is one, compute it by nn.Linear, torch.matmul or "
             "torch.einsum."
         )
-    if squashed_by is not None:
+    if squashed_by is not None and best:
         return (
             f"After the last product the model applies {squashed_by} (a soft cap, an activation after the head): "
             "return what comes before it."
