@@ -95,21 +95,3 @@ def _doctests(
         doctest_namespace.update(math=math, nn=nn, penult=penult, torch=torch)
         if "realism" in request.node.name:  # whose examples are not about what a network of a test can tell
             monkeypatch.setattr("penult.realism._two_sample._STEPS", 3)
-
-
-# Tests that are known to fail since the last merges, and are to be mended next; each is listed by its name.
-_KNOWN_TO_FAIL = (
-    "test_arrays_in_and_tensors_out[estimate_prior]",
-    "test_the_default_device_is_not_used[",
-    "test_densities_far_out_round_to_minus_infinity[",
-    "test_a_pair_that_was_never_used_compiles_whole[mixture-given]",
-    "test_commands_of_pages_run[guides/your-model]",
-    "test_a_killed_process_ends_the_run",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that are known to fail."""
-    for item in items:
-        if item.name.startswith(_KNOWN_TO_FAIL):
-            item.add_marker(pytest.mark.xfail(strict=False, reason="known to fail since the last merges"))

@@ -305,7 +305,7 @@ def place(tmp_path_factory):
     exec(MODULE, names)
     save_file(names["resnet"]().state_dict(), folder / "resnet.safetensors")
     pixels = (255 * digits().images[:300].repeat(1, 3, 1, 1).permute(0, 2, 3, 1)).byte().numpy()
-    for name, rows in {"familiar": range(250), "familiar-held-out": range(250, 290), "new": range(290, 300)}.items():
+    for name, rows in {"familiar": range(250), "familiar-held-out": range(250, 280), "new": range(280, 300)}.items():
         for row in rows:
             path = folder / name / str(row % 10) / f"{row}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
