@@ -21,8 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--device``, ``--dtype`` and ``--no-validation``."""
     group = parser.getgroup("penult", "what tests/numerics compute on")
     group.addoption("--device", default="cpu", help="a device of torch, such as cpu, cuda, cuda:1 or mps")
-    parser.addoption("--no-validation", action="store_true", help="run with torch's switch of validation turned off")
     group.addoption("--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="of heads and rows")
+    parser.addoption("--no-validation", action="store_true", help="run with torch's switch of validation turned off")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,8 +57,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Of the heads and activations of tests/numerics."""
-    found: torch.dtype = getattr(torch, request.config.getoption("--dtype"))
-    return found
+    chosen: torch.dtype = getattr(torch, request.config.getoption("--dtype"))
+    return chosen
 
 
 @pytest.fixture(autouse=True)
@@ -93,5 +93,6 @@ def _doctests(
 ) -> None:
     if isinstance(request.node, pytest.DoctestItem):
         doctest_namespace.update(math=math, nn=nn, penult=penult, torch=torch)
-        if "realism" in request.node.name:  # whose examples are not about what a network of a test can tell
+        # Few steps of training are enough for examples that only show how the functions are called.
+        if "realism" in request.node.name:
             monkeypatch.setattr("penult.realism._two_sample._STEPS", 3)

@@ -105,7 +105,7 @@ def _chosen_classes(candidates: Sequence[Candidate], z: Tensor, varies: Tensor, 
     directions = torch.randn(len(z), 2, generator=generator, dtype=z.dtype, device="cpu").to(z.device)
     wanted = z.T @ directions
     missing = varies.clone()
-    found: list[tuple[Candidate, Tensor, Tensor]] = []
+    parts: list[tuple[Candidate, Tensor, Tensor]] = []
     rows_of = [(candidate, _find_rows(candidate, directions, wanted, step)) for candidate in candidates]
     while bool(missing.any()):
         # Of the products with most of the missing classes, the last one.
@@ -115,10 +115,10 @@ def _chosen_classes(candidates: Sequence[Candidate], z: Tensor, varies: Tensor, 
         best = max(range(len(counts)), key=lambda i: (counts[i], i))
         candidate, rows = rows_of[best]
         classes = ((rows >= 0) & missing).nonzero().flatten()
-        found.append((candidate, classes, rows[classes]))
+        parts.append((candidate, classes, rows[classes]))
         missing[classes] = False
     terms = []
-    for candidate, classes, rows in sorted(found, key=lambda part: part[0].number):
+    for candidate, classes, rows in sorted(parts, key=lambda part: part[0].number):
         weight, bias = candidate.product.weight, candidate.product.bias
         new = weight.new_zeros(z.shape[1], weight.shape[1])
         new[classes] = weight[rows]

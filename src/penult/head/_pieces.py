@@ -46,7 +46,7 @@ def joined_candidates(candidates: Iterable[Candidate], logits: Tensor) -> Iterat
     """Yield, as one candidate each, the last calls with the same W that together have as many rows as the logits.
 
     Args:
-        candidates: Products with as many rows of W as there are classes, in any order.
+        candidates: Products with one row of W for each class, in any order.
         logits: The model's output.
     """
     groups: defaultdict[tuple[object, ...], list[Candidate]] = defaultdict(list)
