@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import scipy.stats
 import torch
+from sklearn.covariance import OAS
 
 import penult
 from heads import random_head
@@ -172,6 +174,23 @@ def test_bad_fits(change, error, words):
 def test_bad_parameters(loc, covariance, words):
     with pytest.raises(ValueError, match=words):
         Gaussian(loc, covariance)
+
+
+@pytest.mark.parametrize(("rows", "dims"), [(400, 6), (20, 12), (10, 40), (5, 1)])
+def test_oracle_approximating_shrinkage_is_that_of_scikit_learn(rows, dims):
+    h = torch.randn(rows, dims, generator=seeded(), dtype=torch.float64) * torch.linspace(0.3, 3, dims).double() + 1
+    # A head without slopes leaves the covariance of the activations as it is.
+    head = Head(1e-12 * torch.ones(2, dims).double())
+    truth = OAS().fit(h.numpy())
+    assert np.allclose(Gaussian.fit(head, h, shrinkage="oas").covariance_matrix, truth.covariance_, rtol=1e-6)
+    sphere = Sphere.fit(head, h, shape="elliptic", shrinkage="oas")
+    assert np.allclose(sphere.scale_tril @ sphere.scale_tril.T, truth.covariance_, rtol=1e-6)
+
+
+def test_oracle_approximating_shrinkage_of_a_multiple_of_the_identity():
+    h = torch.cat([torch.eye(3), -torch.eye(3)]).double()
+    base = Gaussian.fit(Head(torch.eye(3).double() * 1e-9), h, shrinkage="oas")
+    assert torch.allclose(base.covariance_matrix, torch.eye(3).double() / 3)
 
 
 # --- a module like any other --------------------------------------------------------------------------------

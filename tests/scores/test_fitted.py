@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp
-from sklearn.covariance import EmpiricalCovariance, ShrunkCovariance
+from sklearn.covariance import OAS, EmpiricalCovariance, ShrunkCovariance
 from sklearn.neighbors import NearestNeighbors
 
 import penult
@@ -51,6 +51,54 @@ def test_mahalanobis_of_empirical_covariance(rows, strange):
     whole = EmpiricalCovariance().fit(x.numpy())
     found = Mahalanobis.fit(x, torch.zeros(len(x), dtype=torch.long), shrinkage=0.0).score(strange)
     assert np.allclose(found, whole.mahalanobis(strange.numpy()), rtol=1e-6)
+
+
+def test_oracle_approximating_shrinkage_is_that_of_scikit_learn(rows, strange):
+    x, y = rows
+    y = y[:30]
+    means = np.stack([x[:30][y == c].mean(0).numpy() for c in range(4)])
+    deviations = x[:30].numpy() - means[y.numpy()]
+    # Rows of the same scatter, as many as there are degrees of freedom.
+    independent = np.linalg.svd(deviations, full_matrices=False)
+    independent = independent[1][:, None] * independent[2]
+    independent = np.concatenate([independent, np.zeros((26 - 12, 12))])
+    within = OAS(assume_centered=True).fit(independent)
+    assert 0.05 < within.shrinkage_ < 0.95
+    within = within.precision_ * 30 / 26
+    least = np.min([np.einsum("nd,de,ne->n", r, within, r) for r in (strange.numpy() - m for m in means)], axis=0)
+    assert np.allclose(Mahalanobis.fit(x[:30], y).score(strange), least, rtol=1e-6)
+    total = OAS().fit(x[:30].numpy()).mahalanobis(strange.numpy())
+    assert np.allclose(RelativeMahalanobis.fit(x[:30], y).score(strange), least - total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("score", [Mahalanobis, RelativeMahalanobis])
+def test_normalised_activations(rows, strange, score):
+    x, y = rows
+    unit, other = (a / a.norm(dim=-1, keepdim=True) for a in (x, strange))
+    plain, normalised = score.fit(unit, y), score.fit(x, y, normalize=True)
+    assert torch.allclose(normalised.score(strange), plain.score(other), rtol=1e-9)
+    assert torch.allclose(normalised.score(1000 * strange), normalised.score(strange), rtol=1e-9)
+    assert "normalize=True" in repr(normalised)
+    plain.load_state_dict(normalised.state_dict())
+    assert torch.equal(plain.score(strange), normalised.score(strange))
+    normalised.load_state_dict(score.fit(unit, y).state_dict())
+    assert not normalised.normalize
+
+
+def test_labels_default_to_those_of_activations_then_to_predictions(rows, strange, head):
+    x, y = rows
+    predicted = head(x).argmax(-1)
+    expected = Mahalanobis.fit(x, predicted).score(strange)
+    assert torch.equal(Mahalanobis.fit(x, head=head).score(strange), expected)
+    assert torch.equal(Mahalanobis.fit(penult.Activations(x, head(x))).score(strange), expected)
+    labelled = penult.Activations(x, head(x), y)
+    assert torch.equal(Mahalanobis.fit(labelled, head=head).score(strange), Mahalanobis.fit(x, y).score(strange))
+
+
+def test_one_row_for_each_class_has_no_spread(rows):
+    x, _ = rows
+    with pytest.raises(ValueError, match="several activations of each class"):
+        Mahalanobis.fit(x[:5], torch.arange(5))
 
 
 @pytest.mark.parametrize("k", [1, 20, 600])
@@ -147,6 +195,8 @@ def test_bad_input(rows, head):
         Mahalanobis.fit(x[:5], y[:5], shrinkage=0.0)
     with pytest.raises(ValueError, match="shrinkage"):
         Mahalanobis.fit(x, y, shrinkage=2.0)
+    with pytest.raises(ValueError, match="shrinkage is 'ledoit'; expected a number from 0 to 1, or 'oas'"):
+        Mahalanobis.fit(x, y, shrinkage="ledoit")
     with pytest.raises(ValueError, match="k = 700"):
         KNN.fit(x, k=700)
     with pytest.raises(ValueError, match="size is 5"):

@@ -1,8 +1,10 @@
 """Base measures, which all classes of a head share."""
 
 import sys
+from typing import TypeAlias
 
 from penult.bases import _distribution_module
+from penult.bases._tilted_gaussian import Shrinkage, check_shrinkage, shrunk
 from penult.bases.base import Base, BaseInfo
 from penult.bases.gaussian import Gaussian
 from penult.bases.marginal import Marginal
@@ -12,6 +14,10 @@ from penult.bases.sphere import Sphere
 from penult.distributions import Bank as Bank
 
 __all__ = ["Base", "BaseInfo", "Gaussian", "Marginal", "Sphere"]
+
+# Lent to other rooms of the package; not public.
+_check_shrinkage, _shrunk = check_shrinkage, shrunk
+_Shrinkage: TypeAlias = Shrinkage
 
 # Pickles that earlier versions wrote name these modules.
 sys.modules["penult.bases._laws"] = _distribution_module

@@ -12,7 +12,7 @@ from torch import Tensor
 from penult.activations import _ActivationSource
 from penult.bases._chart import Chart
 from penult.bases._radial import log_mass
-from penult.bases._tilted_gaussian import tilted_gaussian
+from penult.bases._tilted_gaussian import Shrinkage, tilted_gaussian
 from penult.head import Head
 from penult.special import in_double, working_dtype
 
@@ -22,14 +22,14 @@ Shape = Literal["round", "centered", "elliptic"]
 
 
 def fit_sphere(
-    head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: float, radii: int
+    head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: Shrinkage, radii: int
 ) -> tuple[Chart, Tensor, Tensor]:
     """Return chart, radii (R,) and log weights (R,) of a sphere, float64; arguments and errors as ``Sphere.fit``."""
     chart = _chart(head, source, shape, ambient, shrinkage)
     return chart, *_radial_distribution(head, source, chart, radii)
 
 
-def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: float) -> Chart:
+def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: Shrinkage) -> Chart:
     outside: Tensor | None = None
     subspace = None
     if not ambient:
@@ -45,7 +45,7 @@ def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, s
             if int(failed):
                 raise ValueError(
                     f"the covariance of {len(source)} activations in {len(covariance)} dimensions is singular. "
-                    f"Pass more activations or a shrinkage above {shrinkage}"
+                    "Pass more activations or a larger shrinkage"
                 )
     if subspace is not None and outside is not None:
         loc = outside if loc is None else outside + subspace.T @ loc

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from penult._checks import check_between, check_choice, check_finite, index_of
+from penult._checks import check_choice, check_finite, index_of
 from penult.activations import Activations, _ActivationSource
-from penult.bases._tilted_gaussian import CovarianceType, tilted_gaussian
+from penult.bases._tilted_gaussian import CovarianceType, Shrinkage, check_shrinkage, tilted_gaussian
 from penult.bases.base import Base, BaseInfo
 from penult.head import Head
 from penult.special import in_double
@@ -67,7 +67,7 @@ class Gaussian(Base):
         head: Head,
         activations: Tensor | Activations,
         covariance_type: CovarianceType = "full",
-        shrinkage: float = 0.02,
+        shrinkage: Shrinkage = 0.02,
         group: ProcessGroup | None = None,
     ) -> Gaussian:
         """Fit the Gaussian by maximum likelihood to unlabelled activations, with soft labels from the head.
@@ -78,7 +78,9 @@ class Gaussian(Base):
             head: The head.
             activations: Activations (N, d), N ≥ 2, as a tensor or as `Activations`, which may be larger than memory.
             covariance_type: ``"full"``, ``"diag"`` or ``"spherical"``, as in scikit-learn.
-            shrinkage: Fraction of the activations' covariance that is replaced by a multiple of the identity.
+            shrinkage: Fraction of the activations' covariance that is replaced by a multiple of the identity, or
+                ``"oas"`` for the fraction of oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero 2010), which
+                follows from the number of activations and their covariance.
             group: Processes of ``torch.distributed`` that share the work. Each makes the same call, reads its own part
                 of ``activations``, and gets the same fit, equal to that of one process up to the rounding of sums.
 
@@ -94,7 +96,7 @@ class Gaussian(Base):
             torch.Size([3])
         """
         check_choice("covariance_type", covariance_type, get_args(CovarianceType))
-        shrinkage = check_between("shrinkage", shrinkage, inclusive=True)
+        shrinkage = check_shrinkage(shrinkage)
         source = _ActivationSource(activations, head, min_rows=2, group=group)
         loc, covariance = tilted_gaussian(head, source, covariance_type, shrinkage)
         base = cls(loc, covariance if covariance_type == "full" else covariance.diagonal())

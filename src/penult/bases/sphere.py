@@ -16,6 +16,7 @@ from penult.bases._chart import Chart
 from penult.bases._implied_radius import implied_radius, unit
 from penult.bases._radial import log_mass_at, radial_table
 from penult.bases._sphere_fit import Shape, fit_sphere, trimmed
+from penult.bases._tilted_gaussian import Shrinkage, check_shrinkage
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import _around, _cosine_complement
 from penult.head import Head
@@ -139,7 +140,7 @@ class Sphere(Base):
         activations: Tensor | Activations,
         shape: Shape = "round",
         ambient: bool = True,
-        shrinkage: float = 0.02,
+        shrinkage: Shrinkage = 0.02,
         radii: int = 256,
         trim: float = 0.0,
         group: ProcessGroup | None = None,
@@ -156,7 +157,9 @@ class Sphere(Base):
             shape: ``"round"`` (around the origin), ``"centered"`` (around the centre of the label-free spherical
                 Gaussian fit) or ``"elliptic"`` (centre and covariance of the full Gaussian fit).
             ambient: Whether the sphere lies in all of R^d, or in span(W) with the class-independent mean outside it.
-            shrinkage: Fraction of the covariance that is replaced by a multiple of the identity (elliptic only).
+            shrinkage: Fraction of the covariance that is replaced by a multiple of the identity (elliptic only), or
+                ``"oas"`` for the fraction of oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero 2010), which
+                follows from the number of activations and their covariance.
             radii: Largest number of radii.
             trim: Fraction of the activations that the fit leaves out (elliptic only): those with the least likely
                 directions under the fit itself, which starts with the more likely half and grows. 0.2 protects outlier
@@ -176,7 +179,7 @@ class Sphere(Base):
             torch.Size([64])
         """
         check_choice("shape", shape, get_args(Shape))
-        shrinkage, radii = check_between("shrinkage", shrinkage, inclusive=True), check_integer("radii", radii)
+        shrinkage, radii = check_shrinkage(shrinkage), check_integer("radii", radii)
         if not 0 <= trim < 0.5:
             raise ValueError(f"trim is {trim}; expected a number of at least 0 and below 0.5")
         if trim and shape != "elliptic":

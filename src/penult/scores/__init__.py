@@ -22,7 +22,8 @@ A higher score always means a more unusual activation. These scores are function
 import sys
 
 from penult.scores import _pair_scores
-from penult.scores._fitted import KNN, Mahalanobis, RelativeMahalanobis, ViM
+from penult.scores._fitted import KNN, ViM
+from penult.scores._mahalanobis import Mahalanobis, RelativeMahalanobis
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits, usual
 from penult.scores._score import Score
 from penult.scores._threshold import Threshold, check_calibration

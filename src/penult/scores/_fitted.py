@@ -1,156 +1,25 @@
-"""Published outlier scores that are fitted to reference activations."""
+"""Outlier scores by nearest neighbours and by the space outside the principal components."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penult._checks import check_between, check_integer, integer_labels
+from penult._checks import check_integer
 from penult.activations import Activations, _ActivationSource
 from penult.head import Head
+
+# Pickles that earlier versions wrote look for these classes here.
+from penult.scores._mahalanobis import Mahalanobis as Mahalanobis
+from penult.scores._mahalanobis import RelativeMahalanobis as RelativeMahalanobis
 from penult.scores._pair_scores import raw_logits
-from penult.scores._score import Score, as_score
+from penult.scores._score import Score, Shape, as_score
 from penult.special import in_double, in_full, in_range, working_dtype
 
-__all__ = [
-    "KNN",
-    "Mahalanobis",
-    "RelativeMahalanobis",
-    "ViM",
-]
-
-
-@final
-class Mahalanobis(Score):
-    r"""Squared Mahalanobis distance to the nearest class mean, with one covariance for all classes.
-
-    .. math:: \min_y\, (h - \mu_y)^\top \Sigma^{-1} (h - \mu_y)
-
-    References:
-        Lee, Lee, Lee and Shin, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial
-        Attacks", NeurIPS 2018.
-
-    Args:
-        means: μ (K, d).
-        covariance: Σ (d, d), positive definite.
-
-    Raises:
-        ValueError: Shapes do not fit, or Σ is not positive definite.
-
-    Example:
-        >>> Mahalanobis(torch.zeros(1, 2), torch.eye(2)).score(torch.tensor([[3.0, 4.0]]))
-        tensor([25.])
-    """
-
-    means: Tensor
-    whitener: Tensor
-    _sizes: ClassVar[dict[str, int]] = {"means": 0}
-
-    def __init__(self, means: Tensor, covariance: Tensor) -> None:
-        super().__init__()
-        if means.dim() != 2 or covariance.shape != (means.shape[1],) * 2:
-            raise ValueError(
-                f"means (K, d) and covariance (d, d) have shapes {tuple(means.shape)} and {tuple(covariance.shape)}"
-            )
-        self.register_buffer("means", means.detach())
-        self.register_buffer("whitener", _whitening_matrix(covariance))
-
-    @classmethod
-    def fit(
-        cls, activations: Tensor | Activations, labels: Tensor | None = None, *, shrinkage: float = 1e-3
-    ) -> Mahalanobis:
-        """Fit class means and the shared covariance to labelled activations.
-
-        Args:
-            activations: Reference activations (N, d), as a tensor or as `Activations`.
-            labels: Integer labels (N,); predictions of the head work as well. Default: those of `Activations`.
-            shrinkage: Fraction of the covariance that is replaced by a multiple of the identity with the same trace.
-
-        Raises:
-            TypeError: `activations` are neither a floating tensor nor `Activations`, or labels are not integers.
-            ValueError: There are no labels, shapes do not fit, or the covariance is singular.
-        """
-        source, (means, within, _, _) = _class_moments(activations, labels, shrinkage)
-        return cls(means, within)._fitted_to(source)
-
-    @property
-    def in_features(self) -> int:
-        """The dimension d of activations."""
-        return self.means.shape[1]
-
-    def score(self, h: Tensor) -> Tensor:
-        """Return the squared distances (B,) of activations (B, d) to the nearest mean."""
-        wide = self._read(h)
-        with in_full(wide.device):
-            return as_score(_squared_distance_to_nearest(wide, self.means, self.whitener), h)
-
-
-@final
-class RelativeMahalanobis(Score):
-    r"""`Mahalanobis` minus the squared Mahalanobis distance to the mean of all classes, with the total covariance.
-
-    .. math:: \min_y\, (h - \mu_y)^\top \Sigma^{-1} (h - \mu_y) - (h - \mu_0)^\top \Sigma_0^{-1} (h - \mu_0)
-
-    References:
-        Ren, Fort, Liu, Roy, Padhy and Lakshminarayanan, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD
-        Detection", 2021.
-
-    Args:
-        means: μ (K, d).
-        covariance: Σ (d, d), positive definite.
-        mean: μ₀ (d,).
-        total: Σ₀ (d, d), positive definite.
-
-    Raises:
-        ValueError: Shapes do not fit, or a covariance is not positive definite.
-
-    Example:
-        >>> score = RelativeMahalanobis(torch.ones(1, 2), torch.eye(2), torch.zeros(2), 4 * torch.eye(2))
-        >>> score.score(torch.tensor([[1.0, 1.0]]))
-        tensor([-0.5000])
-    """
-
-    means: Tensor
-    whitener: Tensor
-    mean: Tensor
-    total_whitener: Tensor
-    _sizes: ClassVar[dict[str, int]] = {"means": 0}
-
-    def __init__(self, means: Tensor, covariance: Tensor, mean: Tensor, total: Tensor) -> None:
-        super().__init__()
-        d = means.shape[-1]
-        if means.dim() != 2 or mean.shape != (d,) or covariance.shape != (d, d) or total.shape != (d, d):
-            raise ValueError(
-                f"means (K, d), covariance (d, d), mean (d,) and total (d, d) have shapes {tuple(means.shape)}, "
-                f"{tuple(covariance.shape)}, {tuple(mean.shape)} and {tuple(total.shape)}"
-            )
-        self.register_buffer("means", means.detach())
-        self.register_buffer("whitener", _whitening_matrix(covariance))
-        self.register_buffer("mean", mean.detach())
-        self.register_buffer("total_whitener", _whitening_matrix(total))
-
-    @classmethod
-    def fit(
-        cls, activations: Tensor | Activations, labels: Tensor | None = None, *, shrinkage: float = 1e-3
-    ) -> RelativeMahalanobis:
-        """Fit means and covariances to labelled activations; arguments and errors as for `Mahalanobis.fit`."""
-        source, moments = _class_moments(activations, labels, shrinkage)
-        return cls(*moments)._fitted_to(source)
-
-    @property
-    def in_features(self) -> int:
-        """The dimension d of activations."""
-        return self.means.shape[1]
-
-    def score(self, h: Tensor) -> Tensor:
-        """Return the differences of squared distances (B,) of activations (B, d)."""
-        wide = self._read(h)
-        with in_full(wide.device):
-            to_class = _squared_distance_to_nearest(wide, self.means, self.whitener)
-            return as_score(to_class - _squared_distance_to_nearest(wide, self.mean[None], self.total_whitener), h)
+__all__ = ["KNN", "ViM"]
 
 
 @final
@@ -173,8 +42,9 @@ class KNN(Score):
         tensor([0.0000, 0.6325])
     """
 
+    kind = "knn"
     bank: Tensor
-    _sizes: ClassVar[dict[str, int]] = {"bank": 0}
+    _shapes: ClassVar[dict[str, Shape]] = {"bank": ("N", "d")}
 
     def __init__(self, bank: Tensor, k: int = 20) -> None:
         super().__init__()
@@ -280,10 +150,12 @@ class ViM(Score):
         tensor([4.9866])
     """
 
+    kind = "vim"
+    head: Head
     origin: Tensor
     residual: Tensor
     alpha: Tensor
-    _sizes: ClassVar[dict[str, int]] = {"residual": 1}
+    _shapes: ClassVar[dict[str, Shape]] = {"origin": ("d",), "residual": ("d", "R"), "alpha": ()}
 
     def __init__(self, head: Head, residual: Tensor, alpha: float | Tensor) -> None:
         super().__init__()
@@ -357,69 +229,3 @@ def _origin(head: Head) -> Tensor:
     """Return the activation (d,) at which the sum of the squared logits is smallest, in float64."""
     origin: Tensor = -torch.linalg.pinv(in_double(head.weight)) @ in_double(head.full_bias)
     return origin
-
-
-# --- class means, their shared covariance, and Mahalanobis distances ----------------------------------------
-
-
-def _class_moments(
-    activations: Tensor | Activations, labels: Tensor | None, shrinkage: float
-) -> tuple[_ActivationSource, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Return the rows; means (K, d) of classes with rows, covariance within them, total mean (d,) and covariance."""
-    shrinkage = check_between("shrinkage", shrinkage, inclusive=True)
-    if labels is None and isinstance(activations, Activations):
-        labels = activations.labels
-    if labels is None:
-        raise ValueError(
-            "labels is None; expected integer labels (N,). Predictions of the head work as well: labels=acts.predicted"
-        )
-    source = _ActivationSource(activations, dtype="wide")
-    classes, index = integer_labels(labels, (len(source),)).unique(return_inverse=True)
-    source = source.with_labels(index)
-    sums: Any = None
-    for rows, y in source.labelled():
-        wide = in_double(rows)
-        if sums is None:
-            sums = wide.new_zeros(len(classes), rows.shape[1])
-        sums.index_add_(0, y.to(wide.device), wide)
-    counts = index.bincount(minlength=len(classes)).to(sums)
-    means, mean = sums / counts.unsqueeze(-1), sums.sum(0) / counts.sum()
-    within = sums.new_zeros(sums.shape[1], sums.shape[1])
-    for rows, y in source.labelled():
-        deviations = in_double(rows) - means[y.to(means.device)]
-        within += deviations.T @ deviations
-    deviations = means - mean
-    total = (within + (deviations * counts.unsqueeze(-1)).T @ deviations) / counts.sum()
-    within = within / counts.sum()
-    covariances = (_shrunk(part, shrinkage).to(rows) for part in (within, total))
-    return source, (means.to(rows), next(covariances), mean.to(rows), next(covariances))
-
-
-def _shrunk(covariance: Tensor, shrinkage: float) -> Tensor:
-    d = len(covariance)
-    return (1 - shrinkage) * covariance + shrinkage * covariance.trace() / d * torch.eye(d, device="cpu").to(covariance)
-
-
-def _whitening_matrix(covariance: Tensor) -> Tensor:
-    """Return L⁻ᵀ (d, d) of Σ = LL', so that ‖x'L⁻ᵀ‖² is a squared Mahalanobis distance."""
-    root, failed = torch.linalg.cholesky_ex(in_double(covariance.detach()))
-    if int(failed):
-        raise ValueError(
-            f"the covariance of shape {tuple(covariance.shape)} is not positive definite; give more activations than "
-            "dimensions, or a shrinkage above 0"
-        )
-    eye = torch.eye(len(root), device="cpu").to(root)
-    inverse: Tensor = torch.linalg.solve_triangular(root, eye, upper=False)
-    return inverse.T.contiguous().to(covariance)
-
-
-def _squared_distance_to_nearest(h: Tensor, means: Tensor, whitener: Tensor) -> Tensor:
-    """Return the squared Mahalanobis distances (B,) of rows (B, d) to the nearest of means (K, d)."""
-    # Products lose fewer digits for values close to 0.
-    center = means.mean(0)
-    rows = (h - center.to(h.dtype)) @ whitener.to(h.dtype)
-    whitened_means = ((means - center) @ whitener).to(h.dtype)
-    nearest = (whitened_means.square().sum(-1) - 2 * rows @ whitened_means.T).argmin(-1)
-    # Differences keep the digits that these products lose where means are many deviations apart.
-    deviations: Tensor = (h - means.to(h.dtype)[nearest]) @ whitener.to(h.dtype)
-    return deviations.square().sum(-1)

@@ -12,9 +12,15 @@ from penult._checks import as_activations
 from penult.activations import _ActivationSource
 from penult.special import in_range
 
-__all__ = ["Score", "as_score", "drop_missing", "resize"]
+__all__ = ["KINDS", "Score", "Shape", "as_score", "drop_missing", "resize"]
 
 _S = TypeVar("_S", bound="Score")
+
+# Axes of a buffer: a number, "d" for the dimension of activations, or another letter for a size that follows from data.
+Shape = tuple[str | int, ...]
+
+# Classes of scores by their kind.
+KINDS: dict[str, type[Score]] = {}
 
 
 class Score(nn.Module, abc.ABC):
@@ -30,14 +36,25 @@ class Score(nn.Module, abc.ABC):
 
     reference: str | None = None
 
-    # Buffers whose size depends on the data, each with the axis along which it varies.
-    _sizes: ClassVar[dict[str, int]] = {}
+    kind: ClassVar[str] = ""
+    """Name of the kind of score in files. A score without one cannot be stored."""
+
+    # Shapes of the buffers that are stored.
+    _shapes: ClassVar[dict[str, Shape]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__ and cls.__module__.startswith("penult."):
+            KINDS[cls.kind] = cls
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         self.reference = None
-        for name, axis in self._sizes.items():
+        for name, axes in self._shapes.items():
             loaded, own = state.get(prefix + name), getattr(self, name)
-            if loaded is not None and loaded.dim() == own.dim() and loaded.shape[1 - axis] == own.shape[1 - axis]:
+            free = [isinstance(axis, str) and axis != "d" for axis in axes]
+            if loaded is None or loaded.dim() != own.dim() or not any(free):
+                continue
+            if all(f or size == n for f, size, n in zip(free, loaded.shape, own.shape, strict=True)):
                 resize(self, name, loaded.shape, own.dtype)
         super()._load_from_state_dict(state, prefix, *args)
         drop_missing(args, f"{prefix}_extra_state")
