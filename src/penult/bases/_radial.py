@@ -1,4 +1,4 @@
-"""Total mass T(r) of the classes of a head at each radius r of a sphere, and a table of T.
+"""Total mass T(r) of the classes of a head at each radius r of a sphere, a table of T, and the density of directions.
 
 F (or F_m, in dimension m) is `penult.special.log_sphere_mgf`; w'_y and b'_y are the rows and biases of the head in the
 chart of the sphere.
@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from penult import special
+from penult.head import Head
 
-__all__ = ["log_mass", "log_mass_and_slopes", "log_mass_at", "radial_table"]
+__all__ = [
+    "direction_log_prob",
+    "direction_log_prob_at",
+    "log_mass",
+    "log_mass_and_slopes",
+    "log_mass_at",
+    "radial_table",
+]
 
 # --- Mass at a radius ---------------------------------------------------------------------------------------
 
@@ -158,3 +166,31 @@ def _quintic(pieces: Tensor, log_r: Tensor) -> Tensor:
     for power in (6, 5, 4, 3, 2):
         value = value * x + pieces[..., power]
     return value
+
+
+# --- Density of directions ----------------------------------------------------------------------------------
+
+
+def direction_log_prob(head: Head, h: Tensor, u: Tensor, table: Tensor) -> Tensor:
+    """Return log p(u / r | r) of activations h (*S, d) with chart coordinates u (*S, m): (*S,).
+
+    See :meth:`penult.Sphere.direction_log_prob`.
+    """
+    return direction_log_prob_at(_log_partition(head, h), u, table)
+
+
+def direction_log_prob_at(log_partition: Tensor, u: Tensor, table: Tensor) -> Tensor:
+    """Return log p(u / r | r) for the log-sum-exp of the centered logits (*S,) and chart coordinates u (*S, m)."""
+    # Squares could overflow in the dtype of u.
+    radius = torch.linalg.vector_norm(u, dim=-1, dtype=table.dtype)
+    mass = log_mass_at(table, radius) + special.log_sphere_area(u.shape[-1])
+    return (log_partition.to(mass.dtype) - mass).to(u.dtype)
+
+
+def _log_partition(head: Head, h: Tensor) -> Tensor:
+    """Return the log-sum-exp of the centered logits of activations (*S, d): (*S,)."""
+    if h.dtype != head.weight.dtype:
+        return head.centered_logits(h).logsumexp(-1)
+    # Centering the sum takes one product for each h, centering the logits K of them.
+    log_sum: Tensor = head(h).logsumexp(-1)
+    return log_sum - (h @ head.mean_row.to(h.dtype))

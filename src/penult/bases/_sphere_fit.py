@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from penult.activations import _ActivationSource
 from penult.bases._chart import Chart
-from penult.bases._radial import log_mass
+from penult.bases._radial import direction_log_prob, log_mass, radial_table
 from penult.bases._tilted_gaussian import Shrinkage, tilted_gaussian
 from penult.head import Head
 from penult.special import in_double, working_dtype
 
-__all__ = ["RadialHistogram", "Shape", "fit_sphere", "trimmed"]
+__all__ = ["RadialHistogram", "Shape", "check_trim", "fit_chart", "fit_sphere", "typical_rows"]
 
 Shape = Literal["round", "centered", "elliptic"]
 
@@ -25,11 +24,12 @@ def fit_sphere(
     head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: Shrinkage, radii: int
 ) -> tuple[Chart, Tensor, Tensor]:
     """Return chart, radii (R,) and log weights (R,) of a sphere, float64; arguments and errors as ``Sphere.fit``."""
-    chart = _chart(head, source, shape, ambient, shrinkage)
+    chart = fit_chart(head, source, shape, ambient, shrinkage)
     return chart, *_radial_distribution(head, source, chart, radii)
 
 
-def _chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: Shrinkage) -> Chart:
+def fit_chart(head: Head, source: _ActivationSource, shape: Shape, ambient: bool, shrinkage: Shrinkage) -> Chart:
+    """Return the chart of a sphere, float64; arguments and errors as ``Sphere.fit``."""
     outside: Tensor | None = None
     subspace = None
     if not ambient:
@@ -124,23 +124,38 @@ class RadialHistogram:
 _GROWTH = (0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1)
 
 
-def trimmed(
-    source: _ActivationSource, trim: float, fit_score: Callable[[_ActivationSource], Callable[[Tensor], Tensor]]
-) -> _ActivationSource:
-    """Return the fraction 1 − trim of the rows that have the lowest outlier scores under a fit to themselves.
+def check_trim(trim: float) -> None:
+    """Raise unless a fraction of rows to leave out is at least 0 and below 0.5."""
+    if not 0 <= trim < 0.5:
+        raise ValueError(f"trim is {trim}; expected a number of at least 0 and below 0.5")
 
-    Each step fits to the rows that are kept and keeps those with the lowest scores, at first half of all (the
-    concentration steps of Rousseeuw and Van Driessen, "A Fast Algorithm for the Minimum Covariance Determinant
-    Estimator", Technometrics 1999).
+
+def typical_rows(
+    head: Head, source: _ActivationSource, trim: float, shrinkage: Shrinkage, ambient: bool = True
+) -> _ActivationSource:
+    """Return the fraction 1 − trim of the rows that have the most likely directions under an elliptic fit.
+
+    The fit is to these rows themselves: each step fits to the rows that are kept and keeps those with the most likely
+    directions, at first half of all (the concentration steps of Rousseeuw and Van Driessen, "A Fast Algorithm for the
+    Minimum Covariance Determinant Estimator", Technometrics 1999).
 
     Args:
+        head: The head.
         source: Activations.
         trim: Fraction to leave out, in (0, 0.5).
-        fit_score: Function that fits to a source and returns a function of outlier scores, (n, d) -> (n,).
+        shrinkage: As for `Sphere.fit`.
+        ambient: As for `Sphere.fit`.
     """
-    kept = source
+    dtype, kept = torch.promote_types(head.weight.dtype, torch.float32), source
     for growth in _GROWTH:
-        score = fit_score(kept)
-        order = source.processes.gather(torch.cat([score(rows) for rows in source])).argsort(stable=True)
+        chart = fit_chart(head, kept, "elliptic", ambient, shrinkage)
+        chart = Chart(*(None if part is None else part.to(head.weight.device, dtype) for part in chart))
+        # A coarse table is accurate enough for ranks.
+        table = radial_table(*chart.seen(head), halvings=0)
+        scores = []
+        for rows in source:
+            h = chart.project(rows.to(dtype))
+            scores.append(-direction_log_prob(head, h, chart.read(h), table))
+        order = source.processes.gather(torch.cat(scores)).argsort(stable=True)
         kept = source.only(order[: max(2, math.ceil(len(source) * (0.5 + growth * (0.5 - trim))))])
     return kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, get_args
 
 import torch
@@ -14,8 +13,8 @@ from penult._checks import check_between, check_choice, check_integer, index_of
 from penult.activations import Activations, _ActivationSource
 from penult.bases._chart import Chart
 from penult.bases._implied_radius import implied_radius, unit
-from penult.bases._radial import log_mass_at, radial_table
-from penult.bases._sphere_fit import Shape, fit_sphere, trimmed
+from penult.bases._radial import direction_log_prob, radial_table
+from penult.bases._sphere_fit import Shape, check_trim, fit_sphere, typical_rows
 from penult.bases._tilted_gaussian import Shrinkage, check_shrinkage
 from penult.bases.base import Base, BaseInfo
 from penult.distributions import _around, _cosine_complement
@@ -180,27 +179,16 @@ class Sphere(Base):
         """
         check_choice("shape", shape, get_args(Shape))
         shrinkage, radii = check_shrinkage(shrinkage), check_integer("radii", radii)
-        if not 0 <= trim < 0.5:
-            raise ValueError(f"trim is {trim}; expected a number of at least 0 and below 0.5")
+        check_trim(trim)
         if trim and shape != "elliptic":
             raise ValueError(f"trim is {trim} with shape={shape!r}; expected shape='elliptic', or trim=0")
         source = _ActivationSource(activations, head, min_rows=2, group=group)
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
 
-        def fit_part(part: _ActivationSource, radii: int) -> Sphere:
-            chart, radius, log_weights = fit_sphere(head, part, shape, ambient, shrinkage, radii)
-            return cls(radius, log_weights=log_weights, **chart._asdict()).to(head.weight.device, dtype)
-
         if trim:
-
-            def fit_score(part: _ActivationSource) -> Callable[[Tensor], Tensor]:
-                base = fit_part(part, radii=1)
-                # A coarse table is accurate enough for ranks.
-                table = radial_table(*base.seen(head), halvings=0)
-                return lambda rows: -base.direction_log_prob(head, base.project(rows.to(dtype)), table)
-
-            source = trimmed(source, trim, fit_score)
-        base = fit_part(source, radii)
+            source = typical_rows(head, source, trim, shrinkage, ambient)
+        chart, radius, log_weights = fit_sphere(head, source, shape, ambient, shrinkage, radii)
+        base = cls(radius, log_weights=log_weights, **chart._asdict()).to(head.weight.device, dtype)
         base.reference = source.digest
         return base
 
@@ -308,12 +296,7 @@ class Sphere(Base):
             h: Activations (*S, d), as :meth:`project` returns them.
             table: From :meth:`radial_table`.
         """
-        u = self.read(h)
-        # Squares could overflow in the dtype of u.
-        mass = log_mass_at(table, torch.linalg.vector_norm(u, dim=-1, dtype=table.dtype)) + special.log_sphere_area(
-            u.shape[-1]
-        )
-        return (_log_partition(head, h).to(mass.dtype) - mass).to(u.dtype)
+        return direction_log_prob(head, h, self.read(h), table)
 
     def kappa(self, weight: Tensor) -> Tensor:
         """Return the concentration κ = r ‖L'U w‖ of the tilts by rows (B, d) at each radius, (B, R)."""
@@ -386,15 +369,6 @@ class Sphere(Base):
         growth = special.log_sphere_mgf(m, norms.to(work).unsqueeze(-1) * self.radius.to(work))
         terms = self.log_weights.to(work) + growth
         return terms.logsumexp(-1), terms
-
-
-def _log_partition(head: Head, h: Tensor) -> Tensor:
-    """Return the log-sum-exp of the centered logits of activations (*S, d): (*S,)."""
-    if h.dtype != head.weight.dtype:
-        return head.centered_logits(h).logsumexp(-1)
-    # Centering the sum takes one product for each h, centering the logits K of them.
-    log_sum: Tensor = head(h).logsumexp(-1)
-    return log_sum - (h @ head.mean_row.to(h.dtype))
 
 
 def _zero_sum_basis(d: int) -> Tensor:

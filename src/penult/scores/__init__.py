@@ -22,6 +22,7 @@ A higher score always means a more unusual activation. These scores are function
 import sys
 
 from penult.scores import _pair_scores
+from penult.scores._composite import Composite
 from penult.scores._fitted import KNN, ViM
 from penult.scores._mahalanobis import Mahalanobis, RelativeMahalanobis
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits, usual
@@ -30,6 +31,7 @@ from penult.scores._threshold import Threshold, check_calibration
 
 __all__ = [
     "KNN",
+    "Composite",
     "Mahalanobis",
     "RelativeMahalanobis",
     "Score",

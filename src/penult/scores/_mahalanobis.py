@@ -137,8 +137,8 @@ class Mahalanobis(_ClassDistance):
             ValueError: There are neither labels nor predictions, shapes do not fit, or the covariance is singular.
         """
         source, index = _labelled_source(activations, labels, head)
-        moments = class_moments(source, index, shrinkage, normalize)
-        return cls(moments.means, moments.within, normalize=normalize)._fitted_to(source)
+        means, within, _, _ = _like_rows(class_moments(source, index, shrinkage, normalize), source)
+        return cls(means, within, normalize=normalize)._fitted_to(source)
 
     def score(self, h: Tensor) -> Tensor:
         """Return the squared distances (B,) of activations (B, d) to the nearest mean."""
@@ -212,7 +212,7 @@ class RelativeMahalanobis(_ClassDistance):
     ) -> RelativeMahalanobis:
         """Fit means and covariances to activations; arguments and errors as for `Mahalanobis.fit`."""
         source, index = _labelled_source(activations, labels, head)
-        moments = class_moments(source, index, shrinkage, normalize)
+        moments = _like_rows(class_moments(source, index, shrinkage, normalize), source)
         return cls(*moments, normalize=normalize)._fitted_to(source)
 
     def score(self, h: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class RelativeMahalanobis(_ClassDistance):
 
 
 class ClassMoments(NamedTuple):
-    """Moments of activations and of their classes, in the dtype of the activations.
+    """Moments of activations and of their classes, float64.
 
     Attributes:
         means: Means (C, d) of the classes that have rows.
@@ -297,9 +297,13 @@ def class_moments(source: _ActivationSource, labels: Tensor, shrinkage: _Shrinka
     total = (within + (deviations * counts[seen].unsqueeze(-1)).T @ deviations) / num_rows
     # Deviations from the means of their own classes are those of as many independent rows fewer.
     within = _shrunk(within / num_rows, shrinkage, num_rows - num_classes)
-    moments = ClassMoments(means[seen], within, mean, _shrunk(total, shrinkage, num_rows))
+    return ClassMoments(means[seen], within, mean, _shrunk(total, shrinkage, num_rows))
+
+
+def _like_rows(moments: ClassMoments, source: _ActivationSource) -> Iterator[Tensor]:
+    """Yield moments in the dtype and on the device of the rows."""
     example = next(iter(source))
-    return ClassMoments(*(part.to(example) for part in moments))
+    return (part.to(example) for part in moments)
 
 
 def whitening_matrix(covariance: Tensor) -> Tensor:
