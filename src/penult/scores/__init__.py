@@ -26,13 +26,15 @@ from penult.scores._composite import Composite
 from penult.scores._fitted import KNN, ViM
 from penult.scores._mahalanobis import Mahalanobis, RelativeMahalanobis
 from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits, usual
+from penult.scores._protocol import PairScore, bound, check_calibration, load, save, score_from_state, score_state
 from penult.scores._score import Score
-from penult.scores._threshold import Threshold, check_calibration
+from penult.scores._threshold import Threshold
 
 __all__ = [
     "KNN",
     "Composite",
     "Mahalanobis",
+    "PairScore",
     "RelativeMahalanobis",
     "Score",
     "Threshold",
@@ -40,14 +42,17 @@ __all__ = [
     "density",
     "directional",
     "energy",
+    "load",
     "max_logit",
     "msp",
+    "save",
     "usual",
 ]
 
 # Lent to other rooms of the package; not public.
 _raw_logits = raw_logits
-_check_calibration = check_calibration
+_bound, _check_calibration = bound, check_calibration
+_score_state, _score_from_state = score_state, score_from_state
 
 # Pickles that earlier versions wrote name these modules.
 sys.modules["penult.scores._of_pairs"] = _pair_scores

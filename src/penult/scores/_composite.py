@@ -68,13 +68,13 @@ class Composite(Score):
 
     Example:
         >>> head = Head(4 * torch.eye(3))
-        >>> familiar, _ = GenerativePair(head).sample((600,), generator=torch.Generator().manual_seed(0))
-        >>> score = Composite.fit(head, familiar)
-        >>> bool(score.score(-familiar).median() > score.score(familiar).quantile(0.95))
-        True
+        >>> familiar = torch.eye(3).repeat(200, 1) + 0.2 * torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
+        >>> Composite.fit(head, familiar).score(torch.tensor([[1.0, 0.1, 0.0], [0.5, 0.5, 0.5]])).round(decimals=1)
+        tensor([-1.2000, 13.9000])
     """
 
     kind = "composite"
+    _has_head = True
     PARTS: ClassVar[tuple[str, ...]] = ("direction", "distance", "certainty")
     """Names of the parts, in the order of :meth:`parts`."""
 
@@ -100,7 +100,8 @@ class Composite(Score):
         super().__init__()
         self.head = head
         for name in self._shapes:
-            self.register_buffer(name, tensors[name])
+            # A score that is read from a file computes the same to the bit: there tensors are contiguous.
+            self.register_buffer(name, tensors[name].contiguous())
 
     @classmethod
     @torch.no_grad()

@@ -43,6 +43,7 @@ class KNN(Score):
     """
 
     kind = "knn"
+    _needs_extra = True
     bank: Tensor
     _shapes: ClassVar[dict[str, Shape]] = {"bank": ("N", "d")}
 
@@ -117,7 +118,11 @@ class KNN(Score):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Set k from a state dict."""
-        self.k = int(state)
+        k = int(state)
+        # The bank is loaded before k.
+        if not 1 <= k <= len(self.bank):
+            raise ValueError(f"k is {k}; expected 1 to {len(self.bank)}, the number of activations in the bank")
+        self.k = k
 
     def extra_repr(self) -> str:
         """Return k and the size of the bank, for ``print``."""
@@ -151,6 +156,7 @@ class ViM(Score):
     """
 
     kind = "vim"
+    _has_head = True
     head: Head
     origin: Tensor
     residual: Tensor
@@ -164,7 +170,7 @@ class ViM(Score):
         self.head = head
         device = head.weight.device
         self.register_buffer("origin", _origin(head).to(device, working_dtype(device)))
-        self.register_buffer("residual", residual.detach())
+        self.register_buffer("residual", residual.detach().contiguous())
         self.register_buffer("alpha", torch.as_tensor(alpha, dtype=residual.dtype, device=residual.device))
 
     @classmethod

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from penult._checks import as_activations
+from penult._checks import as_activations, check_finite, check_floating
 from penult.activations import _ActivationSource
+from penult.head import Head
 from penult.special import in_range
 
 __all__ = ["KINDS", "Score", "Shape", "as_score", "drop_missing", "resize"]
@@ -18,6 +20,9 @@ _S = TypeVar("_S", bound="Score")
 
 # Axes of a buffer: a number, "d" for the dimension of activations, or another letter for a size that follows from data.
 Shape = tuple[str | int, ...]
+
+# Names of stored tensors that are no buffers.
+_EXTRA, _REFERENCE = "_extra_state", "reference"
 
 # Classes of scores by their kind.
 KINDS: dict[str, type[Score]] = {}
@@ -39,8 +44,10 @@ class Score(nn.Module, abc.ABC):
     kind: ClassVar[str] = ""
     """Name of the kind of score in files. A score without one cannot be stored."""
 
-    # Shapes of the buffers that are stored.
+    # Shapes of the buffers that are stored, and whether there are also a head and an extra state.
     _shapes: ClassVar[dict[str, Shape]] = {}
+    _has_head: ClassVar[bool] = False
+    _needs_extra: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -71,6 +78,50 @@ class Score(nn.Module, abc.ABC):
     def forward(self, h: Tensor) -> Tensor:
         """Return `score(h)`."""
         return self.score(h)
+
+    @property
+    def _fitted_digest(self) -> str | None:
+        """Digest of the activations that the score depends on."""
+        return self.reference
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return all tensors of the score but its head, and its digest as bytes."""
+        state: dict[str, Tensor] = self.state_dict()
+        tensors = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        if self.reference is not None:
+            tensors[_REFERENCE] = torch.tensor(list(self.reference.encode()), dtype=torch.uint8, device="cpu")
+        return tensors
+
+    @classmethod
+    def _restored(cls: type[_S], tensors: Mapping[str, Tensor], head: Head) -> _S:
+        """Return the score of `_stored`, for activations of a head; raise a ValueError for tensors that do not fit."""
+        score = cls.__new__(cls)
+        nn.Module.__init__(score)
+        if cls._has_head:
+            score.head = head
+        sizes = {"d": head.in_features}
+        for name, axes in cls._shapes.items():
+            tensor = tensors.get(name)
+            shape = None if tensor is None else tuple(tensor.shape)
+            if tensor is None or shape is None or len(shape) != len(axes):
+                raise ValueError(f"{name} has shape {shape}; expected {axes}")
+            expected = tuple(
+                sizes.setdefault(a, n) if isinstance(a, str) else a for n, a in zip(shape, axes, strict=True)
+            )
+            if shape != expected or 0 in shape:
+                raise ValueError(f"{name} has shape {shape}; expected {expected}")
+            check_floating(name, tensor, str(axes))
+            check_finite(name, tensor.reshape(-1))
+            score.register_buffer(name, tensor.to(head.weight.device))
+        if unknown := sorted(set(tensors) - {*cls._shapes, _EXTRA, _REFERENCE}):
+            raise ValueError(f"{cls.kind} has no {', '.join(unknown)}")
+        if cls._needs_extra and _EXTRA not in tensors:
+            raise ValueError(f"{_EXTRA} is missing; expected it for {cls.kind}")
+        if _EXTRA in tensors:
+            score.set_extra_state(tensors[_EXTRA])
+        if _REFERENCE in tensors:
+            score.reference = bytes(tensors[_REFERENCE].tolist()).decode()
+        return score
 
     def _fitted_to(self: _S, source: _ActivationSource) -> _S:
         """Remember the reference activations."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -13,14 +12,10 @@ from torch import Tensor, nn
 from penult._checks import as_activations, check_between
 from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
-from penult.scores._pair_scores import density, directional, energy, max_logit, msp
+from penult.scores._protocol import PAIR_SCORES, PairScore, check_calibration, score_name
 from penult.scores._score import Score, drop_missing, resize
 
-__all__ = ["Threshold", "check_calibration"]
-
-# Scores of the head alone, to which the base means nothing.
-_HEAD_SCORES = (energy, max_logit, msp)
-_PAIR_SCORES = (density, directional, *_HEAD_SCORES)
+__all__ = ["Threshold"]
 
 
 @final
@@ -110,9 +105,9 @@ class Threshold(nn.Module):
         """
         if pair is not None and isinstance(score, nn.Module):
             raise TypeError(f"a {type(score).__name__} is fitted already and takes no pair: leave pair out")
-        if pair is None and score in _PAIR_SCORES:
-            raise TypeError(f"{_name(score)} is a score of a pair: give it, pair=pair")
-        function = score if pair is None else _ScoreWithPair(score, pair)
+        if pair is None and score in PAIR_SCORES.values():
+            raise TypeError(f"{score_name(score)} is a score of a pair: give it, pair=pair")
+        function = score if pair is None else PairScore(score, pair)
         source = _ActivationSource(activations, dtype="wide")
         check_calibration(function, source.digest)
         scores = [function(rows) for rows in source]
@@ -192,7 +187,7 @@ class Threshold(nn.Module):
     def __repr__(self) -> str:
         """Return the threshold and its guarantee, on one line."""
         return (
-            f"Threshold({_name(self.score)} > {self.value:.4g}, false alarms {self.false_alarm:.3g} of n="
+            f"Threshold({score_name(self.score)} > {self.value:.4g}, false alarms {self.false_alarm:.3g} of n="
             f"{len(self.calibration)}, at most {self.rate_bound():.2g} with confidence 0.95)"
         )
 
@@ -213,41 +208,5 @@ def _check(calibration: Tensor, false_alarm: float) -> None:
         )
 
 
-@final
-class _ScoreWithPair(nn.Module):
-    """A function of a pair and activations, as a module of activations that holds the pair."""
-
-    def __init__(self, function: Callable[[GenerativePair, Tensor], Tensor], pair: GenerativePair) -> None:
-        super().__init__()
-        self.function, self.pair = function, pair
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.function(self.pair, h.to(self.pair.head.weight.device))
-
-
-def check_calibration(score: object, digest: str) -> None:
-    """Raise if calibration activations are the set that a score, or the base of its pair, was fitted to."""
-    name = _name(score)
-    if isinstance(score, partial):
-        pairs = [part for part in (*score.args, *score.keywords.values()) if isinstance(part, GenerativePair)]
-        fitted: list[Any] = [] if score.func in _HEAD_SCORES else [pair.base for pair in pairs]
-    elif isinstance(score, _ScoreWithPair):
-        fitted = [] if score.function in _HEAD_SCORES else [score.pair.base]
-    else:
-        fitted = [score] if isinstance(score, Score) else []
-    if any(part.reference == digest for part in fitted):
-        raise ValueError(
-            f"the calibration activations are the very set that the {'base' if fitted[0] is not score else 'score'} of "
-            f"{name} was fitted to; expected others of the same distribution. Scores of the former are too low, so "
-            "that false alarms would be too frequent: fit to one part, and calibrate with another, as from acts.split"
-        )
-
-
-# Pickles of version 0.1 have this name.
-_Bound = _ScoreWithPair
-
-
-def _name(score: object) -> str:
-    if isinstance(score, _ScoreWithPair | partial):
-        score = score.function if isinstance(score, _ScoreWithPair) else score.func
-    return getattr(score, "__name__", type(score).__name__)
+# Pickles of earlier versions have these names.
+_ScoreWithPair = _Bound = PairScore
