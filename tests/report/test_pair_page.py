@@ -18,7 +18,7 @@ from penult.report import Section, plots, thumbnails
 from penult.report import figures as house
 from penult.report import pair as pages
 from penult.report.palette import THEMES
-from penult.report.scores import roc, separation, spread
+from penult.report.scores import comparison, roc, separation, spread
 from report.test_browser import BROWSER, WIDTHS, seen
 from tiers import thin
 
@@ -299,24 +299,16 @@ def test_small_images_keep_their_pixels():
     assert sorted(set(np.asarray(Image.open(BytesIO(thumbnails.png(wide)[0]))).ravel())) == [0, 255]
 
 
-def test_separation():
-    apart = separation([1.0, 2.0, 3.0], [4.0, math.inf])
-    assert (apart.auroc, apart.fpr95) == (1, 0)
-    same = separation(torch.ones(30), np.ones(20))
-    assert (same.auroc, same.fpr95) == (0.5, 1)
-    with pytest.raises(ValueError, match="0 scores of strange"):
-        separation([1.0], [])
-    with pytest.raises(ValueError, match="1 of them NaN"):
-        separation([1.0, math.nan], [1.0])
-    # Of twenty familiar inputs one may be lost: the strange one below the second highest passes.
-    found = separation(list(range(20)), [18.5, 17.5])
-    assert found.fpr95 == 0.5
-
-
 def test_figures_of_scores_take_what_comes():
     figure = spread({"a": [1.0, 1.0], "b": [math.inf, -math.inf]}, 2.0, "score")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "threshold"]
     assert len(spread({"a": [1.0]}, None, "score").legends[0].get_texts()) == 1
+    found = penult.scores.compare(
+        {"one": lambda h: h[:, 0], "other": lambda h: -h[:, 0]},
+        torch.zeros(1, 2),
+        {"a": torch.ones(1, 2), "b": torch.zeros(3, 2)},
+    )
+    assert "other" in house.svg(comparison(found), alt="points")
     assert "chance" in house.svg(roc({"a": separation([1.0, 2.0], [1.5, 3.0])}), alt="curves")
 
 

@@ -1,77 +1,29 @@
-"""Figures of outlier scores: histograms with a threshold, and ROC curves."""
+"""Figures of outlier scores: histograms with a threshold, ROC curves, and comparisons of scores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from penult._extras import extra
 from penult.report import plots
 from penult.report.figures import legend, new_figure, style
 from penult.report.palette import LIGHT, SERIES
+from penult.scores import Comparison
 
-__all__ = ["Separation", "roc", "separation", "spread"]
+# Earlier versions defined these here.
+from penult.scores import Separation as Separation
+from penult.scores import separation as separation
+
+__all__ = ["comparison", "roc", "spread"]
 
 # Fraction of all scores that is clipped into the outermost bar at either end of a histogram.
 _EDGE = 0.005
 _BINS = 50
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How well a score separates outliers from familiar inputs.
-
-    Attributes:
-        auroc: Probability that an outlier has a higher score than a familiar input; 0.5 is chance.
-        fpr95: Fraction of outliers below the threshold that 95 % of familiar inputs are below.
-        alarms: Fractions of familiar inputs above the threshold (false-alarm rates), along the ROC curve.
-        hits: Fractions of outliers above the threshold (detection rates), along the ROC curve.
-    """
-
-    auroc: float
-    fpr95: float
-    alarms: npt.NDArray[np.float64]
-    hits: npt.NDArray[np.float64]
-
-
-def separation(familiar: Any, strange: Any) -> Separation:
-    """Measure how well a score separates outliers from familiar inputs, with scikit-learn (extra ``data``).
-
-    Args:
-        familiar: Scores (N,) of familiar inputs; higher means more unusual. Infinite scores are allowed.
-        strange: Scores (M,) of outliers.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        ValueError: One of the two is empty or contains NaN.
-
-    Example:
-        >>> measured = separation([0.1, 0.2, 0.3, 0.4], [0.35, 0.8])
-        >>> measured.auroc, measured.fpr95
-        (0.875, 0.5)
-    """
-    metrics = extra("sklearn.metrics", "areas under ROC curves are measured by scikit-learn")
-    sides = {name: np.asarray(s, dtype=float).ravel() for name, s in (("familiar", familiar), ("strange", strange))}
-    for name, values in sides.items():
-        num_nan = int(np.isnan(values).sum())
-        if not len(values) or num_nan:
-            raise ValueError(
-                f"there are {len(values)} scores of {name} inputs, {num_nan} of them NaN; expected at least one score "
-                "and no NaN"
-            )
-    truth = np.repeat([0, 1], [len(values) for values in sides.values()])
-    # Infinite scores become the largest finite numbers, which scikit-learn accepts.
-    scores = np.nan_to_num(np.concatenate(list(sides.values())))
-    alarms, hits, _ = metrics.roc_curve(truth, scores, drop_intermediate=False)
-    kept = 1 - alarms >= 0.95 - 1e-12
-    return Separation(float(metrics.roc_auc_score(truth, scores)), float(1 - hits[kept].max()), alarms, hits)
 
 
 def roc(found: Mapping[str, Separation], size: tuple[float, float] | None = None) -> Figure:
@@ -135,4 +87,36 @@ def spread(
             shown["threshold"] = Line2D([], [], color=LIGHT["ink"], linewidth=1.5, linestyle=(0, (4, 3)))
         figure.legends.clear()
         legend(figure, {name: handle for name, handle in shown.items() if handle is not None})
+    return figure
+
+
+def comparison(found: Comparison, size: tuple[float, float] | None = None) -> Figure:
+    """Draw the AUROC of several scores on several sets of outliers, with two standard errors on either side.
+
+    Args:
+        found: From `penult.scores.compare`.
+        size: Width and height in CSS pixels.
+
+    Example:
+        >>> import torch, penult
+        >>> h = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+        >>> found = penult.scores.compare({"norm": lambda h: h.norm(dim=-1)}, h, {"far": 3 * h, "near": 1.5 * h})
+        >>> figure = comparison(found)
+    """
+    num_scores, num_sets = len(found.separations), len(found.sets)
+    figure, (axes,) = new_figure(size=size or (680, 90 + num_sets * (24 + 16 * num_scores)))
+    with style():
+        handles: dict[str, Artist] = {}
+        for position, (name, by_set) in enumerate(found.separations.items()):
+            height = np.arange(num_sets) + ((position + 0.5) / num_scores - 0.5) * 0.7
+            areas = np.array([one.auroc for one in by_set.values()])
+            errors = np.nan_to_num([2 * one.standard_error for one in by_set.values()])
+            colour = SERIES[position % len(SERIES)]
+            axes.hlines(height, areas - errors, areas + errors, color=colour, linewidth=1.5)
+            (handles[name],) = axes.plot(areas, height, "o", color=colour, markersize=8)
+        axes.axvline(0.5, color=LIGHT["muted"], linewidth=1.25, linestyle=(0, (4, 3)))
+        axes.set(yticks=range(num_sets), yticklabels=found.sets, ylim=(num_sets - 0.5, -0.5), xlabel="AUROC")
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        legend(figure, handles)
     return figure

@@ -22,6 +22,7 @@ A higher score always means a more unusual activation. These scores are function
 import sys
 
 from penult.scores import _pair_scores
+from penult.scores._comparison import Comparison, Separation, compare, separation
 from penult.scores._composite import Composite
 from penult.scores._fitted import KNN, ViM
 from penult.scores._mahalanobis import Mahalanobis, RelativeMahalanobis
@@ -32,13 +33,16 @@ from penult.scores._threshold import Threshold
 
 __all__ = [
     "KNN",
+    "Comparison",
     "Composite",
     "Mahalanobis",
     "PairScore",
     "RelativeMahalanobis",
     "Score",
+    "Separation",
     "Threshold",
     "ViM",
+    "compare",
     "density",
     "directional",
     "energy",
@@ -46,6 +50,7 @@ __all__ = [
     "max_logit",
     "msp",
     "save",
+    "separation",
     "usual",
 ]
 

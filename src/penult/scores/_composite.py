@@ -68,7 +68,8 @@ class Composite(Score):
 
     Example:
         >>> head = Head(4 * torch.eye(3))
-        >>> familiar = torch.eye(3).repeat(200, 1) + 0.2 * torch.randn(600, 3, generator=torch.Generator().manual_seed(0))
+        >>> g = torch.Generator().manual_seed(0)
+        >>> familiar = torch.eye(3).repeat(200, 1) + 0.2 * torch.randn(600, 3, generator=g)
         >>> Composite.fit(head, familiar).score(torch.tensor([[1.0, 0.1, 0.0], [0.5, 0.5, 0.5]])).round(decimals=1)
         tensor([-1.2000, 13.9000])
     """

@@ -121,13 +121,13 @@ def score_name(score: object) -> str:
     return getattr(score, "__name__", type(score).__name__)
 
 
-def check_calibration(score: object, digest: str) -> None:
+def check_calibration(score: object, digest: str, role: str = "calibration") -> None:
     """Raise if calibration activations are the set that a score, or the base of its pair, was fitted to."""
     fitted = _fitted_digests(score)
     if digest in fitted:
         part = "score" if isinstance(score, Score) and not isinstance(score, PairScore) else "base"
         raise ValueError(
-            f"the calibration activations are the very set that the {part} of "
+            f"the {role} activations are the very set that the {part} of "
             f"{score_name(score)} was fitted to; expected others of the same distribution. Scores of the former are "
             "too low, so that false alarms would be too frequent: fit to one part, and calibrate with another, as from "
             "acts.split"
