@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import penult
-from penult.scores import Composite, Mahalanobis, directional, msp
+from penult.scores import Composite, Mahalanobis, directional, energy, msp, usual
 
 
 def network(classes, dims, rows, rectified=False, seed=0):
@@ -133,6 +133,17 @@ def test_compiled_and_transformed():
     assert torch.allclose(gradient, x.grad, rtol=1e-4, atol=1e-5)
     exported = torch.export.export(score, (other,), dynamic_shapes={"h": {0: torch.export.Dim.DYNAMIC}})
     assert torch.allclose(exported.module()(other[:7]), score(other[:7]), rtol=1e-5, atol=1e-5)
+
+
+def test_usual():
+    head, h, other = network(3, 6, 100)
+    sphere = penult.GenerativePair(head)
+    gaussian = penult.GenerativePair(head, penult.Gaussian.fit(head, h))
+    assert usual(sphere) is directional
+    assert usual(gaussian) is energy
+    assert torch.equal(usual(gaussian, h)(other), Composite.fit(head, h)(other))
+    line = penult.GenerativePair(penult.Head(torch.tensor([[1.0], [-1.0]])))
+    assert usual(line, torch.randn(100, 1)) is energy
 
 
 def test_bad_input():

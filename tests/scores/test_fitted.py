@@ -127,6 +127,19 @@ def test_neighbours_in_tight_clusters_in_single_precision(spread):
     assert np.allclose(KNN.fit(x[:400]).score(x[400:]), expected, rtol=0.02)
 
 
+@pytest.mark.parametrize("spread", [0.3, 3e-2, 1e-2, 1e-3, 1e-5])
+def test_neighbours_in_several_tight_clusters(spread):
+    # The products of different clusters are large, whatever is subtracted from all rows.
+    g = torch.Generator().manual_seed(0)
+    centers = torch.randn(5, 32, generator=g)[torch.arange(1000) % 5]
+    x = centers + spread * torch.randn(1000, 32, generator=g)
+    unit = x.double() / x.double().norm(dim=1, keepdim=True)
+    expected = NearestNeighbors(n_neighbors=10).fit(unit[:800].numpy()).kneighbors(unit[800:].numpy())[0][:, -1]
+    # Rows in float32 have distances themselves only up to their rounding.
+    rounding = 1e-7 / expected
+    assert (np.abs(KNN.fit(x[:800], k=10).score(x[800:]).numpy() / expected - 1) < 1e-3 + rounding).all()
+
+
 def test_knn_keeps_a_bounded_number(rows):
     x, _ = rows
     first, again, other = (

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import penult
-from penult.scores import KNN, Mahalanobis, RelativeMahalanobis, Threshold, ViM, density, directional, energy
+from penult.scores import KNN, Composite, Mahalanobis, RelativeMahalanobis, Threshold, ViM, density, directional, energy
 
 
 def identity(h):
@@ -113,10 +113,19 @@ def test_bad_input():
         Threshold.fit(energy, torch.eye(3))
     with pytest.raises(ValueError, match=r"\(5, 2\)"):
         Threshold(identity, torch.zeros(5, 2))
-    with pytest.raises(TypeError, match="KNN is fitted already"):
-        Threshold.fit(KNN(torch.eye(3), k=1), torch.eye(3), pair=penult.GenerativePair(penult.Head(torch.eye(3))))
+    with pytest.raises(TypeError, match=r"score is a str.*expected a penult.scores.Score or a function"):
+        Threshold.fit("energy", torch.eye(3))
     with pytest.raises(ValueError, match="confidence"):
         Threshold(identity, torch.arange(100.0)).rate_bound(1.0)
+
+
+def test_scores_that_are_no_functions_of_a_pair_ignore_it():
+    pair, rows = penult.GenerativePair(penult.Head(torch.eye(3))), torch.randn(50, 3)
+    for score in (KNN(torch.eye(3), k=1), lambda h: h.norm(dim=-1), torch.nn.Flatten(0, -1)):
+        rows = rows[:, :1] if isinstance(score, torch.nn.Flatten) else rows
+        threshold = Threshold.fit(score, rows, pair=pair)
+        assert threshold.score is score
+        assert torch.equal(threshold.calibration, score(rows).sort().values)
 
 
 # --- calibration with the reference activations -------------------------------------------------------------
@@ -132,6 +141,7 @@ BASES = {
     "mixture": lambda: penult.Marginal.fit(HEAD, ROWS, components=3),
 }
 FITTED = {
+    "Composite": lambda: Composite.fit(HEAD, ROWS),
     "KNN": lambda: KNN.fit(ROWS),
     "Mahalanobis": lambda: Mahalanobis.fit(ROWS, LABELS),
     "RelativeMahalanobis": lambda: RelativeMahalanobis.fit(ROWS, LABELS),

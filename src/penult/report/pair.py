@@ -18,7 +18,7 @@ from penult.report import _pair_sections as sections
 from penult.report._pair_scores import FAMILIAR, Images, ScoredSet, Scores, familiarity, pictured
 from penult.report._pair_sections import class_cosines
 from penult.report.page import Page
-from penult.scores import _raw_logits
+from penult.scores import _bound, _raw_logits, _score_name
 
 __all__ = ["FAMILIAR", "PairPage", "build", "class_cosines", "page"]
 
@@ -35,7 +35,7 @@ _COMMON_SCORES: dict[str, Callable[[GenerativePair, Tensor], Tensor]] = {
     "msp": scores.msp,
 }
 
-Score = Callable[[GenerativePair, Tensor], Tensor] | scores.Score
+Score = Callable[..., Tensor]
 Functions = dict[str, Callable[[Tensor], Tensor]]
 
 
@@ -80,8 +80,8 @@ def page(
         images: The familiar inputs, one for each activation, for pictures of the most and the least familiar: a
             sequence or map-style data set of images (C, H, W), or of tuples that begin with one; C is 1 or 3.
         other_images: The inputs of `others` in the same form, by name.
-        score: A function of a pair and activations such as `penult.scores.energy`, or a fitted `penult.scores.Score`.
-            Default: `penult.scores.usual`.
+        score: A fitted `penult.scores.Score`, any function of activations (B, d), or a function of a pair such as
+            `penult.scores.energy`. Default: `penult.scores.usual(pair)`.
         false_alarm: Fraction of familiar activations that may be above the threshold.
         seed: Seed of all random choices and samples. The global random state is not changed.
         fitted: Whether the base was fitted to these familiar activations; the page then warns that its numbers are too
@@ -228,25 +228,10 @@ def _check_scores(name: str, count: int, values: Mapping[str, Tensor]) -> None:
 
 def _score_functions(pair: GenerativePair, score: Score | None) -> tuple[str, Functions]:
     """Return the name of the chosen score, and the functions of this and the common scores by name."""
-    if score is None:
-        score = scores.usual(pair)
-    chosen: Callable[[Tensor], Tensor]
-    if isinstance(score, scores.Score):
-        name, chosen = type(score).__name__, score.score
-    elif callable(score):
-        name = str(getattr(score, "__name__", type(score).__name__)).replace("_", " ")
-        chosen = _of_pair(score, pair)
-    else:
-        raise TypeError(
-            f"score is {described(score)}; expected a function such as penult.scores.energy, or a fitted "
-            "penult.scores.Score"
-        )
-    common = {other: _of_pair(function, pair) for other, function in _COMMON_SCORES.items() if other != name}
-    return name, {name: chosen} | common
-
-
-def _of_pair(function: Callable[[GenerativePair, Tensor], Tensor], pair: GenerativePair) -> Callable[[Tensor], Tensor]:
-    return lambda h: function(pair, h)
+    score = scores.usual(pair) if score is None else score
+    name = _score_name(score).replace("_", " ")
+    common = {other: _bound(function, pair) for other, function in _COMMON_SCORES.items() if other != name}
+    return name, {name: _bound(score, pair)} | common
 
 
 def _check(

@@ -2,20 +2,23 @@
 
 A higher score always means a more unusual activation. These scores are functions of a pair and activations:
 
-- `directional`: how unlikely the direction of h is, given its norm. Start with this one; it needs a sphere.
+- `directional`: how unlikely the direction of h is, given its norm. It needs a sphere.
 - `energy`, `max_logit`, `msp`: common scores of the model's own logits.
 - `density`: the negative log density of the pair.
-- `usual` returns the recommended one for a pair.
 
-`Mahalanobis`, `RelativeMahalanobis`, `KNN` and `ViM` are modules that are fitted to reference activations. A
-`Threshold` turns any score into an outlier test with a guaranteed false alarm rate:
+`Composite`, `Mahalanobis`, `RelativeMahalanobis`, `KNN` and `ViM` are modules that are fitted to reference activations,
+without labels. Start with `Composite`, or with `usual`, which returns the recommended score.
+
+A score is anything that maps activations (B, d) to scores (B,): a fitted `Score`, a function of your own, or, together
+with a pair, a function of it. `Threshold` turns any score into an outlier test with a guaranteed false alarm rate, and
+`compare` compares scores:
 
     >>> import torch, penult
-    >>> head = penult.Head(4 * torch.eye(3))
-    >>> familiar, _ = penult.GenerativePair(head).sample((600,), generator=torch.Generator().manual_seed(0))
-    >>> pair = penult.GenerativePair(head, penult.Sphere.fit(head, familiar[:300], shape="elliptic"))
-    >>> threshold = Threshold.fit(directional, familiar[300:], pair=pair, false_alarm=0.05)
-    >>> threshold(torch.tensor([[-1.0, -1.0, 2.0], [-1.0, -1.0, -1.0]])).tolist()
+    >>> head, g = penult.Head(4 * torch.eye(3)), torch.Generator().manual_seed(0)
+    >>> familiar = torch.eye(3).repeat(200, 1) + 0.2 * torch.randn(600, 3, generator=g)
+    >>> score = Composite.fit(head, familiar[:300])
+    >>> threshold = Threshold.fit(score, familiar[300:], false_alarm=0.05)
+    >>> threshold(torch.tensor([[1.0, 0.1, 0.0], [0.5, 0.5, 0.5]])).tolist()
     [False, True]
 """
 
@@ -23,11 +26,21 @@ import sys
 
 from penult.scores import _pair_scores
 from penult.scores._comparison import Comparison, Separation, compare, separation
-from penult.scores._composite import Composite
+from penult.scores._composite import Composite, usual
 from penult.scores._fitted import KNN, ViM
 from penult.scores._mahalanobis import Mahalanobis, RelativeMahalanobis
-from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits, usual
-from penult.scores._protocol import PairScore, bound, check_calibration, load, save, score_from_state, score_state
+from penult.scores._pair_scores import density, directional, energy, max_logit, msp, raw_logits
+from penult.scores._protocol import (
+    PairScore,
+    bound,
+    check_calibration,
+    load,
+    save,
+    score_from_state,
+    score_name,
+    score_state,
+    stored_score,
+)
 from penult.scores._score import Score
 from penult.scores._threshold import Threshold
 
@@ -57,7 +70,8 @@ __all__ = [
 # Lent to other rooms of the package; not public.
 _raw_logits = raw_logits
 _bound, _check_calibration = bound, check_calibration
-_score_state, _score_from_state = score_state, score_from_state
+_score_name, _score_state, _score_from_state = score_name, score_state, score_from_state
+_stored_score = stored_score
 
 # Pickles that earlier versions wrote name these modules.
 sys.modules["penult.scores._of_pairs"] = _pair_scores

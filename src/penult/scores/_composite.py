@@ -1,23 +1,24 @@
-"""The recommended outlier score: a sum of standardised direction, distance and certainty."""
+"""The recommended outlier score: a sum of standardised direction, distance and certainty, or what a pair allows."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from collections.abc import Callable
+from typing import Any, ClassVar, final, overload
 
 import torch
 from torch import Tensor
 
 from penult._checks import described
 from penult.activations import Activations, _ActivationSource
-from penult.bases import _check_trim, _direction_log_prob_at, _fit_chart, _radial_table, _typical_rows
+from penult.bases import Sphere, _check_trim, _direction_log_prob_at, _fit_chart, _radial_table, _typical_rows
 from penult.head import Head
 from penult.pair import GenerativePair
 from penult.scores._mahalanobis import class_moments, predictions
-from penult.scores._pair_scores import raw_logits
+from penult.scores._pair_scores import directional, energy, raw_logits
 from penult.scores._score import Score, Shape, as_score
 from penult.special import in_double, in_full, traced, working_dtype
 
-__all__ = ["Composite"]
+__all__ = ["Composite", "usual"]
 
 # Fewest reference activations: each of the two folds needs a covariance.
 _MIN_ROWS = 20
@@ -267,3 +268,38 @@ def _squared_distance_to_nearest(rows: Tensor, means: Tensor) -> Tensor:
     # A difference keeps the digits that these products lose where means are many deviations apart.
     distances: Tensor = (rows - means[nearest]).square().sum(-1)
     return distances
+
+
+@overload
+def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]: ...
+
+
+@overload
+def usual(pair: GenerativePair, activations: Tensor | Activations) -> Callable[..., Tensor]: ...
+
+
+def usual(pair: GenerativePair, activations: Tensor | Activations | None = None) -> Callable[..., Tensor]:
+    """Return the recommended score: a `Composite` fitted to activations, else what the pair alone allows.
+
+    Without activations that is `directional` on a sphere in at least two dimensions, else `energy`. In one dimension,
+    such as the span of two classes, a direction is only a sign, which separates the classes; and activations of
+    dimension 1 allow no more than `energy` either.
+
+    Args:
+        pair: The pair.
+        activations: Reference activations (N, d), N ≥ 20, as a tensor or as `Activations`.
+
+    Returns:
+        A fitted score of activations, or one of the functions of a pair. All that takes scores takes both.
+
+    Example:
+        >>> pair = GenerativePair(Head(torch.eye(3)))
+        >>> usual(pair).__name__
+        'directional'
+        >>> type(usual(pair, torch.randn(100, 3, generator=torch.Generator().manual_seed(0)))).__name__
+        'Composite'
+    """
+    if activations is not None and pair.head.in_features > 1:
+        return Composite.fit(pair, activations)
+    base = pair.base
+    return directional if isinstance(base, Sphere) and base.seen_dim(pair.head) > 1 else energy

@@ -17,9 +17,12 @@ from penult.scores._mahalanobis import Mahalanobis as Mahalanobis
 from penult.scores._mahalanobis import RelativeMahalanobis as RelativeMahalanobis
 from penult.scores._pair_scores import raw_logits
 from penult.scores._score import Score, Shape, as_score
-from penult.special import in_double, in_full, in_range, working_dtype
+from penult.special import in_double, in_full, in_range, traced, working_dtype
 
 __all__ = ["KNN", "ViM"]
+
+# Squared distances of unit vectors that products leave a thousandth of, or less, as an error.
+_CLOSE = {torch.float32: 2.0**-10, torch.float64: 2.0**-36}
 
 
 @final
@@ -98,7 +101,12 @@ class KNN(Score):
         return self.bank.shape[1]
 
     def score(self, h: Tensor) -> Tensor:
-        """Return the distances (B,) of activations (B, d), in [0, 2]."""
+        """Return the distances (B,) of activations (B, d), in [0, 2].
+
+        Squared distances come from products in the precision of the rows. Those below 1/1024 (in float64 2⁻³⁶), where
+        products have too few digits left, are computed from differences, of neighbours found in float64: the relative
+        error is below 1e-3.
+        """
         rows = as_score(F.normalize(self._read(h), dim=-1), h)
         bank = self.bank.to(rows.dtype)
         with in_full(rows.device):
@@ -106,7 +114,19 @@ class KNN(Score):
             return torch.cat(parts) if parts and len(rows) else rows.new_zeros(0)
 
     def _distances(self, rows: Tensor, bank: Tensor) -> Tensor:
-        # Products in float32 lose the digits that separate close neighbours, so these are found in a wider dtype.
+        # A compiler cannot branch on values.
+        if traced(rows):
+            return self._close_distances(rows, bank)
+        squares = 2 - 2 * (rows @ bank.T).topk(self.k, dim=-1).values[:, -1]
+        close = squares < _CLOSE[rows.dtype]
+        # The root has no derivative at 0, and could be of a negative number.
+        distances = squares.masked_fill(close, 1).sqrt()
+        if bool(close.any()):
+            distances = distances.index_put((close,), self._close_distances(rows[close], bank))
+        return distances
+
+    def _close_distances(self, rows: Tensor, bank: Tensor) -> Tensor:
+        """Return distances from differences, of neighbours that products in a wider dtype find."""
         wide = bank.to(working_dtype(rows.device))
         nearest = (2 * rows.to(wide) @ wide.T - wide.square().sum(-1)).topk(self.k, dim=-1).indices
         distances = torch.stack([torch.linalg.vector_norm(rows - bank[index], dim=-1) for index in nearest.unbind(-1)])

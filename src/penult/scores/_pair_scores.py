@@ -5,8 +5,6 @@ Scores are computed and returned in at least float32, also for h of half precisi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from penult._checks import as_activations
@@ -16,7 +14,7 @@ from penult.pair import GenerativePair
 from penult.scores._score import as_score
 from penult.special import in_full, in_range
 
-__all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits", "usual"]
+__all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits"]
 
 
 def directional(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -164,19 +162,6 @@ def density(pair: GenerativePair, h: Tensor) -> Tensor:
         tensor([2.0879])
     """
     return as_score(-pair.log_prob(pair.read(h)), h)
-
-
-def usual(pair: GenerativePair) -> Callable[[GenerativePair, Tensor], Tensor]:
-    """Return the recommended score: `directional` on a sphere in at least two dimensions, else `energy`.
-
-    In one dimension, such as the span of two classes, a direction is only a sign, which separates the classes.
-
-    Example:
-        >>> usual(GenerativePair(Head(torch.eye(3)), Sphere(2.0))).__name__
-        'directional'
-    """
-    base = pair.base
-    return directional if isinstance(base, Sphere) and base.seen_dim(pair.head) > 1 else energy
 
 
 def raw_logits(head: Head, h: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from penult._row_blocks import same_values
 from penult.bases import Base
 from penult.head import Head
 from penult.pair import GenerativePair, from_parts, to_parts
-from penult.scores._pair_scores import density, directional, energy, max_logit, msp, usual
+from penult.scores._composite import usual
+from penult.scores._pair_scores import density, directional, energy, max_logit, msp
 from penult.scores._score import KINDS, Score
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "score_from_state",
     "score_name",
     "score_state",
+    "stored_score",
 ]
 
 # Functions of a pair by name. Those of the head alone do not depend on the base.
@@ -253,16 +255,25 @@ def load(
     device = usable_device("device", device)
     file = io.read(path, kind="pair")
     pair = from_parts(path, file.tensors, file.metadata, bases)
-    description = file.metadata.get(_SCORE)
+    stored = _stored(path, file, pair)
+    return (PairScore(usual(pair), pair) if stored is None else stored).to(device)
+
+
+def stored_score(path: str | os.PathLike[str], pair: GenerativePair) -> Score | None:
+    """Return the score that a file holds for its pair, which has been read already, or None if it holds none."""
+    return _stored(path, io.read(path, kind="pair"), pair)
+
+
+def _stored(path: str | os.PathLike[str], file: io.File, pair: GenerativePair) -> Score | None:
+    description, prefix = file.metadata.get(_SCORE), f"{_SCORE}."
     if description is None:
-        return PairScore(usual(pair), pair).to(device)
-    prefix = f"{_SCORE}."
+        return None
     # The tensors may be the file, mapped into memory: whoever writes to it would change the score.
     state = {
         name.removeprefix(prefix): tensor.clone() for name, tensor in file.tensors.items() if name.startswith(prefix)
     }
     try:
-        return score_from_state(str(description["kind"]), state, pair).to(device)
+        return score_from_state(str(description["kind"]), state, pair)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise io.FileFormatError(f"{path}: the score cannot be rebuilt from the file: {error}") from error
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from penult._checks import as_activations, check_between
 from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
-from penult.scores._protocol import PAIR_SCORES, PairScore, check_calibration, score_name
+from penult.scores._protocol import PairScore, bound, check_calibration, score_name
 from penult.scores._score import Score, drop_missing, resize
 
 __all__ = ["Threshold"]
@@ -88,26 +88,22 @@ class Threshold(nn.Module):
         """Compute a threshold from calibration activations, to which neither pair nor score was fitted.
 
         Args:
-            score: A fitted `Score`, a function such as `penult.scores.directional` together with a `pair`, or any
-                function of activations (B, d).
+            score: A fitted `Score`, any function or module that maps activations (B, d) to scores (B,), or a function
+                of a pair such as `penult.scores.directional`.
             activations: Calibration activations (n, d), as a tensor or as `Activations`.
-            pair: First argument of a score that is a function of a pair.
+            pair: The pair, for a function of one; other scores ignore it.
             false_alarm: The largest acceptable fraction of false alarms.
 
         Returns:
             The threshold, which calls the score.
 
         Raises:
-            TypeError: `activations` are neither a floating tensor nor `Activations`, a `pair` is given with a fitted
-                score, or it is missing with a function of a pair.
+            TypeError: `activations` are neither a floating tensor nor `Activations`, the score cannot be called, or the
+                pair of a function of a pair is missing.
             ValueError: There are too few activations, a score is NaN, or the activations are the very set that the
                 score, or the base that it depends on, was fitted to. A part of that set is not noticed.
         """
-        if pair is not None and isinstance(score, nn.Module):
-            raise TypeError(f"a {type(score).__name__} is fitted already and takes no pair: leave pair out")
-        if pair is None and score in PAIR_SCORES.values():
-            raise TypeError(f"{score_name(score)} is a score of a pair: give it, pair=pair")
-        function = score if pair is None else PairScore(score, pair)
+        function = bound(score, pair)
         source = _ActivationSource(activations, dtype="wide")
         check_calibration(function, source.digest)
         scores = [function(rows) for rows in source]
