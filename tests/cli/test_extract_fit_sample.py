@@ -130,6 +130,30 @@ def test_every_candidate_is_a_base_of_the_command():
     assert set(CANDIDATES) <= {name.value for name in BaseName}
 
 
+def test_the_file_holds_the_recommended_score(penult_json, here, activations):
+    acts = penult.Activations.open(activations)
+    fit = ("fit", activations, "--base", "sphere", "--out", "net.penult.safetensors")
+    assert penult_json(*fit)["score"] == "composite"
+    score = penult.scores.load("net.penult.safetensors")
+    assert torch.equal(score(acts.activations), penult.scores.Composite.fit(score.head, acts)(acts.activations))
+    assert penult_json(*fit, "--no-score")["score"] is None
+    assert isinstance(penult.scores.load("net.penult.safetensors"), penult.scores.PairScore)
+    trimmed = ("fit", activations, "--base", "elliptic", "--trim", "0.2", "--out", "net.penult.safetensors")
+    assert penult_json(*trimmed)["score"] == "composite"
+    expected = penult.scores.Composite.fit(score.head, acts, trim=0.2)(acts.activations)
+    assert torch.equal(penult.scores.load("net.penult.safetensors")(acts.activations), expected)
+
+
+def test_too_few_activations_for_a_score(here, activations):
+    acts = penult.Activations.open(activations)
+    acts[:10].save("few")
+    command = ["fit", "few", "--head", "acts/head.penult.safetensors", "--base", "bank", "--out", "net.safetensors"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "the file holds no outlier score: activations has shape (10, 64)" in done.output
+    assert penult.load("net.safetensors").head.num_classes == 10
+
+
 @pytest.mark.slow
 def test_a_flow_is_fitted_saved_and_drawn_from(penult_json, here, activations):
     pytest.importorskip("zuko")

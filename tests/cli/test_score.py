@@ -43,6 +43,8 @@ def made(tmp_path_factory):
     }
     for name, base in fits.items():
         penult.GenerativePair(tap.head, base).save(folder / f"{name}.penult.safetensors")
+    pair = penult.GenerativePair(tap.head, fits["mixture"])
+    scores.save(folder / "kept.penult.safetensors", scores.Composite.fit(pair, acts["pool"]), pair)
     return folder
 
 
@@ -77,6 +79,58 @@ def test_a_table_holds_what_the_library_gives(place, penult_json, asked):
     assert facts["strangest"][0]["index"] == int(expected.argmax())
     assert facts["most_familiar"][0]["score"] == float(expected.min())
     assert facts["quantiles"]["most"] == float(expected.max())
+
+
+def test_the_score_of_the_file_is_used(place, penult_json):
+    facts = penult_json("score", "kept.penult.safetensors", "new", "--out", "scores.npz")
+    acts = penult.Activations.open("new").activations
+    with numpy.load("scores.npz") as file:
+        assert torch.equal(torch.from_numpy(file["score"]), scores.load("kept.penult.safetensors")(acts))
+    assert facts["score"] == "composite"
+
+
+@pytest.mark.parametrize("asked", [None, "composite", "mahalanobis", "relative-mahalanobis", "knn", "vim"])
+def test_scores_are_fitted_to_reference_activations(place, penult_json, asked):
+    options = () if asked is None else ("--score", asked)
+    run = ("score", "elliptic.penult.safetensors", "new", "--reference", "pool", *options)
+    facts = penult_json(*run, "--out", "scores.npz", "--calibrate", "familiar")
+    head, pool = pair_of("elliptic").head, penult.Activations.open("pool")
+    fitted = {
+        "composite": lambda: scores.Composite.fit(head, pool),
+        "mahalanobis": lambda: scores.Mahalanobis.fit(pool, head=head, normalize=True),
+        "relative-mahalanobis": lambda: scores.RelativeMahalanobis.fit(pool, head=head),
+        "knn": lambda: scores.KNN.fit(pool),
+        "vim": lambda: scores.ViM.fit(head, pool),
+    }[asked or "composite"]()
+    with numpy.load("scores.npz") as file:
+        found = torch.from_numpy(file["score"])
+    assert torch.equal(found, fitted(penult.Activations.open("new").activations))
+    assert facts["score"] == (asked or "composite")
+    familiar = fitted(penult.Activations.open("familiar").activations)
+    assert facts["auroc"] == scores.separation(familiar, found).auroc
+
+
+def test_a_set_that_is_told_apart_is_said_to_be(place):
+    noise = penult.Activations.open("new")
+    penult.Activations(3 * torch.rand_like(noise.activations), noise.logits).save("noise")
+    acts = penult.Activations.open("noise").activations
+    head = pair_of("kept").head
+    penult.Activations(acts, head(acts)).save("far")
+    done = CliRunner().invoke(app, ["score", "kept.penult.safetensors", "far", "--calibrate", "familiar"])
+    assert done.exit_code == 0, done.output
+    assert "the alarm tells far from familiar (AUROC" in done.stdout
+
+
+def test_a_score_that_does_better_is_named(place):
+    # Lengths are no matter to the neighbours of normalised activations.
+    head, pool = pair_of("kept").head, penult.Activations.open("familiar")
+    acts = pool.activations[:100] / 20
+    penult.Activations(acts, head(acts)).save("short")
+    run = ["score", "kept.penult.safetensors", "short", "--calibrate", "familiar", "--reference", "pool"]
+    done = CliRunner().invoke(app, [*run, "--score", "knn"])
+    assert done.exit_code == 0, done.output
+    assert "the alarm hardly tells short from familiar" in done.stdout
+    assert "does better (AUROC" in done.stdout.replace("\n", " ")
 
 
 def test_with_familiar_inputs_there_are_p_values_and_a_verdict(place, penult_json):
@@ -117,9 +171,12 @@ def test_images_are_read_by_the_network(place, penult_json):
 @pytest.mark.parametrize(
     ("pair", "options", "said"),
     [
-        ("elliptic", (), "score: directional, since the base is an elliptic sphere; higher is stranger"),
-        ("round", (), "score: directional, since the base is a sphere; penult fit --base elliptic"),
+        ("elliptic", (), "score: directional, since the base is an elliptic sphere; a pair of penult fit holds"),
         ("mixture", (), "score: energy, since the base is a "),
+        ("kept", (), "score: composite, which the file of the pair holds; higher is stranger"),
+        ("kept", ("--score", "energy"), "score: energy, as given by --score"),
+        ("kept", ("--reference", "pool", "--score", "knn"), "score: knn, fitted to 600 activations of --reference"),
+        ("kept", ("--calibrate", "familiar"), "the alarm hardly tells new from familiar (AUROC 0."),
         ("elliptic", ("--score", "max-logit"), "score: max-logit, as given by --score"),
         ("elliptic", ("--calibrate", "familiar"), "at most 5% are called strange on average over such sets of 200"),
         ("elliptic", ("--calibrate", "familiar"), "p-value"),
@@ -153,6 +210,12 @@ def test_bad_input_is_refused_in_one_line(place, refused):
         *run, "new", "--calibrate", "familiar", "--false-alarm", "0.001"
     )
     assert "expected a number between 0 and 1" in refused(*run, "new", "--calibrate", "familiar", "--false-alarm", "2")
+    assert "has to be fitted: give familiar activations with --reference" in refused(*run, "new", "--score", "vim")
+    assert "or a pair of penult fit, which holds" in refused(*run, "new", "--score", "composite")
+    assert "leave --reference out" in refused(*run, "new", "--reference", "pool", "--score", "msp")
+    assert "--reference and --calibrate are both pool" in refused(
+        *run, "new", "--reference", "pool", "--calibrate", "pool"
+    )
     assert "needs a pair on a sphere" in refused("score", "mixture.penult.safetensors", "new", "--score", "directional")
     assert "cannot be used here" in refused(*run, "new", "--device", "cuda:99")
     small = ("--model", "usernets:Nets.small")
@@ -163,7 +226,7 @@ def test_bad_input_is_refused_in_one_line(place, refused):
 
 
 def test_a_pair_without_density_is_refused(place, refused, monkeypatch):
-    from penult.cli.score import ScoreName, score_of
+    from penult.cli._scores import ScoreName, score_of
 
     head = pair_of("elliptic").head
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from penult.head import Head
     from penult.pair import GenerativePair
+    from penult.scores import Score
 
 __all__ = [
     "device_of",
@@ -28,6 +29,7 @@ __all__ = [
     "load_head",
     "load_model",
     "load_pair",
+    "load_pair_and_score",
     "pair_path",
     "running",
     "same_source",
@@ -228,6 +230,17 @@ def load_pair(path: str | Path, weight_key: str | None = None, bias_key: str | N
     except ValueError as error:
         # Two equal rows of W are one reason.
         raise ValueError(f"no pair can be made without data from the head in {path}: {error}") from error
+
+
+def load_pair_and_score(
+    path: str | Path, weight_key: str | None, bias_key: str | None, device: torch.device
+) -> tuple[GenerativePair, Score | None]:
+    """Load a pair as `load_pair` does, and the outlier score that its file holds, if any."""
+    from penult.scores import _stored_score
+
+    pair = load_pair(path, weight_key, bias_key).to(device)
+    foreign = weight_key is not None or bias_key is not None or not _is_penults(path)
+    return pair, None if foreign else _stored_score(path, pair)
 
 
 def load_head(path: str | Path, weight_key: str | None = None, bias_key: str | None = None) -> Head:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from penult.activations import Activations
     from penult.bases import Base
     from penult.head import Head
+    from penult.pair import GenerativePair
 
 __all__ = ["fit"]
 
@@ -90,6 +91,14 @@ def fit(
         Path | None,
         typer.Option(help="Folder of activations to estimate the prior of the classes from."),
     ] = None,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score/--no-score",
+            help="Whether to fit the outlier score composite to the same activations, and to keep it with the pair for "
+            "penult score and penult report.",
+        ),
+    ] = True,
     head: Annotated[
         Path | None, typer.Option(help="File with the head. Default: the head stored in the folder of activations.")
     ] = None,
@@ -185,14 +194,34 @@ def fit(
         "draws_confidence": float(confidence.double().mean()),
         "stored_confidence": float(stored_confidence.mean()),
     }
-    pair.save(out)
-    reporter.line(f"{out}: {fitted_base}")
+    results["score"] = _save(pair, acts, out, score, 0.0 if trim is None else trim, reporter)
+    reporter.line(f"{out}: {fitted_base}" + (f", and the outlier score {results['score']}" if results["score"] else ""))
     if base is BaseName.bank:
         reporter.line("the file holds real activations: whoever can read it can read them")
     _report_prior(results, None if prior_acts is None else f"{len(prior_acts)} activations of {prior_from}", reporter)
     _report_confidence(results, base, reporter)
     if as_json:
         print_json(results)
+
+
+def _save(
+    pair: GenerativePair, acts: Activations, out: Path, score: bool, trim: float, reporter: RichReporter
+) -> str | None:
+    """Write the pair, with an outlier score if wanted and possible, and return the name of the score."""
+    from penult import scores
+
+    if score:
+        try:
+            with reporter.waiting(f"fitting the outlier score to {len(acts)} activations"):
+                fitted = scores.Composite.fit(pair, acts, trim=trim)
+        # There are too few activations or dimensions, or all activations are the same: a pair may still be of use.
+        except ValueError as error:
+            reporter.line(f"the file holds no outlier score: {error}")
+        else:
+            scores.save(out, fitted, pair)
+            return fitted.kind
+    pair.save(out)
+    return None
 
 
 def _report_prior(results: dict[str, Any], source: str | None, reporter: RichReporter) -> None:
@@ -207,7 +236,7 @@ def _report_prior(results: dict[str, Any], source: str | None, reporter: RichRep
 def _report_confidence(results: dict[str, Any], base: BaseName, reporter: RichReporter) -> None:
     """Print how confident the head is on samples and on stored activations, with a remedy where these differ."""
     gap = abs(results["draws_confidence"] - results["stored_confidence"])
-    remedy = "for penult score this base is still best" if base is BaseName.elliptic else "try --base auto"
+    remedy = "penult score does not depend on it" if base is BaseName.elliptic else "try --base auto"
     reporter.line(
         f"the head is right on {results['draws_accuracy']:.1%} of {_SAMPLES} samples, with mean confidence "
         f"{results['draws_confidence']:.3f}; on stored activations its confidence is "

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from penult.cli._console import RichReporter, print_json, warnings_as_lines
-from penult.cli._models import device_of, load_pair, same_source
+from penult.cli._models import device_of, load_pair_and_score, same_source
 from penult.cli._options import (
     AsJson,
     BatchSize,
@@ -29,7 +29,7 @@ from penult.cli._options import (
     WeightKey,
     Workers,
 )
-from penult.cli.score import Score, score_of
+from penult.cli._scores import Reference, Score, score_of
 
 __all__ = ["report"]
 
@@ -52,6 +52,7 @@ def report(
         typer.Option(metavar="[NAME=]OTHER", help="Other inputs to compare with, in the same forms; repeatable."),
     ] = None,
     name: Score = None,
+    reference: Reference = None,
     false_alarm: Annotated[float, typer.Option(help="Fraction of familiar inputs that may be called strange.")] = 0.05,
     fitted: Annotated[
         bool, typer.Option("--fitted", help="State on the page that the pair was fitted to these very inputs.")
@@ -99,10 +100,11 @@ def report(
         if same_source(source, data):
             raise ValueError(f"--ood {key} and --data are the same inputs; give others, or leave --ood out")
     with warnings_as_lines():
-        loaded = load_pair(pair, weight_key, bias_key).to(device_of(device))
-        function, reason = score_of(loaded, name)
-        reporter.line(f"score: {reason}; higher is stranger")
+        loaded, stored = load_pair_and_score(pair, weight_key, bias_key, device_of(device))
         reader = InputsReader(loaded, pair, context.params, reporter)
+        fitted_to = None if reference is None else reader.read(reference, labels=True).activations
+        chosen = score_of(loaded, name, stored, fitted_to)
+        reporter.line(f"score: {chosen.reason}; higher is stranger")
         familiar = reader.read(data, labels=True)
         others = {key: reader.read(source) for key, source in sources.items()}
         page, results = build(
@@ -111,7 +113,7 @@ def report(
             {key: inputs.activations for key, inputs in others.items()},
             images=familiar.images,
             other_images={key: inputs.images for key, inputs in others.items() if inputs.images is not None},
-            score=function,
+            score=chosen.score,
             false_alarm=false_alarm,
             seed=seed,
             fitted=fitted,

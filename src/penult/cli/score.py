@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import io as memory
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from penult.cli._console import RichReporter, print_json, warnings_as_lines
-from penult.cli._models import device_of, load_pair, same_source
+from penult.cli._models import device_of, load_pair_and_score, same_source
 from penult.cli._options import (
     AsJson,
     BatchSize,
@@ -35,15 +34,17 @@ from penult.cli._options import (
     WeightKey,
     Workers,
 )
+from penult.cli._scores import Chosen, Reference, Score, ScoreName, score_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from penult.activations import Activations
     from penult.pair import GenerativePair
+    from penult.scores import Score as StoredScore
     from penult.scores import Threshold
 
-__all__ = ["FalseAlarm", "Score", "ScoreName", "score", "score_of"]
+__all__ = ["FalseAlarm", "score"]
 
 _QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "most": 1.0}
 _SHOWN = 5  # Inputs with the highest and with the lowest scores.
@@ -51,20 +52,6 @@ _FALSE_ALARM = 0.05
 _LOGITS = 1 << 24  # Logits that are computed together.
 
 
-class ScoreName(str, Enum):
-    """Scores that a pair gives without a fit of their own."""
-
-    directional = "directional"
-    energy = "energy"
-    max_logit = "max-logit"
-    msp = "msp"
-    density = "density"
-
-
-Score = Annotated[
-    ScoreName | None,
-    typer.Option("--score", help="Score to compute. Default: directional for a sphere, else energy."),
-]
 FalseAlarm = Annotated[
     float | None,
     typer.Option(help=f"Fraction of familiar inputs that may be called strange. Default: {_FALSE_ALARM}."),
@@ -83,6 +70,7 @@ def score(
         ),
     ],
     name: Score = None,
+    reference: Reference = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -134,30 +122,39 @@ def score(
         raise ValueError(f"--out is {out}; expected a table, name.csv, or arrays, name.npz")
     if false_alarm is not None and calibrate is None:
         raise ValueError("--false-alarm goes with --calibrate, which sets the threshold")
+    if reference is not None and calibrate is not None and same_source(reference, calibrate):
+        raise ValueError(
+            f"--reference and --calibrate are both {calibrate}, but scores of the inputs that a score was fitted to "
+            "are too low for a threshold; give other familiar inputs"
+        )
     if calibrate is not None and same_source(calibrate, data):
         raise ValueError(
             f"--calibrate and DATA are both {data}, but inputs must not set their own threshold; give other familiar "
             "inputs"
         )
     with warnings_as_lines():
-        loaded = load_pair(pair, weight_key, bias_key).to(device_of(device))
-        function, reason = score_of(loaded, name)
-        reporter.line(f"score: {reason}; higher is stranger")
+        loaded, stored = load_pair_and_score(pair, weight_key, bias_key, device_of(device))
         reader = InputsReader(loaded, pair, context.params, reporter)
+        fitted_to = None if reference is None else reader.read(reference, labels=True).activations
+        with reporter.waiting("fitting the score") if fitted_to is not None else nullcontext():
+            chosen = score_of(loaded, name, stored, fitted_to)
+        reporter.line(f"score: {chosen.reason}; higher is stranger")
         threshold = familiar = None
         if calibrate is not None:
             familiar = reader.read(calibrate, labels=True).activations
-            _check_calibration(partial(function, loaded), _ActivationSource(familiar).digest)
+            _check_calibration(chosen.score, _ActivationSource(familiar).digest)
             with reporter.waiting(f"scoring {len(familiar)} familiar activations"):
-                familiar_scores = _Scores.compute(loaded, function, familiar, None).score
+                familiar_scores = _Scores.compute(loaded, chosen.score, familiar, None).score
             # Scores are computed once: the threshold is one of scores, not of activations.
             alarm = _FALSE_ALARM if false_alarm is None else false_alarm
             threshold = Threshold(lambda scores: scores, familiar_scores, alarm)
         acts = reader.read(data, labels=True).activations
         with reporter.waiting(f"scoring {len(acts)} activations"):
-            scores = _Scores.compute(loaded, function, acts, threshold)
-    results = {"data": data, "count": len(scores.score), "score": function.__name__.replace("_", "-"), "why": reason}
+            scores = _Scores.compute(loaded, chosen.score, acts, threshold)
+    results = {"data": data, "count": len(scores.score), "score": chosen.name.value, "why": chosen.reason}
     results |= scores.summary() | _verdicts(scores, calibrate, threshold)
+    if familiar is not None:
+        results |= _separation(loaded, chosen, stored, familiar, acts, results)
     if out is not None:
         results["out"] = str(scores.write(out))
     _report_scores(results, _class_names(familiar, acts), reporter)
@@ -165,42 +162,6 @@ def score(
         reporter.line(f"{out}: {len(acts)} rows")
     if as_json:
         print_json(results)
-
-
-def score_of(pair: GenerativePair, name: ScoreName | None) -> tuple[Callable[[GenerativePair, Tensor], Tensor], str]:
-    """Return the score with the given name, or the recommended score for the base; and the reason for the choice.
-
-    Raises:
-        ValueError: The score cannot be computed with this base.
-    """
-    from penult import scores
-    from penult.bases import Sphere
-
-    base = pair.base
-    sphere = base if isinstance(base, Sphere) else None
-    base_name = f"{'an' if base.info.name[0] in 'aeiou' else 'a'} {base.info.name}"
-    if name is ScoreName.directional and sphere is None:
-        raise ValueError(
-            f"--score directional needs a pair on a sphere, but the base is {base_name}. Fit one with penult fit "
-            "--base elliptic, or leave --score out"
-        )
-    if name is ScoreName.density and not base.info.has_density:
-        raise ValueError(f"--score density needs a density, which {base_name} does not have; leave --score out")
-    if name is not None:
-        reason = f"{name.value}, as given by --score"
-    elif scores.usual(pair) is scores.energy:
-        remark = (
-            "without directions; penult fit --base elliptic gives a score that mostly detects more"
-            if sphere is None
-            else "in one dimension, which has two directions only"
-        )
-        name, reason = ScoreName.energy, f"energy, since the base is {base_name} {remark}"
-    else:
-        name, reason = ScoreName.directional, f"directional, since the base is {base_name}"
-        if sphere is not None and sphere.scale_tril is None:
-            reason += "; penult fit --base elliptic gives a sphere that detects more"
-    function: Callable[[GenerativePair, Tensor], Tensor] = getattr(scores, name.value.replace("-", "_"))
-    return function, reason
 
 
 @dataclass(frozen=True)
@@ -218,7 +179,7 @@ class _Scores:
     def compute(
         cls,
         pair: GenerativePair,
-        function: Callable[[GenerativePair, Tensor], Tensor],
+        function: Callable[[Tensor], Tensor],
         acts: Activations,
         threshold: Threshold | None,
     ) -> _Scores:
@@ -233,7 +194,7 @@ class _Scores:
             for block in _ActivationSource(acts, dtype="wide"):
                 for rows in block.to(pair.head.weight.device).split(max(1, _LOGITS // pair.head.num_classes)):
                     top = _raw_logits(pair.head, rows).softmax(-1).max(-1)
-                    parts.append((function(pair, rows).cpu(), top.indices.cpu(), top.values.cpu()))
+                    parts.append((function(rows).cpu(), top.indices.cpu(), top.values.cpu()))
             score, predicted, confidence = (torch.cat(columns) for columns in zip(*parts, strict=True))
             if bool(score.isnan().any()):
                 raise ValueError(f"the score of {int(score.isnan().sum())} inputs is NaN; give another --score")
@@ -317,6 +278,66 @@ def _verdicts(scores: _Scores, calibrate: str | None, threshold: Threshold | Non
     }
 
 
+def _separation(
+    pair: GenerativePair,
+    chosen: Chosen,
+    stored: StoredScore | None,
+    familiar: Activations,
+    acts: Activations,
+    results: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return how well the score separates the inputs from familiar ones, and which score does better if it hardly does.
+
+    No score is tried where the score separates the two.
+    """
+    import torch
+
+    from penult import scores
+    from penult.scores import _better_score, _hardly_separated
+
+    def separation_of(one: Chosen) -> scores.Separation:
+        return scores.separation(
+            *(_Scores.compute(pair, one.score, part, None).score.double() for part in (familiar, acts))
+        )
+
+    with torch.no_grad():
+        own = separation_of(chosen)
+        hardly = _hardly_separated(own, results["strange_share"], results["false_alarm"])
+        found = {chosen.name: own}
+        if hardly:
+            names = [ScoreName.energy, ScoreName.msp]
+            names += [ScoreName.directional] if scores.usual(pair) is scores.directional else []
+            others = [score_of(pair, name) for name in names] + (
+                [] if stored is None else [score_of(pair, None, stored)]
+            )
+            found |= {one.name: separation_of(one) for one in others if one.name is not chosen.name}
+    better = _better_score({name.value: one for name, one in found.items()}, chosen.name.value) if hardly else None
+    return {
+        "auroc": own.auroc,
+        "hardly_separated": hardly,
+        "better_score": better,
+        "aurocs": {name.value: one.auroc for name, one in found.items()},
+    }
+
+
+def _separation_in_words(results: Mapping[str, Any]) -> str:
+    """Return the sentence on whether the alarm tells the inputs from familiar ones."""
+    data, calibrate = results["data"], results["calibrate"]
+    auroc = f"AUROC {results['auroc']:.3f}; 0.5 is chance"
+    if not results["hardly_separated"]:
+        return f"the alarm tells {data} from {calibrate} ({auroc})"
+    better = results["better_score"]
+    return (
+        f"the alarm hardly tells {data} from {calibrate} ({auroc}), as it should be if the inputs are familiar. If "
+        "they are not, "
+        + (
+            f"--score {better} does better (AUROC {results['aurocs'][better]:.3f})"
+            if better
+            else f"neither {results['score']} nor the other scores of the pair see them"
+        )
+    )
+
+
 def _class_names(familiar: Activations | None, acts: Activations) -> tuple[str, ...] | None:
     """Return the names of the network's classes.
 
@@ -338,6 +359,8 @@ def _class_names(familiar: Activations | None, acts: Activations) -> tuple[str, 
 
 def _report_scores(results: Mapping[str, Any], names: tuple[str, ...] | None, reporter: RichReporter) -> None:
     """Print quantiles, the strangest and the most familiar inputs, and the verdict."""
+    from penult.scores import _share_in_words
+
     calibrated = "threshold" in results
     rows = [(results["data"], results["count"], *(f"{value:.4g}" for value in results["quantiles"].values()))]
     if calibrated:
@@ -361,8 +384,9 @@ def _report_scores(results: Mapping[str, Any], names: tuple[str, ...] | None, re
     if not calibrated:
         reporter.line("No threshold set; pass --calibrate FAMILIAR to get one, with p-values.")
         return
+    reporter.line(_separation_in_words(results))
     reporter.line(
-        f"strange: {results['strange']} of {results['count']} ({results['strange_share']:.1%}), with a score above "
+        f"strange: {_share_in_words(results['strange'], results['count'])}, with a score above "
         f"{results['threshold']:.4g}"
     )
     reporter.line(

@@ -25,7 +25,15 @@ with a pair, a function of it. `Threshold` turns any score into an outlier test 
 import sys
 
 from penult.scores import _pair_scores
-from penult.scores._comparison import Comparison, Separation, compare, separation
+from penult.scores._comparison import (
+    Comparison,
+    Separation,
+    better_score,
+    compare,
+    hardly_separated,
+    separation,
+    share_in_words,
+)
 from penult.scores._composite import Composite, usual
 from penult.scores._fitted import KNN, ViM
 from penult.scores._mahalanobis import Mahalanobis, RelativeMahalanobis
@@ -72,6 +80,7 @@ _raw_logits = raw_logits
 _bound, _check_calibration = bound, check_calibration
 _score_name, _score_state, _score_from_state = score_name, score_state, score_from_state
 _stored_score = stored_score
+_better_score, _hardly_separated, _share_in_words = better_score, hardly_separated, share_in_words
 
 # Pickles that earlier versions wrote name these modules.
 sys.modules["penult.scores._of_pairs"] = _pair_scores

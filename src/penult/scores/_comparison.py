@@ -15,7 +15,10 @@ from penult.activations import Activations, _ActivationSource
 from penult.pair import GenerativePair
 from penult.scores._protocol import bound, check_calibration, score_name
 
-__all__ = ["Comparison", "Separation", "compare", "separation"]
+__all__ = ["Comparison", "Separation", "better_score", "compare", "hardly_separated", "separation", "share_in_words"]
+
+# An alarm hardly works on a set below this AUROC, or if it catches less than so many times the false alarms.
+_WEAK_AUROC, _WEAK_GAIN = 0.6, 2.0
 
 
 @dataclass(frozen=True)
@@ -249,3 +252,40 @@ def _scores_of(name: str, function: Callable[[Tensor], Tensor], source: _Activat
     if num_nan := int(values.isnan().sum()):
         raise ValueError(f"the score {name} is NaN for {num_nan} of {len(values)} activations; expected numbers")
     return values
+
+
+# --- verdicts in words --------------------------------------------------------------------------------------
+
+
+def hardly_separated(one: Separation, detected: float, false_alarm: float) -> bool:
+    """Whether an alarm hardly works on a set of outliers.
+
+    That is so if the AUROC is below 0.6, or if the fraction of detected outliers is below twice the rate of false
+    alarms that was asked for.
+    """
+    return one.auroc < _WEAK_AUROC or detected < _WEAK_GAIN * false_alarm
+
+
+def better_score(separations: Mapping[str, Separation], chosen: str) -> str | None:
+    """Return the name of the score that separates a set best, if it is better than the chosen one beyond chance.
+
+    The difference has to be above twice the larger standard error, and the AUROC at least 0.6.
+    """
+    own = separations[chosen]
+    best = max(separations, key=lambda name: separations[name].auroc)
+    one = separations[best]
+    errors = [error for error in (own.standard_error, one.standard_error) if not math.isnan(error)]
+    margin = 2 * max(errors, default=0.0)
+    return best if one.auroc >= _WEAK_AUROC and one.auroc - own.auroc > margin else None
+
+
+def share_in_words(count: int, total: int) -> str:
+    """Return a count and its share; for a count of 0, the bound of the share at 95 % confidence in place of 0 %.
+
+    Example:
+        >>> share_in_words(3, 60), share_in_words(0, 60)
+        ('3 of 60 (5.0 %)', 'none of 60 (below 4.9 % with 95 % confidence)')
+    """
+    if count:
+        return f"{count} of {total} ({100 * count / total:.1f} %)"
+    return f"none of {total} (below {100 * (1 - 0.05 ** (1 / max(total, 1))):.2g} % with 95 % confidence)"

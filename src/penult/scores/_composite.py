@@ -14,16 +14,14 @@ from penult.bases import Sphere, _check_trim, _direction_log_prob_at, _fit_chart
 from penult.head import Head
 from penult.pair import GenerativePair
 from penult.scores._mahalanobis import class_moments, predictions
-from penult.scores._pair_scores import directional, energy, raw_logits
+from penult.scores._pair_scores import by_blocks, directional, energy, raw_logits
 from penult.scores._score import Score, Shape, as_score
-from penult.special import in_double, in_full, traced, working_dtype
+from penult.special import in_double, in_full, working_dtype
 
 __all__ = ["Composite", "usual"]
 
 # Fewest reference activations: each of the two folds needs a covariance.
 _MIN_ROWS = 20
-# Rows of a block, small enough for the cache.
-_ROWS = 1024
 # A class mean is estimated only if there are on average so many rows for each class.
 _ROWS_PER_CLASS = 2
 
@@ -213,8 +211,7 @@ class Composite(Score):
     def _raw_parts(self, h: Tensor) -> Tensor:
         """Return D, M and P (B, 3) of activations (B, d)."""
         with in_full(h.device):
-            blocks = [h] if traced(h) or len(h) <= _ROWS else h.split(_ROWS)
-            return torch.cat([self._block(block) for block in blocks])
+            return by_blocks(self._block, h)
 
     def _block(self, h: Tensor) -> Tensor:
         logits = raw_logits(self.head, h)

@@ -5,6 +5,9 @@ Scores are computed and returned in at least float32, also for h of half precisi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from penult._checks import as_activations
@@ -12,9 +15,12 @@ from penult.bases import Sphere
 from penult.head import Head
 from penult.pair import GenerativePair
 from penult.scores._score import as_score
-from penult.special import in_full, in_range
+from penult.special import in_full, in_range, traced
 
-__all__ = ["density", "directional", "energy", "max_logit", "msp", "raw_logits"]
+__all__ = ["by_blocks", "density", "directional", "energy", "max_logit", "msp", "raw_logits"]
+
+# Rows of a block.
+_ROWS = 1024
 
 
 def directional(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -57,7 +63,8 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
     table = pair.derived("radial table", _radial_table)
     h = as_activations(h, device=pair.head.weight.device)
     with in_full(h.device):
-        return as_score(-base.direction_log_prob(pair.head, pair.read(h), table), h)
+        read = pair.read(h)
+        return as_score(-by_blocks(lambda rows: base.direction_log_prob(pair.head, rows, table), read), h)
 
 
 def energy(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -84,7 +91,7 @@ def energy(pair: GenerativePair, h: Tensor) -> Tensor:
         >>> energy(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
         tensor([-9.0002])
     """
-    return as_score(-raw_logits(pair.head, h).logsumexp(-1), h)
+    return as_score(-by_blocks(lambda rows: raw_logits(pair.head, rows).logsumexp(-1), h), h)
 
 
 def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -133,9 +140,13 @@ def msp(pair: GenerativePair, h: Tensor) -> Tensor:
         >>> msp(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[30.0, 0.0, 0.0]]))
         tensor([1.8715e-13])
     """
-    logits = raw_logits(pair.head, h)
-    largest, index = logits.max(-1, keepdim=True)
-    others = (logits - largest).exp().scatter(-1, index, 0.0).sum(-1)
+
+    def odds(rows: Tensor) -> Tensor:
+        logits = raw_logits(pair.head, rows)
+        largest, index = logits.max(-1, keepdim=True)
+        return (logits - largest).exp().scatter(-1, index, 0.0).sum(-1)
+
+    others = by_blocks(odds, h)
     return as_score(others / (1 + others), h)
 
 
@@ -173,6 +184,14 @@ def raw_logits(head: Head, h: Tensor) -> Tensor:
             logits: Tensor = head(wide)
             return logits
         return head.centered_logits(wide) + (wide @ head.mean_row.to(wide.dtype)).unsqueeze(-1)
+
+
+def by_blocks(function: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """Return a function of activations, which of many rows (B, d) is computed in blocks that fit into a cache."""
+    # A compiler sees one block, whose size it need not know.
+    if not isinstance(h, Tensor) or h.dim() != 2 or traced(h) or len(h) <= _ROWS:
+        return function(h)
+    return torch.cat([function(rows) for rows in h.split(_ROWS)])
 
 
 def _radial_table(pair: GenerativePair) -> Tensor:
