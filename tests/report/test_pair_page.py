@@ -215,6 +215,40 @@ def test_another_score_can_be_asked_for():
 
 
 @pytest.mark.usefixtures("_undrawn")
+@pytest.mark.usefixtures("_undrawn")
+def test_the_page_says_whether_the_alarm_works():
+    pair, familiar = small(count=400)
+    same, far = acts_of(pair.head, 300, 5), acts_of(pair.head, 300, 6, shift=9.0)
+    page, facts = pages.build(pair, familiar, {"far": far})
+    assert "<strong>The alarm works.</strong> False alarms on familiar inputs" in page.html()
+    assert "% of “far”" in page.html()
+    assert facts["others"]["far"]["hardly_separated"] is False
+
+    page, facts = pages.build(pair, familiar, {"same": same, "far": far})
+    assert "<strong>The alarm works on 1 of 2 other sets, and hardly on 1.</strong>" in page.html()
+    assert "“same” is hardly told apart from familiar inputs" in page.html()
+    assert "None of the compared scores does better" in page.html()
+    assert facts["others"]["same"]["hardly_separated"] is True
+    assert facts["others"]["same"]["better_score"] is None
+
+    page, facts = pages.build(pair, familiar, {"far": far}, score=lambda h: 0 * h.sum(-1))
+    assert "<strong>The alarm hardly works.</strong>" in page.html()
+    assert "none of 300 (below 0.99 % with 95 % confidence) are above" in page.html()
+    assert facts["others"]["far"]["better_score"] == "directional"
+    assert "<em>directional</em> does better (AUROC" in page.html()
+
+    assert "Whether the alarm detects outliers was not measured" in pages.page(pair, familiar).html()
+
+
+@pytest.mark.usefixtures("_undrawn")
+def test_a_score_that_was_fitted_to_the_familiar_activations_is_named():
+    pair, familiar = small(count=100)
+    score = scores.Composite.fit(pair, familiar)
+    assert "The score was fitted to these very activations" in pages.page(pair, familiar, score=score).html()
+    other = scores.Composite.fit(pair, acts_of(pair.head, 100, 5))
+    assert "was fitted to these very activations" not in pages.page(pair, familiar, score=other).html()
+
+
 def test_pre_activations_are_read_as_the_head_reads_them():
     pair, familiar = small()
     before = penult.Activations(familiar.activations, pair.head(familiar.activations.relu()), pre_activation=True)

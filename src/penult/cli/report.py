@@ -123,7 +123,8 @@ def report(
         )
     results["out"] = str(page.write(out))
     reporter.line(
-        f"of {results['judged']} familiar inputs {results['false_alarm_measured']:.1%} are called strange; the bound "
+        f"of {results['judged']} familiar inputs {_called_strange(results['false_alarm_measured'], results['judged'])} "
+        "are called strange; the bound "
         f"is {results['false_alarm']:.1%} on average over such sets of {results['calibrated_on']}, and "
         f"{results['false_alarm_bound']:.1%} for this one at 95% confidence"
     )
@@ -131,14 +132,35 @@ def report(
         reporter.table(
             ("other inputs", "count", "called strange", "AUROC", "FPR at 95% TPR"),
             [
-                (key, other["count"], f"{other['strange']:.1%}", f"{own['auroc']:.4f}", f"{own['fpr95']:.1%}")
+                (
+                    key,
+                    other["count"],
+                    _called_strange(other["strange"], other["count"]),
+                    f"{own['auroc']:.4f}",
+                    f"{own['fpr95']:.1%}",
+                )
                 for key, other in results["others"].items()
                 for own in (other["scores"][results["score"]],)
             ],
         )
+    for key, other in results["others"].items():
+        if other["hardly_separated"]:
+            better = other["better_score"]
+            reporter.line(
+                f"the alarm hardly tells {key} from the familiar inputs; "
+                + (
+                    f"{better} does better (AUROC {other['scores'][better]['auroc']:.3f})"
+                    if better
+                    else "none of the compared scores does better"
+                )
+            )
     reporter.line(f"{out}")
     if as_json:
         print_json(results)
+
+
+def _called_strange(rate: float, count: int) -> str:
+    return f"{rate:.1%}" if rate * count > 0.5 else "none"
 
 
 def _stem(pair: str) -> str:

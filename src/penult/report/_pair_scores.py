@@ -13,9 +13,8 @@ from torch import Tensor
 from penult.report import scores as figures
 from penult.report.markup import percent, shorten
 from penult.report.page import Page, Section
-from penult.report.scores import Separation
 from penult.report.thumbnails import Thumbnail, gallery
-from penult.scores import Threshold
+from penult.scores import Separation, Threshold, _better_score, _hardly_separated, _share_in_words, separation
 
 __all__ = ["FAMILIAR", "Images", "ScoredSet", "Scores", "familiarity", "pictured"]
 
@@ -46,6 +45,7 @@ class ScoredSet:
         gap_limit: Limit of `gap` in the precision of the computation.
         stored_gap: Largest difference between the softmax of the head and that of the stored logits.
         constant: Whether all activations are the same.
+        digest: Digest of the activations.
     """
 
     scores: dict[str, Tensor]
@@ -56,6 +56,7 @@ class ScoredSet:
     gap_limit: float
     stored_gap: float
     constant: bool
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Scores:
     def separations(self, set_name: str) -> dict[str, Separation]:
         """Return how well each score separates a set from the familiar one, by name of the score."""
         return {
-            score: figures.separation(self.of(FAMILIAR, score), self.of(set_name, score))
+            score: separation(self.of(FAMILIAR, score), self.of(set_name, score))
             for score in self.sets[set_name].scores
         }
 
@@ -118,34 +119,45 @@ def labels_of(names: Sequence[str], letters: int = _FIGURE_LETTERS) -> dict[str,
     return labels
 
 
-def familiarity(page: Page, scored: Scores, fitted: bool) -> dict[str, Any]:
-    """Add the section on outlier scores and the threshold, and return its numbers for JSON."""
+def familiarity(page: Page, scored: Scores, fitted: bool, fitted_score: bool) -> dict[str, Any]:
+    """Add the section on outlier scores and the threshold, and return its numbers for JSON.
+
+    Args:
+        page: The page.
+        scored: Scores of all sets.
+        fitted: Whether the base was fitted to the familiar activations.
+        fitted_score: Whether the score was.
+    """
     threshold = scored.threshold
     alarm, bound = threshold.false_alarm, threshold.rate_bound()
     calibrated_on, judged = len(threshold.calibration), len(scored.rows[FAMILIAR])
-    section = page.section(
-        "Outlier scores",
+    separations = {name: scored.separations(name) for name in scored.others}
+    weak = [name for name, by_score in separations.items() if _is_weak(scored, name, by_score)]
+    better = {name: _better_score(separations[name], scored.name) for name in weak}
+    section = page.section("Outlier scores", _verdict(scored, separations, better))
+    section.text(
         f"Each input gets a score, *{scored.name}*; a higher score means a stranger input. Inputs above a threshold "
         f"are called strange. {calibrated_on} familiar activations, chosen at random, set the threshold; the other "
         f"{judged} test it. On average over such choices, at most {percent(alarm)} of new familiar inputs are called "
         f"strange (the false-alarm rate). For this threshold, the rate is below {percent(bound)} with 95 % confidence. "
         "This holds for every network and score, provided that new inputs are like the familiar ones and that neither "
-        "network nor pair was fitted to these. It does not say how many outliers are detected.",
+        "network, pair nor score was fitted to these. It does not say how many outliers are detected."
     )
-    if fitted:
+    if fitted or fitted_score:
+        what = "score" if fitted_score else "base"
         section.text(
-            "**The base was fitted to these very activations**, so the false-alarm rate for new inputs may be higher."
+            f"**The {what} was fitted to these very activations**, so the false-alarm rate for new inputs may be "
+            "higher."
         )
     section.facts(
         {
             "threshold": threshold.value,
             "false-alarm rate, requested": percent(alarm),
-            "false-alarm rate, measured": percent(scored.rate(FAMILIAR)),
+            "false alarms, measured": _share_in_words(scored.num_above(FAMILIAR), judged),
         }
     )
     _histograms(section, scored)
     _rates(section, scored)
-    separations = {name: scored.separations(name) for name in scored.others}
     if separations:
         _detection(section, scored, separations)
     return {
@@ -160,11 +172,63 @@ def familiarity(page: Page, scored: Scores, fitted: bool) -> dict[str, Any]:
             name: {
                 "count": len(scored.rows[name]),
                 "strange": scored.rate(name),
-                "scores": {score: {"auroc": one.auroc, "fpr95": one.fpr95} for score, one in by_score.items()},
+                "hardly_separated": name in weak,
+                "better_score": better.get(name),
+                "scores": {
+                    score: {"auroc": one.auroc, "standard_error": one.standard_error, "fpr95": one.fpr95}
+                    for score, one in by_score.items()
+                },
             }
             for name, by_score in separations.items()
         },
     }
+
+
+def _is_weak(scored: Scores, name: str, by_score: Mapping[str, Separation]) -> bool:
+    return _hardly_separated(by_score[scored.name], scored.rate(name), scored.threshold.false_alarm)
+
+
+def _verdict(
+    scored: Scores, separations: Mapping[str, Mapping[str, Separation]], better: Mapping[str, str | None]
+) -> str:
+    """Return paragraphs on whether the alarm works: on all sets, then on each set on which it hardly does.
+
+    Args:
+        scored: Scores of all sets.
+        separations: Separations by name of the set and of the score.
+        better: Name of a better score or None, by name of the sets on which the alarm hardly works.
+    """
+    if not separations:
+        return "**Whether the alarm detects outliers was not measured**: there are no other inputs to measure it on."
+    num_weak, num_sets = len(better), len(separations)
+    alarms = _share_in_words(scored.num_above(FAMILIAR), len(scored.rows[FAMILIAR]))
+    if num_weak == num_sets:
+        first = "**The alarm hardly works" + (f" on any of {num_sets} other sets.**" if num_sets > 1 else ".**")
+    elif num_weak:
+        first = f"**The alarm works on {num_sets - num_weak} of {num_sets} other sets, and hardly on {num_weak}.**"
+    else:
+        first = "**The alarm works" + (f" on all {num_sets} other sets.**" if num_sets > 1 else ".**")
+    lines = [f"{first} False alarms on familiar inputs: {alarms}."]
+    names = labels_of(list(separations), _LETTERS)
+    strong = [name for name in separations if name not in better]
+    if strong:
+        rates = ", ".join(f"{percent(scored.rate(name))} of “{names[name]}”" for name in strong[:_SHOWN_SETS])
+        more = f" and {len(strong) - _SHOWN_SETS} more" if len(strong) > _SHOWN_SETS else ""
+        lines.append(f"It detects {rates}{more}.")
+    for name, best in better.items():
+        own = separations[name][scored.name]
+        count = _share_in_words(scored.num_above(name), len(scored.rows[name]))
+        lines.append(
+            f"“{names[name]}” is hardly told apart from familiar inputs: {count} are above the threshold, where "
+            f"{percent(scored.threshold.false_alarm)} of familiar inputs may be (AUROC {own.auroc:.3f}; 0.5 is "
+            "chance). "
+            + (
+                f"*{best}* does better (AUROC {separations[name][best].auroc:.3f})."
+                if best
+                else "None of the compared scores does better."
+            )
+        )
+    return "\n\n".join(lines)
 
 
 def _shown_sets(scored: Scores) -> tuple[list[str], str]:
@@ -190,17 +254,26 @@ def _histograms(section: Section, scored: Scores) -> None:
 def _rates(section: Section, scored: Scores) -> None:
     rows = []
     for name in scored.sets:
-        num_inputs, rate = len(scored.rows[name]), scored.rate(name)
-        error = math.sqrt(rate * (1 - rate) / num_inputs)
-        rows.append([name, num_inputs, scored.num_above(name), percent(rate), percent(error)])
+        num_inputs, num_above = len(scored.rows[name]), scored.num_above(name)
+        low, high = _interval(num_above, num_inputs)
+        rate = percent(num_above / num_inputs) if num_above else "none"
+        rows.append([name, num_inputs, num_above, rate, f"{percent(low)} to {percent(high)}"])
     section.table(
-        ["set", "inputs", "above the threshold", "rate", "standard error"],
+        ["set", "inputs", "above the threshold", "rate", "95 % interval"],
         rows,
         caption="Inputs above the threshold. The rate of the familiar set is the measured false-alarm rate; "
         f"{percent(scored.threshold.false_alarm)} was requested."
-        + (" The rates of other sets are detection rates." if scored.others else ""),
+        + (" The rates of other sets are detection rates." if scored.others else "")
+        + " The intervals (Wilson) contain the rate of further inputs of the same kind.",
         align="lrrrr",
     )
+
+
+def _interval(count: int, total: int) -> tuple[float, float]:
+    """Return Wilson's interval of a rate at 95 % confidence."""
+    z2, rate = 1.959964**2, count / total
+    center, half = rate + z2 / (2 * total), math.sqrt(z2 * (rate * (1 - rate) + z2 / (4 * total)) / total)
+    return max(0.0, (center - half) / (1 + z2 / total)), min(1.0, (center + half) / (1 + z2 / total))
 
 
 def _detection(section: Section, scored: Scores, separations: Mapping[str, Mapping[str, Separation]]) -> None:

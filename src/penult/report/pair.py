@@ -136,7 +136,9 @@ def page(
     report.results["realism"] = sections.realism(
         report, pair, familiar, own.predicted, names, seed=seed, fitted=fitted, progress=progress
     )
-    report.results |= familiarity(report, scored, fitted)
+    own_digest = getattr(scores.usual(pair) if score is None else score, "_fitted_digest", None)
+    fitted_score = own_digest is not None and own_digest == own.digest
+    report.results |= familiarity(report, scored, fitted or pair.base.reference == own.digest, fitted_score)
     all_images = ({} if images is None else {FAMILIAR: images}) | other_images
     if all_images:
         pictured(report, scored, all_images, names, familiar.labels)
@@ -213,6 +215,7 @@ def _read(pair: GenerativePair, name: str, activations: Activations, functions: 
         gap_limit=limit,
         stored_gap=stored_gap,
         constant=constant,
+        digest=source.digest,
     )
 
 
@@ -230,7 +233,8 @@ def _score_functions(pair: GenerativePair, score: Score | None) -> tuple[str, Fu
     """Return the name of the chosen score, and the functions of this and the common scores by name."""
     score = scores.usual(pair) if score is None else score
     name = _score_name(score).replace("_", " ")
-    common = {other: _bound(function, pair) for other, function in _COMMON_SCORES.items() if other != name}
+    others = _COMMON_SCORES | ({"directional": scores.directional} if scores.usual(pair) is scores.directional else {})
+    common = {other: _bound(function, pair) for other, function in others.items() if other != name}
     return name, {name: _bound(score, pair)} | common
 
 

@@ -211,7 +211,7 @@ class Composite(Score):
     def _raw_parts(self, h: Tensor) -> Tensor:
         """Return D, M and P (B, 3) of activations (B, d)."""
         with in_full(h.device):
-            return by_blocks(self._block, h)
+            return by_blocks(self._block, h, self.head)
 
     def _block(self, h: Tensor) -> Tensor:
         logits = raw_logits(self.head, h)

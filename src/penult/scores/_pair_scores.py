@@ -19,8 +19,8 @@ from penult.special import in_full, in_range, traced
 
 __all__ = ["by_blocks", "density", "directional", "energy", "max_logit", "msp", "raw_logits"]
 
-# Rows of a block.
-_ROWS = 1024
+# Activations or logits of a block.
+_VALUES = 1 << 20
 
 
 def directional(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def directional(pair: GenerativePair, h: Tensor) -> Tensor:
     h = as_activations(h, device=pair.head.weight.device)
     with in_full(h.device):
         read = pair.read(h)
-        return as_score(-by_blocks(lambda rows: base.direction_log_prob(pair.head, rows, table), read), h)
+        return as_score(-by_blocks(lambda rows: base.direction_log_prob(pair.head, rows, table), read, pair.head), h)
 
 
 def energy(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def energy(pair: GenerativePair, h: Tensor) -> Tensor:
         >>> energy(GenerativePair(Head(torch.eye(3)), Sphere(2.0)), torch.tensor([[9.0, 0.0, 0.0]]))
         tensor([-9.0002])
     """
-    return as_score(-by_blocks(lambda rows: raw_logits(pair.head, rows).logsumexp(-1), h), h)
+    return as_score(-by_blocks(lambda rows: raw_logits(pair.head, rows).logsumexp(-1), h, pair.head), h)
 
 
 def max_logit(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def msp(pair: GenerativePair, h: Tensor) -> Tensor:
         largest, index = logits.max(-1, keepdim=True)
         return (logits - largest).exp().scatter(-1, index, 0.0).sum(-1)
 
-    others = by_blocks(odds, h)
+    others = by_blocks(odds, h, pair.head)
     return as_score(others / (1 + others), h)
 
 
@@ -186,12 +186,13 @@ def raw_logits(head: Head, h: Tensor) -> Tensor:
         return head.centered_logits(wide) + (wide @ head.mean_row.to(wide.dtype)).unsqueeze(-1)
 
 
-def by_blocks(function: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+def by_blocks(function: Callable[[Tensor], Tensor], h: Tensor, head: Head) -> Tensor:
     """Return a function of activations, which of many rows (B, d) is computed in blocks that fit into a cache."""
     # A compiler sees one block, whose size it need not know.
-    if not isinstance(h, Tensor) or h.dim() != 2 or traced(h) or len(h) <= _ROWS:
+    num_rows = max(1, _VALUES // max(head.weight.shape))
+    if not isinstance(h, Tensor) or h.dim() != 2 or traced(h) or len(h) <= num_rows:
         return function(h)
-    return torch.cat([function(rows) for rows in h.split(_ROWS)])
+    return torch.cat([function(rows) for rows in h.split(num_rows)])
 
 
 def _radial_table(pair: GenerativePair) -> Tensor:
