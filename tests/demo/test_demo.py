@@ -126,10 +126,10 @@ def strangers_are_told_and_familiar_digits_mostly_pass(finished):
     assert set(found["strange"]) == set(found["auroc"])
     assert len(found["auroc"]) == 6
     for name in ("rotated by 45°", "heavy texture", "scrambled", "noise"):
-        assert found["auroc"][name]["directional"] > 0.85
+        assert found["auroc"][name]["composite"] > 0.85
         assert found["strange"][name] > 0.4
-    means = {s: sum(each[s] for each in found["auroc"].values()) for s in ("directional", "energy")}
-    assert means["directional"] > means["energy"]
+    means = {s: sum(each[s] for each in found["auroc"].values()) for s in ("composite", "energy")}
+    assert means["composite"] > means["energy"]
 
 
 def the_page_is_whole_and_loads_nothing(finished):
@@ -159,6 +159,8 @@ def the_pair_is_read_without_the_model(finished):
     pair = penult.load(finished.out / "digits.penult.safetensors")
     h = finished.test_activations.activations
     assert torch.allclose(pair.posterior(h).probs, finished.test_activations.logits.softmax(-1), atol=1e-5)
+    score = penult.scores.load(finished.out / "digits.penult.safetensors")
+    assert torch.allclose(score(h), finished.score(h), atol=1e-5)
     assert finished.results["file"]["log_prob_error"] < 1e-3  # of values around a hundred, in float32
     json.dumps(finished.results)
 

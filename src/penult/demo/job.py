@@ -14,6 +14,7 @@ from penult.activations import Activations
 from penult.data import Images, digits
 from penult.head import Head
 from penult.pair import GenerativePair
+from penult.scores import Score
 
 if TYPE_CHECKING:
     from penult.report import Page
@@ -75,6 +76,7 @@ class Job:
         test_activations: Activations of ``test``.
         pairs: Pairs by name.
         chosen: Name of the pair for the later parts.
+        score: Outlier score, once it is fitted.
     """
 
     out: Path
@@ -91,6 +93,7 @@ class Job:
     test_activations: Activations = field(init=False)
     pairs: dict[str, GenerativePair] = field(default_factory=dict)
     chosen: str = "without data"
+    score: Score = field(init=False)
 
     @classmethod
     def start(cls, out: Path, seed: int, reporter: Reporter) -> Job:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from penult import scores
 from penult.bases import Sphere
 from penult.demo.job import Job
 from penult.pair import load
@@ -93,10 +94,10 @@ def _cloud_figure(job: Job, section: Section, base: Sphere, sampled: Tensor, lab
 
 
 def save_and_reload(job: Job) -> None:
-    """Save the pair, load it without the model, and use it."""
+    """Save the pair and the outlier score, load both without the model, and use them."""
     job.reporter.heading("One file, no model")
     pair = job.pairs[job.chosen]
-    path = pair.save(job.out / "digits.penult.safetensors")
+    path = scores.save(job.out / "digits.penult.safetensors", job.score, pair)
     loaded = load(path)
     h = job.test_activations.activations
     error = float((loaded.log_prob(h) - pair.log_prob(h)).abs().max())
@@ -106,12 +107,14 @@ def save_and_reload(job: Job) -> None:
     job.reporter.line(f"{path}: {size / 1024:.1f} KiB; largest change of log p(h) after loading: {error:.1e}")
     section = job.page.section(
         "One file, no model",
-        f"The pair with the {job.chosen} base is stored in a safetensors file with JSON metadata. It contains neither "
-        "pickled objects nor code, and the network is not needed to load it.",
+        f"The pair with the {job.chosen} base and the outlier score are stored in a safetensors file with JSON "
+        "metadata, which `penult score` and `penult report` read as well. It contains neither pickled objects nor "
+        "code, and the network is not needed to load it.",
     )
     section.facts({"size": f"{size / 1024:.1f} KiB", "largest change of log p(h)": f"{error:.0e}"})
     section.code(
         f'pair = penult.load("{path.name}")\n'
+        f'score = penult.scores.load("{path.name}")\n'
         "h, y = pair.sample((5,))\n"
         f"# with the seed of this run: h.shape = {tuple(sampled.shape)}, y = {labels.tolist()}",
         label="Python code",
