@@ -22,8 +22,9 @@ __all__ = ["Composite", "usual"]
 
 # Fewest reference activations: each of the two folds needs a covariance.
 _MIN_ROWS = 20
-# A class mean is estimated only if there are on average so many rows for each class.
-_ROWS_PER_CLASS = 2
+# Class means are used if there are on average at least so many rows for each predicted class: with one row each, rows
+# say nothing of the spread within classes.
+_ROWS_PER_CLASS = 1.1
 
 
 def combined(parts: Tensor) -> Tensor:
@@ -112,8 +113,8 @@ class Composite(Score):
 
         Args:
             pair_or_head: The head, or a pair; only its head is used.
-            activations: Reference activations (N, d), N ≥ 20 and d ≥ 2, as a tensor or as `Activations`. With fewer
-                than two of them for each predicted class, M has one mean for all classes.
+            activations: Reference activations (N, d), N ≥ 20 and d ≥ 2, as a tensor or as `Activations`. If a half of
+                them has almost as many predicted classes as rows, M has one mean for all classes.
             trim: Fraction of the activations that the fit leaves out, as in :meth:`penult.Sphere.fit`. 0.2 if some of
                 them may be outliers.
 

@@ -19,8 +19,8 @@ from penult.special import in_full, in_range, traced
 
 __all__ = ["by_blocks", "density", "directional", "energy", "max_logit", "msp", "raw_logits"]
 
-# Activations or logits of a block.
-_VALUES = 1 << 20
+# Activations or logits of a block, and its fewest rows: each block reads all of W.
+_VALUES, _FEWEST_ROWS = 1 << 20, 256
 
 
 def directional(pair: GenerativePair, h: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def raw_logits(head: Head, h: Tensor) -> Tensor:
 def by_blocks(function: Callable[[Tensor], Tensor], h: Tensor, head: Head) -> Tensor:
     """Return a function of activations, which of many rows (B, d) is computed in blocks that fit into a cache."""
     # A compiler sees one block, whose size it need not know.
-    num_rows = max(1, _VALUES // max(head.weight.shape))
+    num_rows = max(_FEWEST_ROWS, _VALUES // max(head.weight.shape))
     if not isinstance(h, Tensor) or h.dim() != 2 or traced(h) or len(h) <= num_rows:
         return function(h)
     return torch.cat([function(rows) for rows in h.split(num_rows)])
