@@ -89,6 +89,7 @@ def fitted_scores(head, rows):
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     labels = torch.arange(len(rows), device=rows.device) % 4
     return {
+        "Composite": penult.scores.Composite.fit(head, rows),
         "Mahalanobis": penult.scores.Mahalanobis.fit(rows, labels),
         "RelativeMahalanobis": penult.scores.RelativeMahalanobis.fit(rows, labels),
         "KNN": penult.scores.KNN.fit(rows, k=5),

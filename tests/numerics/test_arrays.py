@@ -9,7 +9,7 @@ import torch
 import penult
 from penult import Activations, Head
 from penult._checks import as_activations
-from penult.scores import KNN, Mahalanobis, Threshold, ViM, density, directional, energy, max_logit, msp
+from penult.scores import KNN, Composite, Mahalanobis, Threshold, ViM, density, directional, energy, max_logit, msp
 
 K, D, N = 3, 5, 120
 GENERATOR = torch.Generator().manual_seed(0)
@@ -78,6 +78,7 @@ FUNCTIONS = {
     "log_prob": PAIR.log_prob,
     "log_joint": PAIR.log_joint,
     **{f.__name__: lambda h, f=f: f(PAIR, h) for f in (density, directional, energy, max_logit, msp)},
+    "Composite": Composite.fit(HEAD, H),
     "Mahalanobis": Mahalanobis.fit(H, Y),
     "KNN": KNN.fit(H, k=3),
     "Threshold": Threshold.fit(energy, H, pair=PAIR),
@@ -87,6 +88,7 @@ FUNCTIONS = {
     "Gaussian.fit": lambda h: penult.Gaussian.fit(HEAD, h).loc,
     "Marginal.fit": lambda h: penult.Marginal.fit(HEAD, h, components=2).distribution.loc,
     "PrincipalMixture.fit": lambda h: penult.distributions.PrincipalMixture.fit(h, 2, 2).loc,
+    "Composite.fit": lambda h: Composite.fit(HEAD, h).means,
     "Mahalanobis.fit": lambda h: Mahalanobis.fit(h, Y.numpy()).means,
     "ViM.fit": lambda h: ViM.fit(Head(HEAD.weight, HEAD.full_bias + 9), h, dims=2).alpha,
     "estimate_prior": lambda h: PAIR.estimate_prior(h, iterations=3).probs,

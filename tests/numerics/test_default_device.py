@@ -21,6 +21,7 @@ from penult.distributions import Bank, PrincipalMixture, VonMisesFisher
 from penult.realism import choose, compare
 from penult.scores import (
     KNN,
+    Composite,
     Mahalanobis,
     RelativeMahalanobis,
     Threshold,
@@ -264,6 +265,7 @@ SCORES = {
     "max_logit": lambda: lambda h: max_logit(GenerativePair(head()), h),
     "msp": lambda: lambda h: msp(GenerativePair(head()), h),
     "density": lambda: lambda h: density(GenerativePair(head(), Gaussian.fit(head(), rows())), h),
+    "composite": lambda: Composite.fit(head(), rows()),
     "mahalanobis": lambda: Mahalanobis.fit(rows(), labels()),
     "relative_mahalanobis": lambda: RelativeMahalanobis.fit(rows(), labels()),
     "knn": lambda: KNN.fit(rows(), k=3),

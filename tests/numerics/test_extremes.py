@@ -172,6 +172,7 @@ def large_scores(base):
     if base == "fitted":
         labels = LARGE_HEAD(LARGE_ROWS).argmax(-1)
         return [
+            scores.Composite.fit(LARGE_HEAD, LARGE_ROWS),
             scores.Mahalanobis.fit(LARGE_ROWS, labels),
             scores.RelativeMahalanobis.fit(LARGE_ROWS, labels),
             scores.KNN.fit(LARGE_ROWS, k=3),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import penult
-from penult.scores import KNN, Mahalanobis, RelativeMahalanobis, Threshold, ViM
+from penult.scores import KNN, Composite, Mahalanobis, RelativeMahalanobis, Threshold, ViM
 
 
 def stored(state):
@@ -40,6 +40,7 @@ def test_scores_load_the_state_of_those_fitted_to_other_rows(problem, close):
     labels, strange = torch.arange(100) % 4, 3 * problem.normal(20, 8, seed=5).float()
     other = penult.Head(problem.head(seed=9).weight, problem.head(seed=9).bias)
     for fitted, blank in (
+        (Composite.fit(head, rows), Composite.fit(other, rows[:40])),
         (KNN.fit(rows, k=7), KNN.fit(rows[:30], k=3)),
         (Mahalanobis.fit(rows, labels), Mahalanobis.fit(rows, labels % 2)),
         (RelativeMahalanobis.fit(rows, labels), RelativeMahalanobis.fit(rows, labels % 2)),
