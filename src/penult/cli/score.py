@@ -154,7 +154,8 @@ def score(
     results = {"data": data, "count": len(scores.score), "score": chosen.name.value, "why": chosen.reason}
     results |= scores.summary() | _verdicts(scores, calibrate, threshold)
     if familiar is not None:
-        results |= _separation(loaded, chosen, stored, familiar, acts, results)
+        sides = (familiar, familiar_scores), (acts, scores.score)
+        results |= _separation(loaded, chosen, stored, sides, results)
     if out is not None:
         results["out"] = str(scores.write(out))
     _report_scores(results, _class_names(familiar, acts), reporter)
@@ -282,41 +283,41 @@ def _separation(
     pair: GenerativePair,
     chosen: Chosen,
     stored: StoredScore | None,
-    familiar: Activations,
-    acts: Activations,
+    sides: tuple[tuple[Activations, Tensor], tuple[Activations, Tensor]],
     results: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return how well the score separates the inputs from familiar ones, and which score does better if it hardly does.
 
-    No score is tried where the score separates the two.
+    Args:
+        pair: The pair.
+        chosen: The score.
+        stored: Score that the file of the pair holds.
+        sides: Activations and their scores, of familiar inputs and of the inputs.
+        results: Results with the fraction of inputs that are called strange.
     """
-    import torch
-
     from penult import scores
     from penult.scores import _better_score, _hardly_separated
 
-    def separation_of(one: Chosen) -> scores.Separation:
-        return scores.separation(
-            *(_Scores.compute(pair, one.score, part, None).score.double() for part in (familiar, acts))
-        )
-
-    with torch.no_grad():
-        own = separation_of(chosen)
-        hardly = _hardly_separated(own, results["strange_share"], results["false_alarm"])
-        found = {chosen.name: own}
-        if hardly:
-            names = [ScoreName.energy, ScoreName.msp]
-            names += [ScoreName.directional] if scores.usual(pair) is scores.directional else []
-            others = [score_of(pair, name) for name in names] + (
-                [] if stored is None else [score_of(pair, None, stored)]
-            )
-            found |= {one.name: separation_of(one) for one in others if one.name is not chosen.name}
-    better = _better_score({name.value: one for name, one in found.items()}, chosen.name.value) if hardly else None
+    familiar, inputs = sides
+    separations = {chosen.name: scores.separation(familiar[1], inputs[1])}
+    own = separations[chosen.name]
+    hardly = _hardly_separated(own, results["strange_share"], results["false_alarm"])
+    # Other scores are computed only if they are needed.
+    if hardly:
+        names = [ScoreName.energy, ScoreName.msp]
+        names += [ScoreName.directional] if scores.usual(pair) is scores.directional else []
+        others = [score_of(pair, name) for name in names]
+        others += [] if stored is None else [score_of(pair, None, stored)]
+        for other in others:
+            if other.name not in separations:
+                values = (_Scores.compute(pair, other.score, acts, None).score for acts, _ in sides)
+                separations[other.name] = scores.separation(*values)
+    by_name = {name.value: one for name, one in separations.items()}
     return {
         "auroc": own.auroc,
         "hardly_separated": hardly,
-        "better_score": better,
-        "aurocs": {name.value: one.auroc for name, one in found.items()},
+        "better_score": _better_score(by_name, chosen.name.value) if hardly else None,
+        "aurocs": {name: one.auroc for name, one in by_name.items()},
     }
 
 

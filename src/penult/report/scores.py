@@ -90,24 +90,24 @@ def spread(
     return figure
 
 
-def comparison(found: Comparison, size: tuple[float, float] | None = None) -> Figure:
+def comparison(compared: Comparison, size: tuple[float, float] | None = None) -> Figure:
     """Draw the AUROC of several scores on several sets of outliers, with two standard errors on either side.
 
     Args:
-        found: From `penult.scores.compare`.
+        compared: From `penult.scores.compare`.
         size: Width and height in CSS pixels.
 
     Example:
         >>> import torch, penult
         >>> h = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
-        >>> found = penult.scores.compare({"norm": lambda h: h.norm(dim=-1)}, h, {"far": 3 * h, "near": 1.5 * h})
-        >>> figure = comparison(found)
+        >>> compared = penult.scores.compare({"norm": lambda h: h.norm(dim=-1)}, h, {"far": 3 * h, "near": 1.5 * h})
+        >>> figure = comparison(compared)
     """
-    num_scores, num_sets = len(found.separations), len(found.sets)
+    num_scores, num_sets = len(compared.separations), len(compared.sets)
     figure, (axes,) = new_figure(size=size or (680, 90 + num_sets * (24 + 16 * num_scores)))
     with style():
         handles: dict[str, Artist] = {}
-        for position, (name, by_set) in enumerate(found.separations.items()):
+        for position, (name, by_set) in enumerate(compared.separations.items()):
             height = np.arange(num_sets) + ((position + 0.5) / num_scores - 0.5) * 0.7
             areas = np.array([one.auroc for one in by_set.values()])
             errors = np.nan_to_num([2 * one.standard_error for one in by_set.values()])
@@ -115,7 +115,7 @@ def comparison(found: Comparison, size: tuple[float, float] | None = None) -> Fi
             axes.hlines(height, areas - errors, areas + errors, color=colour, linewidth=1.5)
             (handles[name],) = axes.plot(areas, height, "o", color=colour, markersize=8)
         axes.axvline(0.5, color=LIGHT["muted"], linewidth=1.25, linestyle=(0, (4, 3)))
-        axes.set(yticks=range(num_sets), yticklabels=found.sets, ylim=(num_sets - 0.5, -0.5), xlabel="AUROC")
+        axes.set(yticks=range(num_sets), yticklabels=compared.sets, ylim=(num_sets - 0.5, -0.5), xlabel="AUROC")
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         legend(figure, handles)
