@@ -246,7 +246,10 @@ def test_a_score_that_was_fitted_to_the_familiar_activations_is_named():
     score = scores.Composite.fit(pair, familiar)
     assert "The score was fitted to these very activations" in pages.page(pair, familiar, score=score).html()
     other = scores.Composite.fit(pair, acts_of(pair.head, 100, 5))
-    assert "was fitted to these very activations" not in pages.page(pair, familiar, score=other).html()
+    page, facts = pages.build(pair, familiar, {"far": acts_of(pair.head, 50, 6, shift=9.0)}, score=other)
+    assert "was fitted to these very activations" not in page.html()
+    compared = {"Composite", "energy", "max logit", "msp", "direction alone", "distance alone"}
+    assert set(facts["others"]["far"]["scores"]) == compared
 
 
 def test_pre_activations_are_read_as_the_head_reads_them():

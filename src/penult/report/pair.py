@@ -233,9 +233,18 @@ def _score_functions(pair: GenerativePair, score: Score | None) -> tuple[str, Fu
     """Return the name of the chosen score, and the functions of this and the common scores by name."""
     score = scores.usual(pair) if score is None else score
     name = _score_name(score).replace("_", " ")
-    others = _COMMON_SCORES | ({"directional": scores.directional} if scores.usual(pair) is scores.directional else {})
+    others: dict[str, Callable[..., Tensor]] = dict(_COMMON_SCORES)
+    if isinstance(score, scores.Composite):
+        # The third part has the order of msp.
+        others |= {f"{part} alone": _part(score, i) for i, part in enumerate(score.PARTS[:2])}
+    elif scores.usual(pair) is scores.directional:
+        others["directional"] = scores.directional
     common = {other: _bound(function, pair) for other, function in others.items() if other != name}
     return name, {name: _bound(score, pair)} | common
+
+
+def _part(score: scores.Composite, index: int) -> Callable[[Tensor], Tensor]:
+    return lambda h: score.parts(h)[:, index]
 
 
 def _check(

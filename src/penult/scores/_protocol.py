@@ -188,7 +188,8 @@ def score_from_state(kind: str, tensors: Mapping[str, Tensor], pair: GenerativeP
 def save(path: str | os.PathLike[str], score: Callable[..., Tensor], pair: GenerativePair) -> Path:
     """Write a pair and an outlier score to one safetensors file, without pickle.
 
-    :func:`penult.load` reads the pair of the file, :func:`penult.scores.load` the score.
+    :func:`penult.load` reads the pair of the file, :func:`penult.scores.load` the score. :meth:`GenerativePair.save`
+    writes a file without a score.
 
     Args:
         path: File. It is written under another name and renamed when it is complete.
