@@ -225,11 +225,15 @@ def test_the_page_says_whether_the_alarm_works():
     assert facts["others"]["far"]["hardly_separated"] is False
 
     page, facts = pages.build(pair, familiar, {"same": same, "far": far})
-    assert "<strong>The alarm works on 1 of 2 other sets, and hardly on 1.</strong>" in page.html()
+    assert "<strong>Of 2 other sets, the alarm works on 1, hardly works on 1.</strong>" in page.html()
     assert "“same” is hardly told apart from familiar inputs" in page.html()
     assert "None of the compared scores does better" in page.html()
     assert facts["others"]["same"]["hardly_separated"] is True
     assert facts["others"]["same"]["better_score"] is None
+
+    halves = penult.Activations(torch.cat([far.activations[:90], same.activations[:210]]), torch.zeros(300, 4))
+    page, facts = pages.build(pair, familiar, {"halves": halves})
+    assert "<strong>The alarm works in part.</strong>" in page.html()
 
     page, facts = pages.build(pair, familiar, {"far": far}, score=lambda h: 0 * h.sum(-1))
     assert "<strong>The alarm hardly works.</strong>" in page.html()

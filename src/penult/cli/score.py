@@ -49,6 +49,7 @@ __all__ = ["FalseAlarm", "score"]
 _QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "most": 1.0}
 _SHOWN = 5  # Inputs with the highest and with the lowest scores.
 _FALSE_ALARM = 0.05
+_MOST = 0.5  # Fraction of inputs that are called strange below which an alarm works only in part.
 _LOGITS = 1 << 24  # Logits that are computed together.
 
 
@@ -326,7 +327,8 @@ def _separation_in_words(results: Mapping[str, Any]) -> str:
     data, calibrate = results["data"], results["calibrate"]
     auroc = f"AUROC {results['auroc']:.3f}; 0.5 is chance"
     if not results["hardly_separated"]:
-        return f"the alarm tells {data} from {calibrate} ({auroc})"
+        in_part = " in part" if results["strange_share"] < _MOST else ""
+        return f"the alarm tells {data} from {calibrate}{in_part} ({auroc})"
     better = results["better_score"]
     return (
         f"the alarm hardly tells {data} from {calibrate} ({auroc}), as it should be if the inputs are familiar. If "

@@ -23,6 +23,8 @@ FAMILIAR = "familiar"
 
 # Other sets in one figure.
 _SHOWN_SETS = 5
+# Fraction of a set that an alarm has to detect to work, and not only in part.
+_MOST = 0.5
 # Pictures at each end of the score.
 _PICTURES = 8
 # Letters of the name of a set above pictures, and in figures.
@@ -200,14 +202,18 @@ def _verdict(
     """
     if not separations:
         return "**Whether the alarm detects outliers was not measured**: there are no other inputs to measure it on."
-    num_weak, num_sets = len(better), len(separations)
     alarms = _share_in_words(scored.num_above(FAMILIAR), len(scored.rows[FAMILIAR]))
-    if num_weak == num_sets:
-        first = "**The alarm hardly works" + (f" on any of {num_sets} other sets.**" if num_sets > 1 else ".**")
-    elif num_weak:
-        first = f"**The alarm works on {num_sets - num_weak} of {num_sets} other sets, and hardly on {num_weak}.**"
+    num_sets, num_weak = len(separations), len(better)
+    num_partial = sum(scored.rate(name) < _MOST for name in separations if name not in better)
+    counts = {"works": num_sets - num_partial - num_weak, "works in part": num_partial, "hardly works": num_weak}
+    counts = {words: count for words, count in counts.items() if count}
+    if num_sets == 1:
+        first = f"**The alarm {next(iter(counts))}.**"
+    elif len(counts) == 1:
+        first = f"**The alarm {next(iter(counts))} on all {num_sets} other sets.**"
     else:
-        first = "**The alarm works" + (f" on all {num_sets} other sets.**" if num_sets > 1 else ".**")
+        listed = ", ".join(f"{words} on {count}" for words, count in counts.items())
+        first = f"**Of {num_sets} other sets, the alarm {listed}.**"
     lines = [f"{first} False alarms on familiar inputs: {alarms}."]
     names = labels_of(list(separations), _LETTERS)
     strong = [name for name in separations if name not in better]
