@@ -10,8 +10,8 @@ taken of the positive parts.
 References:
     msp: Hendrycks and Gimpel 2017. Max logit: Hendrycks et al. 2022. Energy: Liu et al. 2020. GEN: Liu et al. 2023.
     ViM: Wang et al. 2022. KNN: Sun et al. 2022. Mahalanobis: Lee et al. 2018; relative: Ren et al. 2021; ++: Mueller
-    and Hein 2025. NNGuide: Park et al. 2023. fDBD: Liu and Qin 2024. CoP: Fang et al. 2024. CADRef: Ling et al. 2025;
-    CARef is its form without the logits. NECO: Ben Ammar et al. 2024. SCALE: Xu et al. 2024. ASH: Djurisic et al. 2023.
+    and Hein 2025. NNGuide: Park et al. 2023. fDBD: Liu and Qin 2024. CoP: Fang et al. 2024. CADRef and
+    CARef: Ling et al. 2025. NECO: Ben Ammar et al. 2024. SCALE: Xu et al. 2024. ASH: Djurisic et al. 2023.
     ReAct: Sun et al. 2021. SHE: Zhang et al. 2023.
 """
 
@@ -186,6 +186,23 @@ def caref(weight: Tensor, bias: Tensor, rows: Tensor) -> Score:
     return score
 
 
+def cadref(weight: Tensor, bias: Tensor, rows: Tensor) -> Score:
+    """CADRef with GEN: CARef split by the signs of the predicted class's weights.
+
+    The part along the weights is divided by the logit score of h (1 / `gen`), the other by its mean over rows.
+    """
+    means, doubt = _class_means(weight, bias, rows), gen(weight, bias, rows)
+    mean_certainty = doubt(rows).reciprocal().mean()
+
+    def score(h: Tensor) -> Tensor:
+        index = _logits(weight, bias, h).argmax(-1)
+        deviation = (h - means[index]) * weight[index].sign()
+        along, against = (part.clamp(min=0).sum(-1) / h.abs().sum(-1) for part in (deviation, -deviation))
+        return along * doubt(h) + against / mean_certainty
+
+    return score
+
+
 def neco(weight: Tensor, bias: Tensor, rows: Tensor) -> Score:
     """Negative share of the centred norm in the principal axes, times the largest logit."""
     center, axes = _components(rows)
@@ -257,6 +274,7 @@ PEERS: dict[str, Peer] = {
     "fDBD": fdbd,
     "CoP": cop,
     "CARef": caref,
+    "CADRef": cadref,
     "NECO": neco,
     "SCALE": scale,
     "ASH": ash,

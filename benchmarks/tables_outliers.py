@@ -222,3 +222,110 @@ def cost(results: dict[str, Any]) -> Block:
     return Block(
         [Table("Cost of scores, in evaluations of the head", ("", *cells), rows)], notes, "python benchmarks/scores.py"
     )
+
+
+# --- networks of many kinds ---------------------------------------------------------------------------------
+
+
+@table("outliers-kinds", source="outliers_kinds")
+def kinds(results: dict[str, Any]) -> Block:
+    """Scores on networks of many kinds: near and far means, each network, few rows, false alarms, other rules."""
+    section = results["sections"]["networks"]
+    judged = {name: cell for name, cell in section["cells"].items() if cell["role"] == "judging"}
+    chosen = {name: cell for name, cell in section["cells"].items() if cell["role"] == "choosing"}
+    tables_made: list[Table] = []
+    for title, cells in (("judging", judged), ("choosing", chosen)):
+        if cells:
+            tables_made.append(_kind_means(cells, f"AUROC, means over the {len(cells)} networks for {title}"))
+    if judged:
+        tables_made += [_kind_networks(judged), _kind_sizes(judged)]
+    if chosen:
+        tables_made.append(_kind_rules(chosen))
+    splits = section["settings"]["photograph_splits"]
+    notes = [
+        "Largest number of reference activations unless it says otherwise; no labels. Near and far: means over sets, "
+        f"then over networks; mean: of both. imagenet-lite0: {splits} splits. "
+        f"{section['machine']['cpu']}; torch {section['versions']['torch']}."
+    ]
+    return Block(tables_made, notes, "python benchmarks/outliers_kinds.py --data DATA --cache CACHE")
+
+
+def kind_mean(cell: dict[str, Any], method: str, kind: str, size: str | None = None) -> float | None:
+    """Return the mean AUROC over the near or far sets of one network; None where there are none."""
+    sets = cell["sets"][size or max(cell["sets"], key=int)][method]
+    values = [value for key, value in sets.items() if key.startswith(kind)]
+    return statistics.mean(values) if values else None
+
+
+def kinds_mean(cells: Cells, method: str, kind: str) -> float:
+    """Return the mean over networks that have near or far sets."""
+    values = [kind_mean(cell, method, kind) for cell in cells.values()]
+    return statistics.mean(value for value in values if value is not None)
+
+
+def _three(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _kind_means(cells: Cells, title: str) -> Table:
+    first = next(iter(cells.values()))
+    methods = list(next(iter(first["sets"].values())))
+    rows = []
+    for method in methods:
+        near, far = (kinds_mean(cells, method, kind) for kind in ("near", "far"))
+        wrong = statistics.mean(cell["wrong"][method] for cell in cells.values() if cell["wrong"][method] is not None)
+        rows.append(((near + far) / 2, (method, *map(_three, (near, far, (near + far) / 2, wrong)))))
+    rows.sort(key=lambda row: -row[0])
+    return Table(title, ("score", "near", "far", "mean", "wrong answers"), [row for _, row in rows])
+
+
+def _kind_networks(cells: Cells) -> Table:
+    rows = []
+    for name, cell in cells.items():
+        line = [name, f"{cell['accuracy']:.3f}"]
+        for kind in ("near", "far"):
+            peers = {
+                method: kind_mean(cell, method, kind)
+                for method in next(iter(cell["sets"].values()))
+                if method != "Composite"
+            }
+            known = {method: value for method, value in peers.items() if value is not None}
+            if known:
+                best = max(known, key=lambda method: known[method])
+                line += [_three(kind_mean(cell, "Composite", kind)), f"{known[best]:.3f} ({best})"]
+            else:
+                line += ["", ""]
+        alarms, dirty = cell["alarms"], cell["dirty"]
+        line += [f"{alarms['mean']:.3f} ± {alarms['deviation']:.3f}"]
+        rows.append((*line, _three(dirty["clean"]), _three(dirty["dirty"]), _three(dirty["trimmed"])))
+    header = ("network", "accuracy", "near", "best other", "far", "best other", "false alarms at 5 %")
+    title = "Composite on each network for judging, next to the best other score of that network"
+    return Table(title, (*header, "far, clean", "a tenth outliers", "trimmed"), rows)
+
+
+def _kind_sizes(cells: Cells) -> Table:
+    rows = []
+    for name, cell in cells.items():
+        for size in cell["sets"]:
+            figures = [
+                _three(kind_mean(cell, method, kind, size))
+                for method in ("Composite", "directional, OAS", "Mahalanobis++", "KNN")
+                for kind in ("near", "far")
+            ]
+            rows.append((name, size, *figures))
+    header = [f"{method}, {kind}" for method in ("Composite", "D", "Mahalanobis++", "KNN") for kind in ("near", "far")]
+    return Table("By the number of reference activations", ("network", "rows", *header), rows)
+
+
+def _kind_rules(cells: Cells) -> Table:
+    rows = []
+    for rule in next(iter(cells.values()))["rules"]:
+        near, far = (
+            statistics.mean(
+                cell["rules"][rule][kind] for cell in cells.values() if cell["rules"][rule][kind] is not None
+            )
+            for kind in ("near", "far")
+        )
+        rows.append((rule, *map(_three, (near, far, (near + far) / 2))))
+    title = "Rules for D, M and P, means over the networks for choosing"
+    return Table(title, ("rule", "near", "far", "mean"), rows)
