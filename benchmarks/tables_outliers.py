@@ -238,7 +238,7 @@ def kinds(results: dict[str, Any]) -> Block:
         if cells:
             tables_made.append(_kind_means(cells, f"AUROC, means over the {len(cells)} networks for {title}"))
     if judged:
-        tables_made += [_kind_networks(judged), _kind_sizes(judged)]
+        tables_made = [_kind_criteria(judged), *tables_made, _kind_networks(judged), _kind_sizes(judged)]
     if chosen:
         tables_made.append(_kind_rules(chosen))
     splits = section["settings"]["photograph_splits"]
@@ -277,6 +277,61 @@ def _kind_means(cells: Cells, title: str) -> Table:
         rows.append(((near + far) / 2, (method, *map(_three, (near, far, (near + far) / 2, wrong)))))
     rows.sort(key=lambda row: -row[0])
     return Table(title, ("score", "near", "far", "mean", "wrong answers"), [row for _, row in rows])
+
+
+def _kind_criteria(cells: Cells) -> Table:
+    """Compare the figures of the recommended score with those that were asked for before the measurement."""
+    first = next(iter(cells.values()))
+    methods = [method for method in next(iter(first["sets"].values())) if method != "Composite"]
+    own = {kind: kinds_mean(cells, "Composite", kind) for kind in ("near", "far")}
+    others = {kind: {method: kinds_mean(cells, method, kind) for method in methods} for kind in ("near", "far")}
+    rows = []
+
+    def add(name: str, figure: str, asked: str, met: bool) -> None:
+        rows.append((name, figure, asked, "met" if met else "**missed**"))
+
+    for kind in ("near", "far"):
+        best = max(methods, key=lambda method: others[kind][method])
+        bound = others[kind][best] - 0.005
+        add(f"mean of {kind} sets", _three(own[kind]), f"≥ {bound:.3f} ({best} − .005)", own[kind] >= bound)
+    both = {method: (others["near"][method] + others["far"][method]) / 2 for method in methods}
+    best, mean = max(methods, key=lambda method: both[method]), (own["near"] + own["far"]) / 2
+    add("mean of both", _three(mean), f"> {both[best]:.3f} ({best})", mean > both[best])
+    gaps, failed = [], []
+    for name, cell in cells.items():
+        for kind in ("near", "far"):
+            value_of_own = kind_mean(cell, "Composite", kind)
+            if value_of_own is not None:
+                peers = [value for method in methods if (value := kind_mean(cell, method, kind)) is not None]
+                gaps.append((value_of_own - max(peers), f"{name}, {kind}"))
+        sets = cell["sets"][max(cell["sets"], key=int)]
+        for key, value in sets["Composite"].items():
+            if key.startswith("far") and value < 0.5 and max(sets[method][key] for method in methods) >= 0.8:
+                failed.append(f"{name}: {key.removeprefix('far/')}")
+    lowest, where = min(gaps)
+    below = sum(gap < -0.02 for gap, _ in gaps)
+    add(
+        "worst network, against its best other score",
+        f"{lowest:+.3f} ({where}); {below} below",
+        "≥ −.02",
+        lowest >= -0.02,
+    )
+    add("far sets below .5 where another has .8", ", ".join(failed) or "none", "none", not failed)
+    small = [cell for cell in cells.values() if cell["dimension"] <= 128 and "200" in cell["sets"]]
+    if small:
+        few = statistics.mean(kind_mean(cell, "Composite", "far", "200") or 0.0 for cell in small)
+        add(f"200 rows, far, {len(small)} networks of d ≤ 128", _three(few), "≥ .940", few >= 0.94)
+    losses = [(cell["dirty"]["clean"] - cell["dirty"]["trimmed"], name) for name, cell in cells.items()]
+    loss, (worst, where) = statistics.mean(loss for loss, _ in losses), max(losses)
+    add("a tenth outliers, trimmed: loss", f"{loss:.3f}; worst {worst:.3f} ({where})", "≤ .01", loss <= 0.01)
+    wrong = [(cell["wrong"]["Composite"] - cell["wrong"]["msp"], name) for name, cell in cells.items()]
+    gain_wrong, (worst, where) = statistics.mean(value for value, _ in wrong), min(wrong)
+    figure = f"{gain_wrong:+.3f}; worst {worst:+.3f} ({where})"
+    add("wrong from right answers, against msp", figure, "≥ −.03", gain_wrong >= -0.03)
+    alarms = [cell["alarms"]["mean"] for cell in cells.values()]
+    inside = min(alarms) >= 0.04 and max(alarms) <= 0.06
+    add("false alarms at 5 %, lowest and highest", f"{min(alarms):.4f}, {max(alarms):.4f}", "4–6 %", inside)
+    return Table("Figures asked and measured, networks for judging", ("figure", "Composite", "asked", "result"), rows)
 
 
 def _kind_networks(cells: Cells) -> Table:
