@@ -44,7 +44,8 @@ DEFAULT, DIRECTION = "Composite", "directional, OAS"
 TRIM = 0.2
 ALARM, SPLITS = 0.05, 50
 PHOTOGRAPH_SPLITS = 10
-FULL, DIRTYING = 500, 100
+# Most outliers of a set that are tested; the last sixth of each set is kept to contaminate reference activations.
+MOST_TESTED, KEPT = 500, 6
 
 Tensors = dict[str, Tensor]
 
@@ -60,7 +61,9 @@ def auroc(familiar: Tensor, outliers: Tensor) -> float:
 def direction(weight: Tensor, bias: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
     """Fit an elliptic sphere with OAS shrinkage."""
     head = penult.Head(weight, bias)
-    return partial(directional, penult.GenerativePair(head, penult.Sphere.fit(head, rows, shrinkage="oas")))
+    return partial(
+        directional, penult.GenerativePair(head, penult.Sphere.fit(head, rows, shape="elliptic", shrinkage="oas"))
+    )
 
 
 def composite(weight: Tensor, bias: Tensor, rows: Tensor, trim: float = 0.0) -> Composite:
@@ -76,10 +79,20 @@ def set_names(tensors: Tensors) -> list[str]:
     return [key for key in tensors if key.startswith(("near/", "far/"))]
 
 
+def tested(rows: Tensor) -> Tensor:
+    """Return the outliers of a set that scores are tested on; none of them is among `contaminating` ones."""
+    return rows[: min(MOST_TESTED, len(rows) - len(rows) // KEPT)]
+
+
+def contaminating(rows: Tensor) -> Tensor:
+    """Return the outliers of a set that may be put among reference activations."""
+    return rows[len(rows) - len(rows) // KEPT :]
+
+
 def separations(tensors: Tensors, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Return the AUROC of each set."""
     familiar = score(tensors["test"])
-    return {key: auroc(familiar, score(tensors[key][:FULL])) for key in set_names(tensors)}
+    return {key: auroc(familiar, score(tested(tensors[key]))) for key in set_names(tensors)}
 
 
 def mean_of(values: dict[str, float], kind: str) -> float | None:
@@ -129,7 +142,7 @@ def false_alarms(values: Tensor) -> dict[str, float]:
 
 def dirtied(tensors: Tensors, pool: Tensor, clean: dict[str, float]) -> dict[str, float | None]:
     """Return the mean far AUROC with clean rows, with a tenth of outliers, and with these and a trimmed fit."""
-    spare = torch.cat([tensors[key][-DIRTYING:] for key in set_names(tensors) if key.startswith("far/")])
+    spare = torch.cat([contaminating(tensors[key]) for key in set_names(tensors) if key.startswith("far/")])
     order = torch.randperm(len(spare), generator=torch.Generator().manual_seed(1), device="cpu")
     rows = torch.cat([pool, spare[order][: len(pool) // 9]])
     found: dict[str, float | None] = {"clean": mean_of(clean, "far"), "share": short(1 - len(pool) / len(rows))}
@@ -174,7 +187,7 @@ def rules(tensors: Tensors, pool: Tensor) -> dict[str, dict[str, float | None]]:
         "sum, negative parts at -1": lambda z: z.clamp(min=-1).sum(-1),
     }
     found: dict[str, dict[str, float | None]] = {}
-    cached = {key: score.parts(tensors[key][:FULL]) for key in set_names(tensors)}
+    cached = {key: score.parts(tested(tensors[key])) for key in set_names(tensors)}
     familiar = score.parts(tensors["test"])
     for name, rule in combine.items():
         values = {key: auroc(rule(familiar), rule(z)) for key, z in cached.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from outliers_kinds import auroc, averaged, false_alarms
+from outliers_kinds import auroc, averaged, contaminating, direction, false_alarms, tested
 from outliers_peers import PEERS
 
 K, D, N = 4, 12, 90
@@ -181,3 +181,19 @@ def test_false_alarms_of_exchangeable_rows():
 def test_averages_of_splits():
     cells = [{"a": 1.0, "b": {"c": 2.0}, "role": "judging"}, {"a": 3.0, "b": {"c": 4.0}, "role": "judging"}]
     assert averaged(cells) == {"a": 2.0, "b": {"c": 3.0}, "role": "judging"}
+
+
+@pytest.mark.parametrize("count", [100, 200, 300, 600, 1000])
+def test_tested_outliers_never_contaminate(count):
+    rows = torch.arange(count)[:, None]
+    first, last = tested(rows).flatten().tolist(), contaminating(rows).flatten().tolist()
+    assert first
+    assert last
+    assert not set(first) & set(last)
+
+
+def test_direction_depends_on_the_reference_activations():
+    weight, bias, rows, h = setting()
+    stretched = rows * torch.linspace(0.2, 3, D)
+    one, other = (direction(weight, bias, x)(h) for x in (rows, stretched))
+    assert not torch.allclose(one, other, atol=0.1)
