@@ -79,7 +79,7 @@ def set_names(tensors: Tensors) -> list[str]:
     return [key for key in tensors if key.startswith(("near/", "far/"))]
 
 
-def tested(rows: Tensor) -> Tensor:
+def judged_outliers(rows: Tensor) -> Tensor:
     """Return the outliers of a set that scores are tested on; none of them is among `contaminating` ones."""
     return rows[: min(MOST_TESTED, len(rows) - len(rows) // KEPT)]
 
@@ -92,7 +92,7 @@ def contaminating(rows: Tensor) -> Tensor:
 def separations(tensors: Tensors, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Return the AUROC of each set."""
     familiar = score(tensors["test"])
-    return {key: auroc(familiar, score(tested(tensors[key]))) for key in set_names(tensors)}
+    return {key: auroc(familiar, score(judged_outliers(tensors[key]))) for key in set_names(tensors)}
 
 
 def mean_of(values: dict[str, float], kind: str) -> float | None:
@@ -187,7 +187,7 @@ def rules(tensors: Tensors, pool: Tensor) -> dict[str, dict[str, float | None]]:
         "sum, negative parts at -1": lambda z: z.clamp(min=-1).sum(-1),
     }
     found: dict[str, dict[str, float | None]] = {}
-    cached = {key: score.parts(tested(tensors[key])) for key in set_names(tensors)}
+    cached = {key: score.parts(judged_outliers(tensors[key])) for key in set_names(tensors)}
     familiar = score.parts(tensors["test"])
     for name, rule in combine.items():
         values = {key: auroc(rule(familiar), rule(z)) for key, z in cached.items()}
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     results = load(options.out, "outliers_kinds", LAYOUT)
     section: dict[str, Any] = results["sections"].setdefault("networks", {"cells": {}})
-    section |= {"settings": {"trim": TRIM, "alarm": ALARM, "splits": SPLITS, "photograph_splits": options.splits}}
+    section.setdefault("settings", {}).update({"trim": TRIM, "alarm": ALARM, "splits": SPLITS})
     section |= {"versions": versions(("torch",)), "machine": machine()}
     for name in options.only or ROLES:
         digest = path_of(name, options.data, options.cache).stem
@@ -249,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name.startswith("imagenet"):
             splits = [measure(photograph_split(tensors, seed), ROLES[name]) for seed in range(options.splits)]
             cell = averaged(splits)
+            section["settings"]["photograph_splits"] = options.splits
         else:
             cell = measure(tensors, ROLES[name])
         section["cells"][name] = cell | {"cache": digest}

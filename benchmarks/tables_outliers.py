@@ -241,7 +241,7 @@ def kinds(results: dict[str, Any]) -> Block:
         tables_made = [_kind_criteria(judged), *tables_made, _kind_networks(judged), _kind_sizes(judged)]
     if chosen:
         tables_made.append(_kind_rules(chosen))
-    splits = section["settings"]["photograph_splits"]
+    splits = section["settings"].get("photograph_splits", 0)
     notes = [
         "Largest number of reference activations unless it says otherwise; no labels. Near and far: means over sets, "
         f"then over networks; mean: of both. imagenet-lite0: {splits} splits. "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from outliers_kinds import auroc, averaged, contaminating, direction, false_alarms, tested
+from outliers_kinds import auroc, averaged, contaminating, direction, false_alarms, judged_outliers
 from outliers_peers import PEERS
 
 K, D, N = 4, 12, 90
@@ -186,7 +186,7 @@ def test_averages_of_splits():
 @pytest.mark.parametrize("count", [100, 200, 300, 600, 1000])
 def test_tested_outliers_never_contaminate(count):
     rows = torch.arange(count)[:, None]
-    first, last = tested(rows).flatten().tolist(), contaminating(rows).flatten().tolist()
+    first, last = judged_outliers(rows).flatten().tolist(), contaminating(rows).flatten().tolist()
     assert first
     assert last
     assert not set(first) & set(last)
