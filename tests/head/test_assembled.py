@@ -105,3 +105,94 @@ def test_classes_without_a_layer_are_told():
     model = net(lambda self, x: torch.cat([self.fc(self.a(x)), self.fc(self.a(x)).exp()], 1))
     with pytest.raises(HeadNotFoundError, match="The cause is not known"):
         find_head(model, X)
+
+
+# --- fresh networks -----------------------------------------------------------------------------------------
+
+
+def fresh(forward, std, **modules):
+    """A network with the small weights of truncated normal initialisation, and no biases."""
+    model = net(forward, **modules)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator) if parameter.ndim > 1 else 0.0)
+    return model
+
+
+@pytest.mark.parametrize("std", [0.5, 2e-2, 2e-3, 1e-5])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: (self.fc(self.a(x).tanh()) + self.dist(self.a(x).tanh())) / 2,
+        lambda self, x: self.fc(self.a(x).relu()) + self.dist(self.b(x).tanh()),
+        lambda self, x: 0.25 * self.fc(self.a(x)) + 0.75 * self.dist(self.b(x)),
+    ],
+)
+def test_a_sum_of_heads_is_found_as_such_with_logits_of_any_size(std, forward):
+    model = fresh(forward, std, b=nn.Linear(4, 8), dist=nn.Linear(8, 3))
+    head = find_head(model, X)
+    h, logits = Tap(model, head)(X)
+    assert (head(h) - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("std", [0.5, 2e-3, 1e-5])
+def test_a_soft_maximum_of_heads_is_refused_with_logits_of_any_size(std):
+    model = fresh(lambda self, x: torch.maximum(self.fc(self.a(x)), self.dist(self.a(x))), std, dist=nn.Linear(8, 3))
+    with pytest.raises(HeadNotFoundError):
+        find_head(model, X)
+
+
+@pytest.mark.parametrize("std", [0.5, 2e-3, 1e-5])
+def test_a_shift_does_not_make_a_wrong_product_match(std):
+    # The bias is much larger than what differs between samples.
+    model = fresh(
+        lambda self, x: self.fc(self.a(x)).sigmoid() * self.dist(self.a(x)) + self.c,
+        std,
+        dist=nn.Linear(8, 3),
+        c=nn.Parameter(torch.zeros(3)),
+    )
+    with torch.no_grad():
+        model.c.copy_(torch.tensor([0.3, -0.2, 0.1]))
+    with pytest.raises(HeadNotFoundError):
+        find_head(model, X)
+    model = fresh(lambda self, x: self.fc(self.a(x)) + self.c, max(std, 1e-2), c=nn.Parameter(torch.zeros(3)))
+    with torch.no_grad():
+        model.c.copy_(torch.tensor([0.3, -0.2, 0.1]))
+    assert torch.allclose(find_head(model, X).bias, model.c, atol=1e-6)
+
+
+class Update(nn.Module):
+    """A layer with a low-rank update, which is zero before training."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + 2.0 * self.up(self.down(x))
+
+
+class FunctionalUpdate(Update):
+    def forward(self, x):
+        return torch.addmm(self.base_layer(x), x @ self.down.weight.T, self.up.weight.T)
+
+
+@pytest.mark.parametrize("kind", [Update, FunctionalUpdate])
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.LayerNorm(8)])
+def test_a_head_with_an_update_that_is_zero_until_it_is_trained(kind, between):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), between, kind(nn.Linear(8, 3))).eval()
+    pair = penult.GenerativePair(find_head(model, X))
+    tap = Tap(model, pair.head)
+    h, logits = tap(X)
+    assert torch.allclose(pair.posterior(h).probs, logits.softmax(-1), atol=1e-5)
+    nn.functional.cross_entropy(model(X), torch.zeros(6, dtype=torch.long)).backward()
+    torch.optim.SGD(model[2].up.parameters(), 1.0).step()
+    with pytest.raises(RuntimeError, match="changed"):
+        pair.posterior(h)
+    pair = penult.GenerativePair(find_head(model, X))
+    h, logits = Tap(model, pair.head)(X)
+    assert torch.allclose(pair.posterior(h).probs, logits.softmax(-1), atol=1e-5)

@@ -1,11 +1,15 @@
 """Models that hold or compute tensors of every kind that is no array of real numbers."""
 
+import functools
+import threading
+import time
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import penult
 from penult.head import Head, HeadNotFoundError, find_head
@@ -316,3 +320,204 @@ def test_inputs_that_are_nested_tensors(lengths):
 
     ragged = torch.nested.nested_tensor([torch.randn(length, 4) for length in lengths])
     assert find_head(Pooled().eval(), ragged).certificate.path == "head"
+
+
+# --- weights that are subclasses ----------------------------------------------------------------------------
+
+
+class EightBits(torch.Tensor):
+    """A weight of integers and a scale for each row, as packages for quantisation have it."""
+
+    @staticmethod
+    def __new__(cls, integers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=scale.dtype, device=integers.device)
+
+    def __init__(self, integers, scale):
+        self.integers, self.scale = integers, scale
+
+    def __repr__(self):
+        return "EightBits()"
+
+    def dequantize(self):
+        return self.integers * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].integers, args[0].scale)
+        if func.name() in ("aten::t", "aten::mm", "aten::addmm", "aten::linear"):
+            return func(*(x.dequantize() if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+        raise NotImplementedError(f"{func} of EightBits")
+
+
+def in_eight_bits(layer):
+    scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+    integers = (layer.weight.detach() / scale).round().to(torch.int8)
+    layer.weight = nn.Parameter(EightBits(integers, scale), requires_grad=False)
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(nn.ReLU()), lambda: mlp(nn.Tanh()), lambda: mlp(nn.LayerNorm(8))])
+def test_a_quantised_head_is_refused_by_name_and_a_quantised_body_does_no_harm(make):
+    model = make().eval()
+    in_eight_bits(model[-1])
+    with pytest.raises(HeadNotFoundError, match=r"'2.weight' of shape \(3, 8\) is a EightBits.*weight.dequantize"):
+        find_head(model, X)
+    plain = nn.Parameter(model[-1].weight.dequantize())
+    model[-1].weight = plain
+    in_eight_bits(model[0])
+    assert torch.equal(find_head(model, X, fold=False).weight, plain)
+
+
+# --- wrappers, checkpoints, autocast and threads -------------------------------------------------------------
+
+
+class PassesOn(nn.Module):
+    """A wrapper with a forward of its own, whose other attributes are those of the model inside."""
+
+    def __init__(self, model, forward):
+        super().__init__()
+        self.model, self._run = model, forward
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, x):
+        return self._run(self.model, x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [lambda m, x: m((x - 0.5) / 0.25), lambda m, x: 3 * m(x), lambda m, x: m(x.relu()).log_softmax(-1)],
+)
+def test_a_wrapper_that_passes_attributes_on_to_a_compiled_model(forward):
+    model = PassesOn(torch.compile(mlp(nn.ReLU()), backend="eager"), forward).eval()
+    tap = penult.Tap(model, find_head(model, X))
+    assert torch.allclose(tap(X)[1], model(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: h.relu(),
+        # Half of the values are a wider type than the product is computed in.
+        lambda h: h.float().tanh(),
+        lambda h: F.layer_norm(h.float(), (8,)),
+    ],
+)
+@pytest.mark.parametrize("widened", [True, False])
+def test_a_forward_that_enters_autocast_itself(dtype, between, widened):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype):
+                logits = self.fc(between(self.a(x)))
+            return logits.float() if widened else logits
+
+    model = shake(Mixed()).eval()
+    head = find_head(model, X)
+    assert torch.equal(head.weight, model.fc.weight)
+    h, logits = penult.Tap(model, head)(X)
+    assert (head(h.float()) - logits).abs().max() <= 2 * torch.finfo(dtype).eps * logits.abs().max()
+
+
+def test_a_sum_of_heads_under_autocast():
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (self.fc(self.a(x).relu()) + self.other(self.a(x).tanh())).float() / 2
+
+    model = shake(Net(forward, a=nn.Linear(4, 8), fc=nn.Linear(8, 3), other=nn.Linear(8, 3)))
+    head = find_head(model, seeded(40, 4))
+    assert [part.path for part in head.certificate.parts] == ["fc", "other"]
+
+
+def checkpointed(where, reentrant):
+    def forward(self, x):
+        run = functools.partial(checkpoint, use_reentrant=reentrant) if torch.is_grad_enabled() else lambda f, u: f(u)
+        if where == "head":
+            return run(lambda u: self.fc(u.relu()), self.a(x))
+        if where == "whole":
+            return run(lambda u: self.fc(self.a(u).relu()), x)
+        return self.fc(run(lambda u: u.relu(), self.a(x)))
+
+    return shake(Net(forward, a=nn.Linear(4, 8), fc=nn.Linear(8, 3)))
+
+
+@pytest.mark.parametrize("where", ["head", "whole"])
+def test_a_head_in_a_reentrant_checkpoint_is_refused(where):
+    model = checkpointed(where, True)
+    tap = penult.Tap(model, find_head(model, X))
+    x = X.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"ran without gradients.*use_reentrant=False"):
+        tap(x)
+    with torch.no_grad():
+        assert torch.equal(tap(x)[0], model.a(x).relu())
+
+
+@pytest.mark.parametrize(("where", "reentrant"), [("head", False), ("whole", False), ("body", True), ("body", False)])
+def test_other_checkpoints_keep_h_in_the_graph(where, reentrant):
+    model = checkpointed(where, reentrant)
+    h, logits = penult.Tap(model, find_head(model, X))(X)
+    (h.square().sum() + logits.sum()).backward()
+    assert model.a.weight.grad is not None
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_head_after_a_body_without_gradients_is_no_reentrant_checkpoint(frozen):
+    def forward(self, x):
+        with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
+            h = self.a(x).relu()
+        return self.fc(h)
+
+    model = shake(Net(forward, a=nn.Linear(4, 8), fc=nn.Linear(8, 3)))
+    h, logits = penult.Tap(model, find_head(model, X))(X)
+    assert (h.requires_grad, logits.requires_grad) == (not frozen, True)
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(nn.ReLU()), lambda: mlp(nn.LayerNorm(8)), lambda: mlp(nn.Dropout())])
+def test_the_head_of_one_model_is_found_in_several_threads_at_once(make):
+    model = make().train()
+    # All threads are within the forward at the same time, if nothing keeps them apart.
+    model.insert(1, Net(lambda self, x: (time.sleep(0.005), x)[1]))
+    certificates = []
+    expected = find_head(model, X).certificate
+
+    def search():
+        certificates.extend(find_head(model, X).certificate for _ in range(3))
+
+    threads = [threading.Thread(target=search) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert certificates == [expected] * 12
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+def test_another_thread_may_run_the_model_while_its_head_is_found():
+    started, finished = threading.Event(), threading.Event()
+
+    def pause(self, x):
+        if threading.current_thread() is threading.main_thread():
+            started.set()
+            finished.wait(10)
+        return x
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Net(pause), nn.Linear(8, 3)).eval()
+
+    def run():
+        started.wait(10)
+        model(X)
+        finished.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    certificate = find_head(model, X).certificate
+    thread.join()
+    assert (certificate.path, certificate.before, certificate.rectified) == ("3", "ReLU", True)

@@ -97,7 +97,8 @@ class Tap(nn.Module):
             UserWarning: The model's head has another W than `head`, whose tensors are its own, as after a clone.
 
         Raises:
-            RuntimeError: The head did not run in this forward.
+            RuntimeError: The head did not run in this forward, or ran without gradients though the logits have
+                gradients, as in a reentrant checkpoint.
             TypeError: The model's output has no logits.
         """
         assert self.head.certificate is not None

@@ -156,7 +156,7 @@ def _weighted_sums(
     for candidate in reversed(candidates):
         product = candidate.product
         h = product.h.reshape(-1, product.h.shape[-1])[::step]
-        values = in_double(F.linear(h, product.weight, product.bias)).to(z.device)
+        values = in_double(candidate.values(h)).to(z.device)
         if bool(values.isfinite().all()) and not any(torch.equal(values, other) for other in columns):
             columns.append(values)
             summands.append(candidate)
@@ -164,6 +164,7 @@ def _weighted_sums(
             break
     if len(columns) < 2:
         return
+    eps = max(candidate.eps for candidate in summands)
     for shifted in (False, True):
         # The equations, without the constants that a shift or a log-softmax takes up.
         design, target = torch.stack(columns, -1)[:, varies], z[:, varies]
@@ -182,11 +183,11 @@ def _weighted_sums(
                 error = (design[:, subset] @ weights - target).square().sum()
                 share = (weights.abs() * gram.diagonal()[subset].sqrt()).min()
                 # A product that adds next to nothing is not a part.
-                if float(error) > 1e-6 * energy or float(share) < 1e-3 * math.sqrt(energy):
+                if float(error) > max(1e-6, eps**2) * energy or float(share) < 1e-3 * math.sqrt(energy):
                     continue
                 # Weights such as 1/2 for a mean of two are exact.
                 rounded = (weights * size).round() / size
-                weights = torch.where((weights - rounded).abs() <= 1e-5, rounded, weights)
+                weights = torch.where((weights - rounded).abs() <= max(1e-5, eps / 4), rounded, weights)
                 pairs = [(summands[i], float(weight)) for i, weight in zip(subset, weights, strict=True)]
                 pairs.sort(key=lambda pair: pair[0].number)
                 shift = torch.zeros_like(z[0])
@@ -235,7 +236,7 @@ def _without_updates(terms: Sequence[_Term], candidates: Sequence[Candidate]) ->
                 continue
             others = [other for other in terms if other is not term]
             base = next((o for o in others if torch.equal(direct[id(o.candidate)], product.h)), None)
-            if base is not None and torch.equal(F.linear(product.h, product.weight, product.bias), h):
+            if base is not None and torch.equal(inner.values().to(h.dtype), h):
                 bias = None if product.bias is None else term.weight @ product.bias
                 bias = term.bias if bias is None else bias if term.bias is None else bias + term.bias
                 term = _Term(base.candidate, term.weight @ product.weight, bias)

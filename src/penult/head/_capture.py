@@ -67,7 +67,7 @@ def capture(
         with _inside(model.get_submodule(certificate.path), watch), compiled_parts_eager(model, certificate.path):
             output = model(*args, **kwargs)
     logits = logits_of(output).movedim(certificate.class_axis, -1)
-    watch.check_captured()
+    watch.check_captured(logits)
     layout = Layout(certificate.class_axis, certificate.positions)
     if watch.picked is not None and watch.picked.shape[:-1] == logits.shape[:-1]:
         h = watch.picked
@@ -112,7 +112,7 @@ def _capture_parts(
     layout = Layout(certificate.class_axis, "same")
     activations = []
     for watch in watches:
-        watch.check_captured()
+        watch.check_captured(logits)
         activations.append(layout.apply(*watch.captured[0], logits))
     return torch.cat(activations, dim=-1), logits
 
@@ -174,7 +174,7 @@ def _check_positions(layout: Layout, product: Tensor, logits: Tensor, certificat
     error = target - guess
     if certificate.shifted:
         error = error - error.flatten(end_dim=-2).mean(0)
-    slack = max(1e-3, 4 * torch.finfo(product.dtype).eps) * max(1.0, float(target.abs().max()))
+    slack = max(1e-3, 4 * torch.finfo(product.dtype).eps) * float(target.abs().max())
     if float(error.abs().max()) > slack:
         raise RuntimeError(
             f"the positions of the product did not become logits by {certificate.positions!r} in this forward, as they "
@@ -210,6 +210,9 @@ class _Watch(TorchFunctionMode):
         self.captured: list[tuple[Tensor, Tensor]] = []
         self.operand: Tensor | None = None
         self.picked: Tensor | None = None
+        # Whether the head ran without gradients in a forward with gradients.
+        self.cut_off = False
+        self._with_gradients = torch.is_grad_enabled()
         self._product: Tensor | None = None
 
     def __torch_function__(
@@ -227,18 +230,25 @@ class _Watch(TorchFunctionMode):
                     # A copy, because the model may change h in place later.
                     self.captured.append((h.clone(), output.movedim(product.axis, -1)))
                     self._product, self.operand = output, product.weight
+                    self.cut_off |= self._with_gradients and not torch.is_grad_enabled()
                 self.num_calls += 1
         self.elementwise.remember(func, args, output)
         if self.picks and self.captured and self._product is not None and len(args) > 0:
             self._follow(func, args, output)
         return output
 
-    def check_captured(self) -> None:
-        """Raise a RuntimeError if the head did not run."""
+    def check_captured(self, logits: Tensor) -> None:
+        """Raise a RuntimeError if the head did not run, or if the graph of the logits does not contain h."""
         if not self.captured:
             raise RuntimeError(
                 f"the head at {self.path!r} ran {self.num_calls} times in this forward, but its call number "
                 f"{self.call} (from 0) gave the logits when the head was found: the model has taken another path"
+            )
+        if self.cut_off and logits.requires_grad and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"the head at {self.path!r} ran without gradients in a forward whose logits have gradients, as in "
+                "torch.utils.checkpoint with use_reentrant=True; h would have no gradients. Use use_reentrant=False, "
+                "or call the tap within torch.no_grad()"
             )
 
     def _is_weight(self, operand: Tensor) -> bool:

@@ -76,7 +76,7 @@ class HeadCertificate:
             batch, the ``"sum"`` of h * W over an axis, ``"einsum"``, a pointwise ``"conv"``, or ``"cosine"`` where h
             and the rows of W before the scale have norm 1.
         scale: Number by which the model multiplies W h before it returns the logits.
-        residual: max abs(head(h) - logits) / max(1, max abs(logits)), computed after a log-softmax where
+        residual: max abs(head(h) - logits) / max abs(logits), computed after a log-softmax where
             ``log_softmax``.
         shape: (K, d).
         bias: Whether the head has a bias.

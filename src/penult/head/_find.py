@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from penult.head._certificate import UNMIXED, HeadCertificate, HeadNotFoundError
 from penult.head._foreign import in_memory, is_real, own_arguments
 from penult.head._head import Head
 from penult.head._match import Match, axes_of, matches, relative_error
-from penult.head._model import compiled_parts_eager, logits_of, submodule, untouched, unwrap
+from penult.head._model import compiled_parts_eager, logits_of, parameter_name, submodule, tensors_at, untouched, unwrap
 from penult.head._origin import Norm, Origin, gain_and_offset, invertible, without_gain
 from penult.head._pieces import joined_candidates
 from penult.head._products import Product
@@ -73,7 +73,7 @@ def find_head(
         model: Any classifier. DataParallel, DistributedDataParallel and torch.compile wrappers are removed.
         *args: Positional arguments of the model, with a small batch.
         path: Name of the head's module, if known. It is verified in the same way.
-        tolerance: Largest residual to accept, relative to max(1, max abs(logits)).
+        tolerance: Largest residual to accept, relative to max abs(logits).
         fold: Whether to fold a norm layer before the head.
         **kwargs: Keyword arguments of the model.
 
@@ -161,23 +161,13 @@ def find_head(
 def _residual_limit(tolerance: float, logits: Tensor, match: Match | Assembly) -> float:
     """Return the largest accepted residual: the tolerance, or more if part of the head has half precision."""
     candidates = (match.candidate,) if isinstance(match, Match) else match.sources
-    parts = [logits, *(x for candidate in candidates for x in (candidate.product.h, candidate.product.weight))]
-    return max(tolerance, *(2 * torch.finfo(part.dtype).eps for part in parts))
+    return max(tolerance, 2 * torch.finfo(logits.dtype).eps, *(2 * candidate.eps for candidate in candidates))
 
 
 def _is_computed_in(model: nn.Module, module: nn.Module, candidate: Candidate) -> bool:
     """Whether a product was computed in a module, or with its weight."""
     inside = model.get_submodule(candidate.path) in set(module.modules())
-    return inside or _parameter_name(module, candidate.product.weight) is not None
-
-
-def _parameter_name(module: nn.Module, tensor: Tensor) -> str | None:
-    """Return the name of the parameter or buffer that a tensor is a view of, as a whole; None if there is none."""
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if in_memory(value) and value.numel() == tensor.numel() and value.device == tensor.device:
-            if value.data_ptr() == tensor.data_ptr():
-                return name
-    return None
+    return inside or parameter_name(module, candidate.product.weight) is not None
 
 
 def _build_head(
@@ -185,33 +175,43 @@ def _build_head(
 ) -> Head:
     """Build the head of a match, with its certificate."""
     product, layout = match.candidate.product, match.layout
+    summands = recorder.paths_beside(match.candidate, logits)
     target = logits.movedim(layout.class_axis, -1)
     weight = product.weight.detach()
     bias = None if product.bias is None else product.bias.detach()
-    values = torch.nn.functional.linear(product.h, weight, bias)
+    values = match.candidate.values()
     h = layout.apply(product.h, values, target)
     if match.scale != 1:
         weight, bias = weight * match.scale, None if bias is None else bias * match.scale
     if match.shift is not None:
         shift = _exact_shift(model, match.shift, tolerance).to(weight)
         bias = shift if bias is None else bias + shift
-    head = Head._of_model(weight, bias, sources=_source_tensors(model, match, None))
+    head = Head._of_model(weight, bias, sources=_source_tensors(model, match, None, summands))
     residual, norm = match.residual, None
-    if fold and (folded := _fold_norm(model, head, h, match, target, tolerance)) is not None:
+    if fold and (folded := _fold_norm(model, head, h, match, target, tolerance, summands)) is not None:
         head, h, residual, norm = folded
     head.certificate = _certify(model, match, head, h, target, residual, norm, recorder)
     return head
 
 
-def _source_tensors(model: nn.Module, match: Match, norm: Norm | None) -> list[Tensor]:
-    """Return the model's tensors that a head is computed from, so that the head can detect changes of them."""
+def _source_tensors(model: nn.Module, match: Match, norm: Norm | None, summands: Sequence[str]) -> list[Tensor]:
+    """Return the model's tensors that a head is computed from, so that the head can detect changes of them.
+
+    Args:
+        model: The model.
+        match: The head.
+        norm: The folded norm layer.
+        summands: Modules of products that are added to that of the head. They add nothing now, but may later.
+    """
     tensors = {id(x): x for x in (match.candidate.product.operand, match.candidate.product.bias) if x is not None}
     if norm is not None:
         tensors |= {id(x): x for x in model.get_submodule(norm.path).parameters()}
     path = match.candidate.path
-    if match.fitted or _parameter_name(model, match.candidate.product.weight) is None:
+    if match.fitted or parameter_name(model, match.candidate.product.weight) is None:
         # The parameters of the module include the scale, or the tensors that W was computed from.
-        tensors |= {id(x): x for x in model.get_submodule(path).parameters(recurse=path != "")}
+        tensors |= tensors_at(model, path)
+    for summand in summands:
+        tensors |= tensors_at(model, summand)
     return list(tensors.values())
 
 
@@ -220,9 +220,8 @@ def _build_assembled_head(model: nn.Module, assembly: Assembly, logits: Tensor, 
     tensors: dict[int, Tensor] = {}
     for candidate in assembly.sources:
         tensors |= {id(x): x for x in (candidate.product.operand, candidate.product.bias) if x is not None}
-        if _parameter_name(model, candidate.product.weight) is None:
-            module = model.get_submodule(candidate.path)
-            tensors |= {id(x): x for x in module.parameters(recurse=candidate.path != "")}
+        if parameter_name(model, candidate.product.weight) is None:
+            tensors |= tensors_at(model, candidate.path)
     head = Head._of_model(assembly.weight, assembly.bias, sources=list(tensors.values()))
     first = assembly.parts[0]
     parts = tuple(_part(model, candidate, recorder) for candidate in assembly.parts)
@@ -262,7 +261,7 @@ def _part(model: nn.Module, candidate: Candidate, recorder: Recorder) -> HeadPar
     """Return how a tap recognises the product of a candidate."""
     product = candidate.product
     classes, features = product.weight.shape
-    name = _parameter_name(model, product.weight)
+    name = parameter_name(model, product.weight)
     by_operand = name is not None and isinstance(product.operand, nn.Parameter)
     return HeadPart(
         path=candidate.path,
@@ -326,7 +325,7 @@ def _reversed(x: Tensor) -> Tensor:
 
 
 def _fold_norm(
-    model: nn.Module, head: Head, h: Tensor, match: Match, logits: Tensor, tolerance: float
+    model: nn.Module, head: Head, h: Tensor, match: Match, logits: Tensor, tolerance: float, summands: Sequence[str]
 ) -> tuple[Head, Tensor, float, Norm] | None:
     """Return the head with the gain and offset of the norm layer before it multiplied into W and added to b.
 
@@ -355,7 +354,7 @@ def _fold_norm(
         bias = (shift if bias is None else shift + bias.to(shift)).to(wide)
     weight = weight.to(wide) if gain is None else weight.to(wide) * gain.to(wide)
     direct = direct and match.layout.positions in UNMIXED
-    sources = _source_tensors(model, match, norm)
+    sources = _source_tensors(model, match, norm, summands)
     new = Head._of_model(weight, bias, norm=norm.kind if direct else None, sources=sources)
     guess = new(z.to(wide))
     residual = relative_error(guess.log_softmax(-1) if match.log_softmax else guess, logits)

@@ -149,7 +149,7 @@ class Match:
         scale: A number.
         shift: (K,), or None.
         log_softmax: Whether a log-softmax follows.
-        residual: max abs error / max(1, max abs(logits)).
+        residual: See `relative_error`.
     """
 
     candidate: Candidate
@@ -193,7 +193,7 @@ def _matches_in_layout(
     candidate: Candidate, layout: Layout, h: Tensor, logits: Tensor, log_softmax: bool, fit: bool
 ) -> Iterator[Match]:
     """Yield the matches in one layout: for each fitted scale and shift, with and without a log-softmax."""
-    values = F.linear(h, candidate.product.weight, candidate.product.bias)
+    values = candidate.values(h)
     wide = torch.promote_types(logits.dtype, torch.float32)
     aligned, target = layout.apply(values, values, logits).to(wide), logits.to(wide)
     for after in (False, True) if log_softmax else (False,):
@@ -201,14 +201,23 @@ def _matches_in_layout(
             guess = aligned * scale
             guess = guess if shift is None else guess + shift
             guess = guess.log_softmax(-1) if after else guess
-            yield Match(candidate, layout, scale, shift, after, relative_error(guess, target))
+            residual = relative_error(guess, target, shift=None if after else shift, eps=candidate.eps)
+            yield Match(candidate, layout, scale, shift, after, residual)
 
 
-def relative_error(guess: Tensor, logits: Tensor) -> float:
-    """Return the largest absolute error divided by max(1, max abs(logits)); inf for NaN.
+def relative_error(guess: Tensor, logits: Tensor, *, shift: Tensor | None = None, eps: float = 0.0) -> float:
+    """Return the largest absolute error divided by the largest absolute logit; inf for NaN.
 
-    The error of classes that a model masks with a huge number, the same for all samples, is computed separately.
-    Otherwise these classes would hide the error of the others.
+    A fresh network may have logits of any small size, next to which the error of a wrong product is just as large. The
+    error of classes that a model masks with a huge number, the same for all samples, is computed separately. Otherwise
+    these classes would hide the error of the others.
+
+    Args:
+        guess: (*S, K).
+        logits: (*S, K).
+        shift: (K,), fitted numbers within the guess. The error is then relative to the largest logit without them,
+            because a shift makes any product match logits that hardly differ between samples.
+        eps: Rounding of the logits, which limits what can be seen without the shift.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     z, y = (x.to(wide).reshape(-1, x.shape[-1]) for x in (logits, guess))
@@ -217,8 +226,12 @@ def relative_error(guess: Tensor, logits: Tensor) -> float:
         return math.inf
     size, worst = z.abs().amax(0), error.amax(0)
     masked = (z == z[0]).all(0) & (size > 1e4)
-    parts = [(worst[rows], size[rows]) for rows in (masked, ~masked) if bool(rows.any())]
-    return max(float(e.max()) / max(1.0, float(s.max())) for e, s in parts)
+    if shift is not None:
+        size = torch.maximum((z - shift).abs().amax(0), min(1.0, 2**16 * eps) * size)
+    parts = [(float(worst[rows].max()), float(size[rows].max())) for rows in (masked, ~masked) if bool(rows.any())]
+    # Logits that are zero have no relative error, and only zeros match them.
+    tiny = torch.finfo(wide).tiny
+    return max(math.inf if s < tiny < e else e / max(s, tiny) for e, s in parts)
 
 
 def is_log_softmax(logits: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -22,8 +23,10 @@ __all__ = [
     "has_compiled_parts",
     "is_scripted",
     "logits_of",
+    "parameter_name",
     "submodule",
     "tensor_at",
+    "tensors_at",
     "untouched",
     "unwrap",
 ]
@@ -41,7 +44,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := attribute(model, "_orig_mod"), nn.Module):
+        # A wrapper may pass attributes on to a compiled model inside, but its own forward must run.
+        elif not is_scripted(model) and isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
             model = inner
         else:
             break
@@ -85,6 +89,22 @@ def tensor_at(model: nn.Module, name: str) -> Tensor | None:
     return tensor if isinstance(tensor, Tensor) else None
 
 
+def parameter_name(module: nn.Module, tensor: Tensor) -> str | None:
+    """Return the name of the parameter or buffer that a tensor is a view of, as a whole; None if there is none."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if in_memory(value) and value.numel() == tensor.numel() and value.device == tensor.device:
+            if value.data_ptr() == tensor.data_ptr():
+                return name
+    return None
+
+
+def tensors_at(model: nn.Module, path: str) -> dict[int, Tensor]:
+    """Return the parameters and buffers in memory of a module, by identity; of the model itself only its own."""
+    module, recurse = model.get_submodule(path), path != ""
+    tensors = (*module.parameters(recurse=recurse), *module.buffers(recurse=recurse))
+    return {id(x): x for x in tensors if in_memory(x)}
+
+
 def submodule(model: nn.Module, path: str) -> nn.Module:
     """Return the module of that name; raise a ValueError that lists the last modules if there is none."""
     try:
@@ -120,12 +140,22 @@ def compiled_parts_eager(model: nn.Module, path: str | None = None) -> AbstractC
     return stance
 
 
+# Training flags belong to the model and random states to the process, so that two threads would restore each other's.
+_one_at_a_time = threading.RLock()
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Switch to eval mode without gradients; at the end restore training flags, buffers and random states.
 
-    The random states of torch, Python and NumPy are restored, but not those of a generator that the model owns.
+    The random states of torch, Python and NumPy are restored, but not those of a generator that the model owns. Other
+    threads wait until the first one leaves this context.
     """
+    with _one_at_a_time:
+        yield from _untouched(model)
+
+
+def _untouched(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules() if not is_scripted(module)]
     values = [value for _, named in buffers for value in named.values() if value is not None]
     copies = [(value, value.clone()) for value in values if in_memory(value)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode
@@ -52,10 +55,12 @@ class Steps(NamedTuple):
         squashed_by: The first non-affine function, or None.
         unread: The last function of unknown effect: neither elementwise, nor one that only moves values, nor a
             recognised product. None if there is none.
+        products: Numbers of the products that the tensor depends on without another product in between.
     """
 
     squashed_by: str | None = None
     unread: str | None = None
+    products: frozenset[int] = frozenset()
 
 
 class Lineage:
@@ -69,7 +74,13 @@ class Lineage:
         self._steps: dict[Key, Steps] = {}
 
     def record_function(
-        self, func: Any, operands: Sequence[Key | None], outputs: Sequence[Tensor], *, product: bool, elementwise: bool
+        self,
+        func: Any,
+        operands: Sequence[Key | None],
+        outputs: Sequence[Tensor],
+        *,
+        products: frozenset[int],
+        elementwise: bool,
     ) -> None:
         """Record a torch function.
 
@@ -77,12 +88,12 @@ class Lineage:
             func: The function.
             operands: Keys of its operands before the call.
             outputs: The tensors that it wrote.
-            product: Whether it was read as a product.
+            products: Numbers of the products as which it was read.
             elementwise: Whether it multiplied two tensors, which is a step of some products.
         """
         known = [self._steps[key] for key in operands if key is not None and key in self._steps]
-        if product:
-            steps = Steps()
+        if products:
+            steps = Steps(products=products)
         elif not known:
             return
         else:
@@ -94,10 +105,11 @@ class Lineage:
                 squash = None
             elif squash is None and name in _SQUASHING:
                 squash = name
-            steps = Steps(squash, name if elementwise or name not in _READ_THROUGH else unread)
+            before = frozenset().union(*(steps.products for steps in known))
+            steps = Steps(squash, name if elementwise or name not in _READ_THROUGH else unread, before)
         for tensor in outputs:
             key = key_of(tensor)
-            if key is not None and (product or key not in operands):
+            if key is not None and (products or key not in operands):
                 self._steps[key] = steps
 
     def steps_to(self, output: Tensor) -> Steps:
@@ -119,12 +131,14 @@ class ProductCall(NamedTuple):
     """A product that was computed, without its tensors.
 
     Attributes:
+        path: Name of the innermost module that was running.
         modules: Names of the modules that were running.
         signature: Signature of the product, see `Product.signature`.
         address: Memory address of W.
         operand: Identity of the tensor that was given as W.
     """
 
+    path: str
     modules: frozenset[str]
     signature: Signature
     address: int
@@ -139,6 +153,7 @@ class Candidate:
         product: The product; its h is a copy, so that later in-place operations do not change it.
         path: Name of the innermost module that was running.
         number: Number of products that the model had computed before.
+        dtype: Type of the output, which under torch.autocast is not that of h and W.
         origin: Origin of h.
         stride: Stride of h along d.
         rectified: Whether h is max(u, 0) of the input u of a ReLU.
@@ -148,10 +163,24 @@ class Candidate:
     product: Product
     path: str
     number: int
+    dtype: torch.dtype
     origin: Origin | None
     stride: int
     rectified: bool
     pieces: Positions | None = None
+
+    @property
+    def eps(self) -> float:
+        """The coarsest rounding of h, W and the output."""
+        dtypes = (self.dtype, self.product.h.dtype, self.product.weight.dtype)
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def values(self, h: Tensor | None = None) -> Tensor:
+        """Return W h + b, (..., K), for the recorded or other activations (..., d), as the model computed it."""
+        product = self.product
+        weight, bias = product.weight.detach(), None if product.bias is None else product.bias.detach()
+        h = product.h if h is None else h
+        return F.linear(h.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
 
 def _is_uninitialized(module: Any) -> bool:
@@ -166,6 +195,8 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._names = {module: name for name, module in model.named_modules() if not is_scripted(module)}
         self._hooks = ExitStack()
+        # Another thread may run the same model; its calls are ignored.
+        self._thread = threading.get_ident()
         # Names of the running modules, and the keys of their inputs.
         self._running: list[tuple[str, Key | None]] = []
         self._calls: list[ProductCall] = []
@@ -203,12 +234,11 @@ class Recorder(TorchFunctionMode):
         source = self._origin_of(max(operands, key=Tensor.numel, default=None))
         output = self._rectifiers.run(func, args, kwargs)
         # Calls are read after they ran, so that an invalid one raises torch's own error.
-        is_product = False
+        first_number = len(self._calls)
         call = self._elementwise.joined(func, args, kwargs)
         for product in products(*call):
             u = self._rectifiers.pre_activation_of(product, *call)
-            self._add_candidate(product, rectified=is_rectified(u, product.h))
-            is_product = True
+            self._add_candidate(product, output, rectified=is_rectified(u, product.h))
         self._elementwise.remember(func, args, output)
         self._origins.record_function(func, source, output)
         changed = [operand for operand, key in zip(operands, keys, strict=True) if key_of(operand) != key]
@@ -217,16 +247,20 @@ class Recorder(TorchFunctionMode):
             func,
             keys,
             [*tensors_in([output]), *changed],
-            product=is_product,
+            products=frozenset(range(first_number, len(self._calls))),
             elementwise=multiplies and sum(operand.numel() > 1 for operand in operands) > 1,
         )
         return output
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self._thread:
+            return
         x = first_input(args, kwargs)
         self._running.append((self._names[module], None if x is None else key_of(x)))
 
     def _refuse_lazy(self, module: nn.Module, _: tuple[Any, ...]) -> None:
+        if threading.get_ident() != self._thread:
+            return
         raise TypeError(
             f"{self._names[module] or 'the model'!r} is a {type(module).__name__} without weights yet: its first "
             "forward creates them at random. Run the model once, model(batch), and train it or load its weights "
@@ -234,6 +268,8 @@ class Recorder(TorchFunctionMode):
         )
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         # Without an entry of its own, the module was stopped by a hook before it began.
         if not self._running or self._running[-1][0] != self._names[module]:
             return
@@ -246,6 +282,15 @@ class Recorder(TorchFunctionMode):
 
     def _origin_of(self, tensor: Tensor | None) -> Origin | None:
         return None if tensor is None else self._origins.get(key_of(tensor))
+
+    def paths_beside(self, candidate: Candidate, output: Tensor) -> list[str]:
+        """Return the modules of the other products that an output depends on without another product in between.
+
+        They are summands of the logits next to the candidate, though they may be zero now, such as the update of LoRA
+        before training.
+        """
+        numbers = self._lineage.steps_to(output).products - {candidate.number}
+        return list(dict.fromkeys(self._calls[number].path for number in sorted(numbers)))
 
     def earlier_calls_in_module(self, candidate: Candidate, *, by_address: bool) -> int:
         """Count the earlier products in the candidate's module with its signature, and with its W if `by_address`."""
@@ -269,19 +314,20 @@ class Recorder(TorchFunctionMode):
             for call in self._calls[: candidate.number]
         )
 
-    def _add_candidate(self, product: Product, *, rectified: bool) -> None:
+    def _add_candidate(self, product: Product, output: Any, *, rectified: bool) -> None:
         running = [path for path, _ in self._running] or [""]
         candidate = Candidate(
             product=product._replace(h=product.h.detach().clone()),
             path=running[-1],
             number=len(self._calls),
+            dtype=_dtype_of(product, output),
             origin=Origin("normalize", None, None) if product.kind == "cosine" else self._origin_of(product.h),
             stride=product.h.stride(-1) if product.h.ndim else 1,
             rectified=rectified,
         )
         address = product.operand.data_ptr()
         modules = frozenset({*running, ""})
-        self._calls.append(ProductCall(modules, product.signature, address, id(product.operand)))
+        self._calls.append(ProductCall(running[-1], modules, product.signature, address, id(product.operand)))
         classes = product.weight.shape[0]
         kept = self.candidates[classes]
         kept.append(candidate)
@@ -290,3 +336,10 @@ class Recorder(TorchFunctionMode):
             len(kept) > _MAX_SMALL_CANDIDATES or self._num_values[classes] > _MAX_VALUES
         ):
             self._num_values[classes] -= kept.popleft().product.h.numel()
+
+
+def _dtype_of(product: Product, output: Any) -> torch.dtype:
+    """Return the type in which a product was computed, as far as its output shows it."""
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return output.dtype
+    return torch.promote_types(product.h.dtype, product.weight.dtype)

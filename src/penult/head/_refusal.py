@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from penult._checks import unreadable
 from penult.head._assembled import Assembly
 from penult.head._certificate import HeadNotFoundError
-from penult.head._foreign import attribute, in_memory
+from penult.head._foreign import attribute, in_memory, is_real
 from penult.head._match import Match
 from penult.head._model import is_scripted
 from penult.head._record import Candidate, Steps
@@ -96,7 +95,7 @@ def not_found_error(
     unseen = f" The module {scripted[0]!r} is TorchScript, so its computation cannot be watched." if scripted else ""
     return HeadNotFoundError(
         f"{subject} reproduces the logits of shape {shape} within tolerance {tolerance:g} ({evidence}). "
-        f"{_likely_cause(logits, list(best.values()), steps)}{unseen} "
+        f"{_unread_weight(model, logits) or _likely_cause(logits, list(best.values()), steps)}{unseen} "
         "If W and b are known, build penult.Head(weight, bias) from them"
     )
 
@@ -140,6 +139,25 @@ def are_probabilities(output: Tensor) -> bool:
     z = output.float()
     sums = [z.sum(axis) for axis in ({-1, 1} if z.ndim > 2 else {-1})]
     return bool((z >= 0).all()) and any(bool(((s - 1).abs() <= 1e-2).all()) for s in sums)
+
+
+def _unread_weight(model: nn.Module, logits: Tensor) -> str | None:
+    """Name a weight with one row for each class that cannot be read, such as a quantised one; None if there is none."""
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        # A tensor of another package may raise any error when it is asked for its shape.
+        try:
+            unread = not is_real(weight) and weight.ndim >= 2 and weight.shape[0] in logits.shape[1:]
+        except Exception:
+            continue
+        # Complex and integer tensors are arrays, and their type is no sign of a head.
+        if unread and not in_memory(weight):
+            kind = type(weight.data if type(weight) is nn.Parameter else weight).__name__
+            return (
+                f"The weight {name!r} of shape {tuple(weight.shape)} is a {kind} whose values cannot be read (a "
+                "quantised or offloaded weight, or a tensor subclass), so its products are not compared. If it is the "
+                "head's, put a plain tensor in its place, such as weight.dequantize(); the other layers may stay so."
+            )
+    return None
 
 
 def _likely_cause(logits: Tensor, best: Sequence[Match], steps: Steps) -> str:
@@ -188,10 +206,9 @@ def _likely_cause(logits: Tensor, best: Sequence[Match], steps: Steps) -> str:
 
 def _product_values(match: Match) -> Tensor | None:
     """Return the output of the product, classes last; None if its positions are not those of the logits."""
-    product: Any = match.candidate.product
     if match.layout.positions != "same":
         return None
-    return torch.nn.functional.linear(product.h, product.weight, product.bias)
+    return match.candidate.values()
 
 
 def _is_monotone(values: Tensor, logits: Tensor) -> bool:
