@@ -242,7 +242,20 @@ def test_other_entries_are_no_labels():
 def test_pairs_of_input_and_row_number():
     tap = tap_of()
     for batch in ((X, ROW_NUMBERS), {"image": X, "y": ROW_NUMBERS}, (X, np.arange(N))):
-        with pytest.warns(UserWarning, match="labels of the first batch are 0 to 15 in order.*may be row numbers"):
+        with pytest.warns(UserWarning, match="labels of the first batch are 0 to 15 in order.*are they row numbers"):
             extract(tap, [batch])
     with pytest.raises(ValueError, match="out of range"):
         extract(tap, [(X, ROW_NUMBERS + 100)])
+
+
+@pytest.mark.parametrize("classes", [8, 10, 20])
+def test_one_row_for_each_class_in_order_is_no_batch_of_row_numbers(classes):
+    # An untrained model predicts the labels at chance level, too.
+    model = shake(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes)))
+    x = seeded(2 * classes, 4)
+    tap = Tap(model, find_head(model, x))
+    assert torch.equal(extract(tap, [(x[:classes], torch.arange(classes))]).labels, torch.arange(classes))
+    # Row numbers go on in the next batch.
+    numbered = [(part, rows) for part, rows in zip(x.chunk(2), torch.arange(2 * classes).chunk(2), strict=True)]
+    with pytest.raises(ValueError, match="out of range"):
+        extract(tap, numbered)

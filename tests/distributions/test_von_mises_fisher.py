@@ -1,5 +1,7 @@
 import contextlib
 import math
+import sys
+from types import SimpleNamespace
 
 import mpmath as mp
 import numpy as np
@@ -464,6 +466,28 @@ def test_torchs_switch_of_validation_is_followed(switch):
         VonMisesFisher(torch.tensor([0.0, 1.0]), torch.tensor(1.0)).log_prob(torch.tensor([0.0, 1.1]))
     with pytest.raises(ValueError, match="norm"):
         VonMisesFisher(torch.tensor([0.0, 2.0]), torch.tensor(1.0), validate_args=True)
+
+
+# torch.compile turns the switch off by a cached function, whose names are not public.
+APPLIED = SimpleNamespace(cache_info=lambda: SimpleNamespace(currsize=1))
+
+
+@pytest.mark.parametrize(
+    ("patcher", "validates"),
+    [
+        (SimpleNamespace(patch=APPLIED), True),
+        (SimpleNamespace(patch=SimpleNamespace(cache_info=lambda: SimpleNamespace(currsize=0))), False),
+        (SimpleNamespace(patch=lambda: None), False),
+        (SimpleNamespace(patch=SimpleNamespace(cache_info=lambda: ())), False),
+        (SimpleNamespace(), False),
+        (None, False),
+    ],
+)
+def test_a_switch_that_the_compiler_turned_off_is_ignored_where_torch_shows_it(patcher, validates, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo.eval_frame", SimpleNamespace(TorchPatcher=patcher))
+    assert special._validates_by_default() is True
+    Distribution.set_default_validate_args(False)
+    assert special._validates_by_default() is validates
 
 
 def test_an_integer_is_a_shape():

@@ -450,3 +450,15 @@ def test_a_row_group_that_is_not_as_long_as_it_was(tmp_path):
     table(path, {"bytes": encoded(), "path": None}, (0,))
     with pytest.raises(ValueError, match=r"a.parquet was written or changed after it was opened"):
         dataset[2]
+
+
+@pytest.mark.parametrize(("labels", "row"), [((0,), 2), ((0, 1), 2), ((0,), 1)])
+def test_a_row_that_is_missing_in_its_row_group(tmp_path, monkeypatch, labels, row):
+    path = table(tmp_path / "a.parquet", {"bytes": encoded(), "path": None}, (0, 1, 0))
+    dataset = read(path)
+    table(path, {"bytes": encoded(), "path": None}, labels)
+    # As if the file were written between the look at its identity and the read.
+    monkeypatch.setattr("penult.data._parquet._check_unchanged", lambda *_: None)
+    with pytest.raises(ValueError, match=rf"row {row} of .*a.parquet is missing, although the metadata .* count it"):
+        dataset[row]
+    assert dataset[0]

@@ -199,15 +199,22 @@ def _like_labels(values: Tensor, predicted: Tensor, logits: Tensor) -> bool:
 
 
 def check_not_row_numbers(labels: Tensor, logits: Tensor) -> None:
-    """Warn if labels (M,) of the first batch are the row numbers, and the model predicts them no better than chance."""
+    """Warn if labels (M,) of the first batch are the row numbers, and the model predicts them no better than chance.
+
+    With one row for each class in order, they are labels: row numbers would reach K only by coincidence, and those of a
+    next batch are out of range, which is an error.
+    """
     count = len(labels)
+    if count == logits.shape[-1]:
+        return
     if count < _MIN_ROW_NUMBERS or not torch.equal(labels, torch.arange(count, device=labels.device)):
         return
     accuracy = float((logits.flatten(end_dim=-2).argmax(-1).cpu() == labels.cpu()).double().mean())
     if is_chance_level(accuracy, count, logits.shape[-1]):
         warnings.warn(
             f"the labels of the first batch are 0 to {count - 1} in order, and the model predicts {accuracy:.1%} of "
-            "them: they may be row numbers. Pass (input, labels), or the input alone",
+            "them: are they row numbers? If so, pass (input, labels), or the input alone; if they are classes of the "
+            "first images, ignore this warning",
             UserWarning,
             stacklevel=5,
         )

@@ -141,6 +141,7 @@ def validates_by_default() -> bool:
         return True
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     patch = getattr(getattr(compiler, "TorchPatcher", None), "patch", None)
-    # The patch is cached, so that its cache tells whether torch.compile has applied it.
-    switched_off_by_compiler = patch is not None and patch.cache_info().currsize > 0
-    return __debug__ and switched_off_by_compiler
+    # The patch is cached, so that its cache shows whether torch.compile has applied it. These names of torch are not
+    # public: where they are missing, the switch is taken as it is.
+    count = getattr(patch, "cache_info", None)
+    return __debug__ and callable(count) and getattr(count(), "currsize", 0) > 0
