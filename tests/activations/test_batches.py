@@ -259,3 +259,42 @@ def test_one_row_for_each_class_in_order_is_no_batch_of_row_numbers(classes):
     numbered = [(part, rows) for part, rows in zip(x.chunk(2), torch.arange(2 * classes).chunk(2), strict=True)]
     with pytest.raises(ValueError, match="out of range"):
         extract(tap, numbered)
+
+
+# --- attention masks of other positions ---------------------------------------------------------------------
+
+
+class Prompted(nn.Module):
+    """A classifier of tokens that puts learned positions before them, or gives the logits of the last ones only."""
+
+    def __init__(self, learned, last=None):
+        super().__init__()
+        self.embedding, self.fc, self.last = nn.Embedding(9, 8), nn.Linear(8, K), last
+        self.prompt = nn.Parameter(seeded(learned, 8))
+
+    def forward(self, input_ids, attention_mask=None):
+        tokens = self.embedding(input_ids)
+        joined = torch.cat([self.prompt.expand(len(tokens), -1, -1), tokens], dim=1).tanh()
+        return self.fc(joined if self.last is None else joined[:, -self.last :])
+
+
+@pytest.mark.parametrize(("learned", "last"), [(3, None), (1, None), (0, 2)])
+def test_a_mask_of_other_positions_than_the_logits(learned, last):
+    model = shake(Prompted(learned, last)).eval()
+    ids, mask = torch.arange(24).reshape(4, 6) % 9, torch.ones(4, 6, dtype=torch.long)
+    mask[:, 4:] = 0
+    tap = Tap(model, find_head(model, ids))
+    batch, positions = {"input_ids": ids, "attention_mask": mask}, last or 6 + learned
+    with pytest.raises(ValueError, match=rf"attention_mask has shape \(4, 6\).* {positions} positions.*-100"):
+        extract(tap, [batch])
+    labels = torch.full((4, positions), -100)
+    labels[:, -1] = 2
+    assert len(extract(tap, [batch | {"labels": labels}])) == 4
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 6, 6), (6, 6)])
+def test_masks_that_say_which_positions_see_which_are_the_models_own(shape):
+    model = shake(Prompted(0)).eval()
+    ids = torch.arange(24).reshape(4, 6) % 9
+    tap = Tap(model, find_head(model, ids))
+    assert len(extract(tap, [{"input_ids": ids, "attention_mask": torch.ones(shape)}])) == 24

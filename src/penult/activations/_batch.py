@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from penult._checks import check_labels, described
 from penult.activations._activations import Activations
 from penult.activations._blocks import Memory
-from penult.activations._fields import IGNORED, FieldReader, Fields, check_not_row_numbers, labels_among
+from penult.activations._fields import IGNORED, FieldReader, Fields, check_mask, check_not_row_numbers, labels_among
 from penult.activations._tap import Tap
 from penult.processes import Processes
 
@@ -120,6 +120,8 @@ class Reader:
             keep = parts.mask.cpu() != 0
         labels = self._labels(parts, logits)
         if labels is None:
+            if parts.mask is not None:
+                check_mask(parts.mask, shape)
             return None, keep.flatten()
         check_labels(torch.zeros_like(labels) if isinstance(labels, Tensor) else labels, shape)
         labels = labels.to("cpu", torch.int64)

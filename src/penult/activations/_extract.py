@@ -58,7 +58,8 @@ def extract(
     Arrays of NumPy are taken for tensors.
 
     Logits (B, T, K) for tokens or (B, H, W, K) for pixels count as that many samples, with labels (B, T) or (B, H, W).
-    Samples are left out if their label is -100, or if an ``attention_mask`` of the shape of the samples is 0 there.
+    Samples are left out if their label is -100, or if an ``attention_mask`` of the shape of the samples is 0 there. A
+    mask (B, T') for other positions, as with learned prompts, needs labels.
 
     With `out`, batches are collected until they fill a shard, which is written and released: memory does not grow with
     the data. The folder is complete once its index is written. A run that was interrupted or killed leaves whole

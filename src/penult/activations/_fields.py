@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from penult._checks import described, is_chance_level, tensor_of
 
-__all__ = ["IGNORED", "FieldReader", "Fields", "check_not_row_numbers", "labels_among"]
+__all__ = ["IGNORED", "FieldReader", "Fields", "check_mask", "check_not_row_numbers", "labels_among"]
 
 IGNORED = -100
 """Label of samples that are left out, as in torch.nn.functional.cross_entropy."""
@@ -217,4 +217,18 @@ def check_not_row_numbers(labels: Tensor, logits: Tensor) -> None:
             "first images, ignore this warning",
             UserWarning,
             stacklevel=5,
+        )
+
+
+def check_mask(mask: Tensor, logits: torch.Size) -> None:
+    """Raise a ValueError if an attention mask (B, T) belongs to other tokens than logits of shape (B, T', K).
+
+    A prompt that was learned, or image patches, may stand before the tokens, so that padding cannot be told from them.
+    """
+    if mask.ndim == 2 and len(logits) == 3 and mask.shape[0] == logits[0] and mask.shape[1] != logits[1]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the model gives logits for {logits[1]} positions of "
+            f"each sample; expected {tuple(logits[:2])}. The model adds or removes positions (a learned prompt, image "
+            "patches), so the mask does not say which are padding. Pass labels of shape "
+            f"{tuple(logits[:2])}, which are {IGNORED} at each position to leave out"
         )
