@@ -28,6 +28,7 @@ from penult._row_blocks import (
     rows_in_double,
     span_of,
     state_of,
+    states_of,
 )
 from penult.head._calibration import calibration
 from penult.head._certificate import HeadCertificate
@@ -123,7 +124,7 @@ class Head(HeadTensors):
         head.certificate, head.norm, head.temperature = None, norm, 1.0
         head.radius = None if norm is None else math.sqrt(head.in_features)
         head._sources = [weakref.ref(source) for source in sources]
-        head._seen = [state_of(source) for source in sources]
+        head._seen = states_of(sources)
         return head
 
     def _derive(self, weight: Tensor, bias: Tensor | None, scale: float = 1.0, temperature: float = 1.0) -> Head:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penult._row_blocks import readable, state_of, wide_mean_row
+from penult._row_blocks import readable, state_of, states_of, wide_mean_row
 from penult.head._certificate import HeadCertificate
 from penult.special import outside_transforms
 
@@ -44,11 +44,13 @@ class HeadTensors(nn.Module):
         """Return the states of W, b and the tensors that they were computed from, see `state_of`."""
         # A compiler knows no states, and does not trace this context.
         with nullcontext() if torch.compiler.is_compiling() else outside_transforms():
-            for i, source in enumerate(self._sources):
-                tensor = source()
-                if tensor is not None:
-                    self._seen[i] = state_of(tensor)
-            own = [state_of(tensor) for tensor in (self.weight, self.bias) if tensor is not None]
+            own_tensors = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+            sources = [(i, tensor) for i, source in enumerate(self._sources) if (tensor := source()) is not None]
+            # A source often shares its memory with W or b, which is then read once.
+            states = states_of([*own_tensors, *(tensor for _, tensor in sources)])
+            own = states[: len(own_tensors)]
+            for (i, _), state in zip(sources, states[len(own) :], strict=True):
+                self._seen[i] = state
             self._follow(own[0])
         return (*(number for state in (*own, *self._seen) for number in state), self._disagreements)
 
