@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from penult.bases import Gaussian, Marginal, Sphere
     from penult.distributions import VonMisesFisher
     from penult.head import Head, HeadCertificate, HeadNotFoundError, HeadPart, find_head
+    from penult.moments import Moments
     from penult.pair import GenerativePair, load
 
 # Rooms and names are imported on first use, so that `import penult` and `penult --help` stay quick.
 _ROOMS = (
-    "activations", "bases", "data", "demo", "distill", "distributions", "generate", "head", "io", "pair", "processes",
-    "realism", "report", "scores", "special", "testing",
+    "activations", "bases", "data", "demo", "distill", "distributions", "generate", "head", "io", "moments", "pair",
+    "processes", "realism", "report", "scores", "special", "testing",
 )  # fmt: skip
 _NAMES = {
     "Activations": "activations",
@@ -36,6 +37,7 @@ _NAMES = {
     "HeadNotFoundError": "head",
     "HeadPart": "head",
     "Marginal": "bases",
+    "Moments": "moments",
     "Sphere": "bases",
     "Tap": "activations",
     "VonMisesFisher": "distributions",
@@ -68,6 +70,7 @@ __all__ = [
     "HeadNotFoundError",
     "HeadPart",
     "Marginal",
+    "Moments",
     "Sphere",
     "Tap",
     "VonMisesFisher",

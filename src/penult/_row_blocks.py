@@ -14,6 +14,7 @@ __all__ = [
     "mean_row_of",
     "readable",
     "rounding",
+    "row_hashes",
     "rows_digest",
     "rows_in_double",
     "same_values",
@@ -109,16 +110,19 @@ def _odd_numbers(count: int, device: torch.device) -> Tensor:
 @torch.no_grad()
 def rows_digest(rows: Tensor) -> int:
     """Return the sum of 64-bit hashes of rows (N, d), rounded to float32, modulo 2^64: it depends on no order."""
-    total = 0
-    for block in blocks(rows):
-        # The sum with 0 makes one zero of both.
-        bits = (block.to(torch.float32) + 0.0).contiguous().view(torch.int32)
-        hashes = (bits * _odd_numbers(bits.shape[1], bits.device)).sum(-1)
-        # Without these steps the sum of hashes would be a function of the sum of the rows.
-        for shift, factor in ((33, -0x00AE502812AA7333), (29, -0x3B314601E57A13AD)):
-            hashes = (hashes ^ (hashes >> shift)) * factor
-        total += int((hashes ^ (hashes >> 32)).sum())
-    return total % 2**64
+    return sum(int(row_hashes(block).sum()) for block in blocks(rows)) % 2**64
+
+
+@torch.no_grad()
+def row_hashes(rows: Tensor) -> Tensor:
+    """Return 64-bit hashes (n,), int64, of the rows (n, d) of a block, rounded to float32."""
+    # The sum with 0 makes one zero of both.
+    bits = (rows.to(torch.float32) + 0.0).contiguous().view(torch.int32)
+    hashes = (bits * _odd_numbers(bits.shape[1], bits.device)).sum(-1)
+    # Without these steps the sum of hashes would be a function of the sum of the rows.
+    for shift, factor in ((33, -0x00AE502812AA7333), (29, -0x3B314601E57A13AD)):
+        hashes = (hashes ^ (hashes >> shift)) * factor
+    return hashes ^ (hashes >> 32)
 
 
 @torch.no_grad()

@@ -61,9 +61,14 @@ class Tap(nn.Module):
                 "head has no certificate, which says where it stands in the model. Use the head from "
                 "penult.find_head(model, batch); a rescaled head reads scaled activations and has no certificate"
             )
+        certificate = head.certificate
+        if certificate.origin is not None:
+            raise ValueError(
+                f"head is of no model ({certificate.origin}), so that no module of the model computes its logits. "
+                "Compute activations with the model itself and pass them to the head"
+            )
         self.model = _unwrap(model)
         self.head = head
-        certificate = head.certificate
         _submodule(self.model, certificate.path)
         if certificate.weight is not None:
             weight = _tensor_at(self.model, certificate.weight)

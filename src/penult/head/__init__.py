@@ -1,7 +1,7 @@
 """Heads, the last linear layers of classifiers, and the search for the head of any model."""
 
 from penult.head._capture import capture
-from penult.head._certificate import HeadCertificate, HeadNotFoundError, HeadPart
+from penult.head._certificate import HeadCertificate, HeadNotFoundError, HeadPart, certificate_of_no_model
 from penult.head._find import find_head
 from penult.head._foreign import in_memory
 from penult.head._head import Head
@@ -12,6 +12,7 @@ __all__ = ["Head", "HeadCertificate", "HeadNotFoundError", "HeadPart", "find_hea
 
 # Lent to other rooms of the package; not public.
 _capture_forward = capture
+_certificate_of_no_model = certificate_of_no_model
 _evaluating = evaluating
 _in_memory = in_memory
 _logits_of = logits_of

@@ -5,11 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["UNMIXED", "HeadCertificate", "HeadNotFoundError", "HeadPart", "Kind", "Positions", "Support"]
+if TYPE_CHECKING:
+    from penult.head._tensors import HeadTensors
 
-Kind = Literal["linear", "matmul", "bmm", "sum", "einsum", "conv", "cosine"]
+__all__ = [
+    "UNMIXED",
+    "HeadCertificate",
+    "HeadNotFoundError",
+    "HeadPart",
+    "Kind",
+    "Positions",
+    "Support",
+    "certificate_of_no_model",
+]
+
+Kind = Literal["linear", "matmul", "bmm", "sum", "einsum", "conv", "cosine", "moments"]
 
 
 Positions = Literal[
@@ -74,10 +86,11 @@ class HeadCertificate:
         path: Name of the module in whose forward the head's product is computed, ``""`` for the model itself.
         kind: Operation that computes it: ``"linear"``, ``"matmul"``, ``"bmm"`` with one matrix for the whole
             batch, the ``"sum"`` of h * W over an axis, ``"einsum"``, a pointwise ``"conv"``, or ``"cosine"`` where h
-            and the rows of W before the scale have norm 1.
+            and the rows of W before the scale have norm 1. ``"moments"`` for a head of no model, from
+            :meth:`penult.Moments.pair`.
         scale: Number by which the model multiplies W h before it returns the logits.
         residual: max abs(head(h) - logits) / max abs(logits), computed after a log-softmax where
-            ``log_softmax``.
+            ``log_softmax``. None for a head of no model.
         shape: (K, d).
         bias: Whether the head has a bias.
         before: Class name of the module, or name of the function, whose output is h, ignoring dropout, casts, views
@@ -87,7 +100,7 @@ class HeadCertificate:
             shrinks vectors of little variance, or a mean over positions follows it). ``"cube"``: `before` is a tanh or
             softsign. ``"box"``: `before` is a bounded activation (ReLU6, Hardtanh, sigmoid, hard sigmoid) or an
             average of one. ``"orthant"``: no h is negative. ``"reals"``: none of these.
-        zeros: Fraction of exact zeros.
+        zeros: Fraction of exact zeros. Like the next three, None for a head of no model, since moments do not tell it.
         norms: Smallest and largest Euclidean norm.
         minimum: Smallest coordinate.
         maximum: Largest coordinate.
@@ -133,15 +146,15 @@ class HeadCertificate:
     path: str
     kind: Kind
     scale: float
-    residual: float
+    residual: float | None
     shape: tuple[int, int]
     bias: bool
     before: str | None
     support: Support
-    zeros: float
-    norms: tuple[float, float]
-    minimum: float
-    maximum: float
+    zeros: float | None
+    norms: tuple[float, float] | None
+    minimum: float | None
+    maximum: float | None
     gauge: float
     folded: Literal["LayerNorm", "RMSNorm"] | None
     samples: int
@@ -161,6 +174,7 @@ class HeadCertificate:
     unit_offset: bool = False
     rectified: bool = False
     parts: tuple[HeadPart, ...] = ()
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         # In files the parts are mappings.
@@ -169,6 +183,16 @@ class HeadCertificate:
 
     def __str__(self) -> str:
         classes, features = self.shape
+        if self.origin is not None:
+            return "\n".join(
+                [
+                    f"{self.kind} {features}->{classes}  of no model: {self.origin}",
+                    f"  h       {self.samples} activations, of which only the moments are known",
+                    f"  gauge   {self.gauge:.3g} = norm of the mean row of W",
+                ]
+            )
+        if self.norms is None:
+            raise TypeError("norms is None; expected two numbers. Only a head of no model has none")
         bounds = {
             "orthant": " (>=0)",
             "cube": " (-1..1)",
@@ -211,3 +235,26 @@ class HeadCertificate:
 
 def _part_of(facts: Mapping[str, Any]) -> HeadPart:
     return HeadPart(**{**facts, "shape": tuple(facts["shape"])})
+
+
+def certificate_of_no_model(head: HeadTensors, kind: Kind, origin: str, samples: int) -> HeadCertificate:
+    """Return the certificate of a head that was computed from activations alone."""
+    return HeadCertificate(
+        path="",
+        kind=kind,
+        scale=1.0,
+        residual=None,
+        shape=(head.weight.shape[0], head.weight.shape[1]),
+        bias=head.bias is not None,
+        before=None,
+        support="reals",
+        zeros=None,
+        norms=None,
+        minimum=None,
+        maximum=None,
+        gauge=float(head.mean_row.norm()),
+        folded=None,
+        samples=samples,
+        empty=int((~head.weight.any(dim=1)).sum()),
+        origin=origin,
+    )

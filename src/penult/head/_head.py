@@ -340,9 +340,11 @@ class Head(HeadTensors):
             Head(num_classes=2, in_features=2, bias=False)
         """
         certificate = None if self.certificate is None else asdict(self.certificate)
-        # Files of heads of one product are those of earlier versions.
-        if certificate is not None and not certificate["parts"]:
-            del certificate["parts"]
+        # Files of heads of one product in a model are those of earlier versions.
+        if certificate is not None:
+            for name in ("parts", "origin"):
+                if not certificate[name]:
+                    del certificate[name]
         return {"certificate": certificate, "norm": self.norm, "radius": self.radius, "temperature": self.temperature}
 
     @classmethod
