@@ -1,8 +1,8 @@
 # ruff: noqa: E402  # thread counts are set before torch loads
 """Classifiers from summed moments of frozen features: classes that come later, ten owners, few rows; and their cost.
 
-Features are those of `moments_features.py`: sentence embeddings of CLINC150 (150 intents, d = 384), and features of CIFAR-10 by
-EfficientNet-Lite0 (d = 1280). Settings:
+Features are those of `moments_features.py`: sentence embeddings of CLINC150 (150 intents, d = 384), and features of
+CIFAR-10 by EfficientNet-Lite0 (d = 1280). Settings:
 
 * ``steps``: 15 steps of 10 intents, or 5 steps of 2 classes, in three orders. After each step the rows of its classes
   are gone, and test rows of all classes so far are classified.
