@@ -29,6 +29,7 @@ import tables_distill  # noqa: F401
 import tables_gan  # noqa: F401
 import tables_generate  # noqa: F401
 import tables_heads  # noqa: F401  (registers its tables)
+import tables_moments  # noqa: F401
 import tables_outliers  # noqa: F401
 import tables_realism  # noqa: F401
 import tables_vmf  # noqa: F401

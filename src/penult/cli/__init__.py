@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from penult._version import __version__
-from penult.cli import demo, distill, draw, extract, fit, generate, head, report, sample, score
+from penult.cli import demo, distill, draw, extract, fit, generate, head, moments, report, sample, score
 from penult.cli._console import fail, printing_never_fails, tell
 from penult.cli._launch import lost, own_rank
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 for command in (
     head.head,
     extract.extract,
+    moments.moments,
     fit.fit,
     sample.sample,
     score.score,

@@ -64,8 +64,16 @@ _OPTIONS = {
 
 
 def fit(
-    activations: Annotated[Path, typer.Argument(help="Folder that `penult extract` wrote.")],
     out: Annotated[Path, typer.Option(help="File for the pair, for example resnet.penult.safetensors.")],
+    activations: Annotated[Path | None, typer.Argument(help="Folder that `penult extract` wrote.")] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(help="File of `penult moments` to make the pair of, in place of activations and a head."),
+    ] = None,
+    shrinkage: Annotated[
+        str,
+        typer.Option(help="With --moments: part of the covariance that is a multiple of the identity; 0 to 1, or oas."),
+    ] = "oas",
     base: Annotated[BaseName, typer.Option(help="Base measure, shared by all classes.")] = BaseName.mixture,
     components: Annotated[int | None, typer.Option(help="Number of Gaussians of a mixture.", min=1)] = None,
     dims: Annotated[
@@ -126,6 +134,8 @@ def fit(
 
     sphere, centered, elliptic, gaussian: one shape for all classes. sphere is that of Seo, Lee and Kwak (2021).
 
+    --moments: the pair of linear discriminant analysis, with its own head; one Gaussian for all classes.
+
     auto: fits all bases to two thirds of the activations, compares their samples with the other third, and fits the
     best base to all activations (extra data).
 
@@ -135,6 +145,8 @@ def fit(
     Example: penult fit activations/ --base auto --out resnet.penult.safetensors
 
     Example: penult fit activations/ --components 200 --dims 32 --out resnet.penult.safetensors
+
+    Example: penult fit --moments moments.safetensors --out lda.penult.safetensors
     """
     import torch
 
@@ -145,6 +157,15 @@ def fit(
     launch = Launch(device, devices, num_nodes, strategy)
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     pair_path(out)
+    if moments is not None:
+        if activations is not None or head is not None or prior_from is not None:
+            raise ValueError(
+                "--moments takes the place of activations and head; leave out ACTIVATIONS and their options"
+            )
+        _fit_moments(moments, shrinkage, out, reporter, as_json)
+        return
+    if activations is None:
+        raise ValueError("no activations are given; expected a folder of penult extract, or --moments FILE")
     options = {"components": components, "dims": dims, "ambient": ambient, "trim": trim}
     options = {name: value for name, value in options.items() if value is not None}
     _check_options(base, options)
@@ -314,3 +335,32 @@ def _fit(
     if base in _SHAPES:
         return Sphere.fit(head, acts, shape=_SHAPES[base], group=group, **options)
     return Marginal.fit(head, acts, kind=_MARGINALS[base], seed=seed, group=group, **options)
+
+
+def _fit_moments(file: Path, shrinkage: str, out: Path, reporter: RichReporter, as_json: bool) -> None:
+    """Write the pair of moments."""
+    from penult.moments import Moments
+
+    try:
+        part: Any = shrinkage if shrinkage == "oas" else float(shrinkage)
+    except ValueError:
+        raise ValueError(f"--shrinkage is {shrinkage!r}; expected a number from 0 to 1, or oas") from None
+    moments = Moments.load(file)
+    with warnings_as_lines():
+        pair = moments.pair(shrinkage=part)
+    pair.save(out)
+    reporter.line(str(pair.head.certificate))
+    reporter.line(f"{out}: {pair.base}")
+    prior = pair.prior
+    classes = moments.classes.tolist()
+    results = {
+        "out": str(out),
+        "base": "gaussian",
+        "samples": len(moments),
+        "classes": classes if moments.class_names is None else [moments.class_names[k] for k in classes],
+        "prior": prior.probs.tolist(),
+        "effective_classes": float(prior.entropy().exp()),
+    }
+    _report_prior(results, None, reporter)
+    if as_json:
+        print_json(results)
