@@ -22,6 +22,10 @@ def _percent(values: Iterable[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
+def _seconds(cells: list[dict[str, Any]]) -> str:
+    return f"{statistics.fmean(cell['seconds'] for cell in cells):.1f}" if "seconds" in cells[0] else "–"
+
+
 def _behind(cells: list[dict[str, Any]], bar: float) -> str:
     """Points by which moments are below logistic regression on all rows, against the bar."""
     behind = 100 * statistics.fmean(cell[JOINT]["accuracy"] - cell["moments"]["accuracy"] for cell in cells)
@@ -69,7 +73,7 @@ def _steps(section: dict[str, Any], bars: dict[str, float]) -> Table:
             rows.append((
                 f"{shown}, {section['settings']['steps'][name]} steps", f"**{method}**" if ours else method,
                 _percent(cell["accuracy"] for cell in own), _percent(cell["mean"] for cell in own),
-                plain(own[0]["floats"]), f"{statistics.fmean(cell['seconds'] for cell in own):.1f}",
+                plain(own[0]["floats"]), _seconds(own),
                 f"{own[0]['membership']:.2f}" if ours else "–", _behind(cells, bars[name]) if ours else "–",
             ))  # fmt: skip
     header = ("features", "method", "last step, %", "mean of steps, %", "floats", "seconds", "membership", "bar")
@@ -89,7 +93,7 @@ def _owners(section: dict[str, Any], bars: dict[str, float]) -> Table:
                     f"{shown}, Dirichlet({alpha})", f"**{method}**" if ours else method,
                     _percent(cell["accuracy"] for cell in own),
                     plain(own[0]["floats"]) if "floats" in own[0] else "–",
-                    f"{statistics.fmean(cell['seconds'] for cell in own):.1f}" if "seconds" in own[0] else "–",
+                    _seconds(own),
                     f"{own[0]['membership']:.2f}; file of one owner {single:.2f}" if ours else "–",
                     _behind(cells, bars[name]) if ours else "–",
                 ))  # fmt: skip

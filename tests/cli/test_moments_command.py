@@ -123,6 +123,11 @@ def test_the_activations_before_a_head(rows, here, penult_json):
             ["fit", "--moments", "owner.safetensors", "--shrinkage", "x", "--out", "a.penult.safetensors"],
             "--shrinkage is 'x'; expected a number from 0 to 1, or oas",
         ),
+        (
+            ["fit", "--moments", "owner.safetensors", "--dims", "3", "--out", "a.penult.safetensors"],
+            "takes the place of activations, head and base",
+        ),
+        (["fit", "folder", "--shrinkage", "0.1", "--out", "a.penult.safetensors"], "--shrinkage goes with --moments"),
         (["fit", "--moments", "no.safetensors", "--out", "a.penult.safetensors"], "no.safetensors does not exist"),
     ],
 )

@@ -158,12 +158,16 @@ def fit(
     reporter = RichReporter(stderr=as_json, silent=launch.rank > 0)
     pair_path(out)
     if moments is not None:
-        if activations is not None or head is not None or prior_from is not None:
+        others = (activations, head, prior_from, components, dims, ambient, trim)
+        if any(value is not None for value in others) or base not in (BaseName.mixture, BaseName.gaussian):
             raise ValueError(
-                "--moments takes the place of activations and head; leave out ACTIVATIONS and their options"
+                "--moments takes the place of activations, head and base, which is a Gaussian; leave out ACTIVATIONS "
+                "and the options of the others"
             )
         _fit_moments(moments, shrinkage, out, reporter, as_json)
         return
+    if shrinkage != "oas":
+        raise ValueError("--shrinkage goes with --moments; leave it out")
     if activations is None:
         raise ValueError("no activations are given; expected a folder of penult extract, or --moments FILE")
     options = {"components": components, "dims": dims, "ambient": ambient, "trim": trim}
