@@ -144,3 +144,18 @@ def test_few_rows_are_warned_of(here):
     done = CliRunner().invoke(app, ["moments", "few.npz", "--out", "m.safetensors"])
     assert done.exit_code == 0
     assert "warning: there are 8 rows of dimension 30; with fewer rows than dimensions" in done.output
+
+
+@pytest.mark.slow
+def test_the_report_says_where_the_head_comes_from(rows, here, penult_json):
+    h, y = rows
+    penult_json("moments", *SOURCES, "--out", "m.safetensors")
+    penult_json("fit", "--moments", "m.safetensors", "--out", "lda.penult.safetensors")
+    pair = penult.load(here / "lda.penult.safetensors")
+    Activations(h, pair.head(h), y).save(here / "data")
+    Activations(h + 9, pair.head(h + 9)).save(here / "far")
+    facts = penult_json("report", "lda.penult.safetensors", "--data", "data", "--ood", "far", "--out", "page.html")
+    assert facts["others"]["far"]["count"] == 400
+    page = (here / "page.html").read_text()
+    assert "not found in a network but computed from labelled activations" in page
+    assert "linear discriminant analysis of the moments of 400 labelled activations" in page

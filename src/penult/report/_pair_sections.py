@@ -63,13 +63,7 @@ def head(page: Page, pair: GenerativePair) -> None:
     section = page.section(
         "The head",
         "The head is the last linear layer of the classifier; the softmax of its outputs gives the class "
-        "probabilities. "
-        + (
-            "The certificate below shows how the head was found in the network and what the activations before it look "
-            "like."
-            if head.certificate is not None
-            else "This head was given directly, so there is no certificate of how it was found in a network."
-        ),
+        "probabilities. " + _origin_of(head),
     )
     section.facts(
         {
@@ -409,3 +403,12 @@ def _clouds(
         f"principal components of the real ones. Colours are {kind}{coloured}",
         alt="Two scatter plots with one colour for each class: real activations on the left, samples on the right.",
     )
+
+
+def _origin_of(head: Head) -> str:
+    """Return a sentence on where a head comes from."""
+    if head.certificate is None:
+        return "This head was given directly, so there is no certificate of how it was found in a network."
+    if head.certificate.origin is not None:
+        return "This head was not found in a network but computed from labelled activations; the certificate says how."
+    return "The certificate below shows how the head was found in the network and what its activations look like."
