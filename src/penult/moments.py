@@ -125,10 +125,9 @@ class Moments:
         if isinstance(h, Activations):
             num_classes = h.num_classes if num_classes is None and class_names is None else num_classes
             class_names = h.class_names if class_names is None else class_names
-        if num_classes is None and class_names is not None:
-            num_classes = len(class_names)
         num_classes = None if num_classes is None else check_integer("num_classes", num_classes)
         names = None if class_names is None else _unique_names(class_names, num_classes)
+        num_classes = num_classes if names is None else len(names)
         sums = _RunningMoments(scatter, num_classes)
         if whole:
             sums.add(h, y, min_rows=1)
@@ -198,16 +197,18 @@ class Moments:
             (tensor([30,  0, 30]), tensor([0, 2]))
         """
         if y is None:
+            if (rows := tensor_of(h)) is not None and rows.is_floating_point():
+                raise ValueError("y is None; expected the labels of the rows h. Pass moments.forget(h, y)")
             gone = torch.zeros(self.num_classes, dtype=torch.bool, device="cpu")
             gone[self._numbers(h)] = True
             return Moments._of(self._sums.without(gone), self.dtype, self.class_names)
         if isinstance(y, int | str):
             h = h if isinstance(h, Activations) else as_activations(h, shape="(M, d)")
             y = torch.full((len(h),), self._numbers(y)[0], device="cpu")
-        rows = Moments.of(h, y, self.num_classes, self.scatter)
-        if rows.in_features != self.in_features:
-            raise ValueError(f"h has dimension {rows.in_features}; expected {self.in_features}")
-        return Moments._of(self._sums.minus(rows._sums), self.dtype, self.class_names)
+        given = Moments.of(h, y, self.num_classes, self.scatter)
+        if given.in_features != self.in_features:
+            raise ValueError(f"h has dimension {given.in_features}; expected {self.in_features}")
+        return Moments._of(self._sums.minus(given._sums), self.dtype, self.class_names)
 
     def pooled(self) -> Moments:
         """Return the moments with the scatters of all classes added up.
@@ -292,6 +293,7 @@ class Moments:
             )
         weight = torch.cholesky_solve((means - loc).T, factor).T
         dtype = self.dtype if dtype is None else dtype
+        check_choice("dtype", dtype, (torch.float32, torch.float64))
         base = Gaussian(loc.to(dtype), covariance.to(dtype))
         base.reference = self.digest
         # From the rounded tensors, so that rounding them does not change the prior.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from penult._checks import check_finite, described, tensor_of
+from penult._checks import check_finite, described, integer_labels, tensor_of
 from penult._row_blocks import row_hashes
 from penult.activations._activations import Activations
 from penult.activations._source import ActivationSource
@@ -181,7 +181,7 @@ class RunningMoments:
             y = h.labels
         if y is None:
             raise ValueError("y is None; expected integer labels (N,), one for each activation")
-        source = ActivationSource(h, labels=y, name="h", min_rows=min_rows)
+        source = ActivationSource(h, labels=integer_labels(y, name="y"), name="h", min_rows=min_rows)
         if not len(source):
             return
         low, high = int(source.labels.min()), int(source.labels.max())
