@@ -218,7 +218,7 @@ class Clock:
 
 
 def floats(method: str, dim: int, num_classes: int, rows: int) -> int:
-    """Numbers that are kept between steps, or sent by an owner; a symmetric matrix counts by its half."""
+    """Numbers that are kept between steps, or sent by one owner; a symmetric matrix counts by its half."""
     half = dim * (dim + 1) // 2
     return {
         "moments": num_classes * (dim + 1) + half,

@@ -58,7 +58,7 @@ def moments(results: dict[str, Any]) -> Block:
         f"Means of {settings['orders']} orders of the classes, or of {settings['seeds']} splits, ± their standard "
         "deviation. Bound: logistic regression on all rows; its difference to moments is in the column of the bar. "
         "Membership: AUC of the pair's density between training and test rows. Floats: kept between steps, or sent by "
-        f"each owner. {origin(sections['steps'], ('penult', 'torch'))}"
+        f"all owners together. {origin(sections['steps'], ('penult', 'torch'))}"
     ]
     return Block(tables, notes, "python benchmarks/moments.py --data DATA --cache CACHE")
 
