@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "blocks",
+    "digest_of",
     "mean_row_of",
     "readable",
     "rounding",
@@ -123,6 +124,11 @@ def row_hashes(rows: Tensor) -> Tensor:
     for shift, factor in ((33, -0x00AE502812AA7333), (29, -0x3B314601E57A13AD)):
         hashes = (hashes ^ (hashes >> shift)) * factor
     return hashes ^ (hashes >> 32)
+
+
+def digest_of(count: int, hashes: Iterable[int]) -> str:
+    """Return the digest of a set of `count` rows as text, from the values of `rows_digest` of its parts."""
+    return f"{count}-{sum(hashes) % 2**64:016x}"
 
 
 @torch.no_grad()

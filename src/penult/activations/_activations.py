@@ -24,7 +24,7 @@ from penult._checks import (
 from penult.activations._blocks import Block, Memory, Shard, load, one
 from penult.activations._folder import finished, shards_in, unfinished, writing
 from penult.activations._writer import SHARD_SIZE, Writer, write_index
-from penult.io import _user_path
+from penult.io import _as_json, _user_path
 from penult.processes import Processes
 
 __all__ = ["Activations"]
@@ -55,6 +55,7 @@ class Activations:
         class_names: K names, or a mapping of class numbers to names such as ``model.config.id2label``, or None.
         pre_activation: Whether `activations` are the inputs u of the ReLU right before the head, so that the head reads
             max(u, 0).
+        preprocessing: How the network's inputs were prepared, a mapping of JSON values, see `penult.Head`; or None.
 
     Attributes:
         activations: (N, d); the inputs u of that ReLU if ``pre_activation``.
@@ -62,9 +63,11 @@ class Activations:
         labels: (N,) int64 in 0..K-1, or None. Reading them reads no activations.
         class_names: K names, or None.
         pre_activation: The argument.
+        preprocessing: The argument.
 
     Raises:
-        TypeError: Activations or logits are not floating, labels are not integers, or names are not strings.
+        TypeError: Activations or logits are not floating, labels are not integers, names are not strings, or
+            `preprocessing` is no mapping of JSON values.
         ValueError: Shapes or devices do not agree, a label is out of range, or there is not one name for each class.
 
     Example:
@@ -77,8 +80,9 @@ class Activations:
 
     class_names: tuple[str, ...] | None
     _rows: Block
-    # The default also serves objects pickled by versions without this field.
+    # The defaults also serve objects pickled by versions without these fields.
     pre_activation: bool = False
+    preprocessing: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Activations:
         class_names: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
         *,
         pre_activation: bool = False,
+        preprocessing: Mapping[str, Any] | None = None,
     ) -> None:
         activations = as_activations(activations, "activations", "(N, d)")
         logits = as_activations(logits, "logits", "(N, K)", activations.device)
@@ -107,13 +112,21 @@ class Activations:
         object.__setattr__(self, "class_names", names)
         object.__setattr__(self, "_rows", Memory(activations, logits, labels))
         object.__setattr__(self, "pre_activation", bool(pre_activation))
+        object.__setattr__(self, "preprocessing", _as_json("preprocessing", preprocessing))
 
     @classmethod
-    def _of(cls, rows: Block, class_names: tuple[str, ...] | None, pre_activation: bool = False) -> Activations:
+    def _of(
+        cls,
+        rows: Block,
+        class_names: tuple[str, ...] | None,
+        pre_activation: bool = False,
+        preprocessing: dict[str, Any] | None = None,
+    ) -> Activations:
         acts = cls.__new__(cls)
         object.__setattr__(acts, "class_names", class_names)
         object.__setattr__(acts, "_rows", rows)
         object.__setattr__(acts, "pre_activation", pre_activation)
+        object.__setattr__(acts, "preprocessing", preprocessing)
         return acts
 
     @classmethod
@@ -138,15 +151,15 @@ class Activations:
             Activations(N=2, d=3, K=2, labels=False, dtype=torch.float32, device=cpu, shards=1)
         """
         stored = finished(_user_path(folder))
-        return cls._of(one(stored.shards), stored.class_names, stored.pre_activation)
+        return cls._of(one(stored.shards), stored.class_names, stored.pre_activation, stored.preprocessing)
 
     @classmethod
     def concatenate(cls, parts: Iterable[Activations]) -> Activations:
         """Join sets in their order. Rows on disk stay there.
 
         Args:
-            parts: At least one set. All have the same d, K, dtypes, device and class names; all or none have labels,
-                and all or none are pre-activations.
+            parts: At least one set. All have the same d, K, dtypes, device, class names and preprocessing; all or none
+                have labels, and all or none are pre-activations.
 
         Raises:
             ValueError: `parts` is empty, or a part does not have the same properties as the first.
@@ -171,7 +184,7 @@ class Activations:
         rows = one([part._rows for part in parts])
         if len(rows.leaves) > 1 and all(isinstance(leaf, Memory) for leaf in rows.leaves):
             rows = load(rows)
-        return cls._of(rows, first.class_names, first.pre_activation)
+        return first._like(rows)
 
     @property
     def activations(self) -> Tensor:
@@ -250,12 +263,11 @@ class Activations:
         return self._checked(rows if torch.equal(ascending, numbers) else rows[order.argsort()])
 
     def _checked(self, rows: Memory) -> Activations:
-        return Activations(
-            rows.activations, rows.logits, rows.labels, self.class_names, pre_activation=self.pre_activation
-        )
+        more: dict[str, Any] = {"pre_activation": self.pre_activation, "preprocessing": self.preprocessing}
+        return Activations(rows.activations, rows.logits, rows.labels, self.class_names, **more)
 
     def _like(self, rows: Block) -> Activations:
-        return self._of(rows, self.class_names, self.pre_activation)
+        return self._of(rows, self.class_names, self.pre_activation, self.preprocessing)
 
     def batches(self, size: int) -> Iterator[Activations]:
         """Iterate over the rows in order, in batches that are in memory.
@@ -364,7 +376,7 @@ class Activations:
             if shards_in(folder):
                 error = FileExistsError(f"{folder} already contains activations; choose another folder")
                 raise with_remedy(error, "overwrite", "replace them")
-            more = {"class_names": self.class_names, "pre_activation": self.pre_activation}
+            more = {name: getattr(self, name) for name in ("class_names", "pre_activation", "preprocessing")}
             writer = Writer(folder, own_part, unfinished(folder, own_part), shard_size, **more)
             for part in self.batches(-(-shard_size // facts.row_bytes)) if len(self) else [self]:
                 writer.add(load(part._rows))
@@ -385,4 +397,5 @@ def _integer(index: Any) -> int | None:
 
 def _comparable(part: Activations) -> dict[str, Any]:
     """Properties that sets must share to be joined."""
-    return {**vars(part._rows.facts), "class_names": part.class_names, "pre_activation": part.pre_activation}
+    names = "class_names", "pre_activation", "preprocessing"
+    return {**vars(part._rows.facts), **{name: getattr(part, name) for name in names}}

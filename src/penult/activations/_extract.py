@@ -19,7 +19,7 @@ from penult.activations._folder import Stored, finished, name_of, record_of, unf
 from penult.activations._tap import Tap, tap_in
 from penult.activations._writer import SHARD_SIZE, Writer, check_batch, check_record, checksum, refusal, write_index
 from penult.head import _evaluating, _refuse_unrectified
-from penult.io import _user_path
+from penult.io import _as_json, _user_path
 from penult.processes import Processes
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def extract(
     dtype: torch.dtype | None = None,
     pre_activation: bool = False,
     class_names: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
@@ -83,6 +84,8 @@ def extract(
             which a distribution fitted to h can only approximate.
         class_names: K names that are stored with the rows, or a mapping of class numbers to names such as
             ``model.config.id2label``.
+        preprocessing: How the inputs are prepared, a mapping of JSON values that is stored with the rows. Default: that
+            of ``loader.dataset``, if it is a data set of `penult.data`.
         shard_size: Bytes after which a shard ends, at the end of a batch; memory holds about two shards.
         overwrite: Replace activations in `out`. Other files are never touched.
         progress: True for a bar on stderr, False for none, or a function that is called after each batch with the
@@ -136,6 +139,11 @@ def extract(
     tap = inner
     check_loader(loader)
     names = None if class_names is None else class_names_tuple(class_names, tap.head.num_classes)
+    if preprocessing is None:
+        preprocessing = getattr(getattr(loader, "dataset", None), "preprocessing", None)
+        # Data sets of other libraries may use this name for something else.
+        preprocessing = preprocessing if isinstance(preprocessing, dict) and "inputs" in preprocessing else None
+    preprocessing = _as_json("preprocessing", preprocessing)
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
     if out is not None and device is not None:
@@ -149,7 +157,8 @@ def extract(
     reader = Reader(tap, dtype, torch.device("cpu" if device is None else device), pre_activation=pre_activation)
     with _evaluating(tap), reporting(progress, streams=out is not None) as report:
         if out is None:
-            return _in_memory(reader, loader, names, pre_activation, report)
+            more = {"pre_activation": pre_activation, "preprocessing": preprocessing}
+            return _in_memory(reader, loader, names, report, **more)
         asked = {
             "in_features": tap.head.in_features,
             "num_classes": tap.head.num_classes,
@@ -157,6 +166,7 @@ def extract(
             "shard_size": shard_size,
             "head": checksum(tap.head),
             "pre_activation": pre_activation,
+            "preprocessing": preprocessing,
         }
         if dtype is not None:
             asked |= {"dtype": name_of(dtype), "logits_dtype": name_of(dtype)}
@@ -164,7 +174,7 @@ def extract(
 
 
 def _in_memory(
-    reader: Reader, loader: Iterable[Any], names: tuple[str, ...] | None, pre_activation: bool, report: Progress
+    reader: Reader, loader: Iterable[Any], names: tuple[str, ...] | None, report: Progress, **more: Any
 ) -> Activations:
     parts: list[Memory] = []
     total = length_of(loader)
@@ -180,7 +190,7 @@ def _in_memory(
             torch.cat([part.logits for part in parts]),
             torch.cat(labels) if labels else None,
             names,
-            pre_activation=pre_activation,
+            **more,
         )
 
 
@@ -206,6 +216,7 @@ def _on_disk(
     with writing(folder, processes, overwrite) as part:
         stored = unfinished(folder, part)
         if stored.shards:
+            asked = _with_stored(asked, stored)
             check_record(folder, stored.record, asked)
         writer = Writer(folder, part, stored, **asked)
         done, count = 0, stored.rows
@@ -233,6 +244,7 @@ def _on_disk(
 
 def _check_finished(reader: Reader, loader: Iterable[Any], folder: Path, asked: dict[str, Any], stored: Stored) -> None:
     """Raise unless a complete folder has the record that is asked for, and the first batch of the loader."""
+    asked = _with_stored(asked, stored)
     check_record(folder, stored.record, asked)
     total = length_of(loader)
     if total is not None and total != stored.batches:
@@ -243,6 +255,12 @@ def _check_finished(reader: Reader, loader: Iterable[Any], folder: Path, asked: 
         check_batch(folder, 0, stored.first_batch(), rows)
         return
     _check_any(0, 0)
+
+
+def _with_stored(asked: dict[str, Any], stored: Stored) -> dict[str, Any]:
+    """Return what is asked for, with the stored preprocessing where the call, or the older writer, states none."""
+    unstated = None in (asked["preprocessing"], stored.preprocessing)
+    return {**asked, "preprocessing": stored.preprocessing} if unstated else asked
 
 
 def _check_any(batches: int, rows: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -56,11 +56,15 @@ class Stored(NamedTuple):
         shards: The shards in order.
         record: Facts about the rows from `record_of`; empty if there is no shard.
         batches: Number of batches of the loader that the shards contain.
+        hashes: Sum of `rows_digest` of the activations; None if unknown, or in a complete folder.
+        digest: Digest of the whole set of rows, see `ActivationSource`, as the index of a complete folder has it.
     """
 
     shards: list[Shard]
     record: dict[str, Any]
     batches: int
+    hashes: int | None = None
+    digest: str | None = None
 
     @property
     def rows(self) -> int:
@@ -76,6 +80,11 @@ class Stored(NamedTuple):
         stored: bool = self.record.get("pre_activation", False)
         return stored
 
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        stored: dict[str, Any] | None = self.record.get("preprocessing")
+        return stored
+
     def first_batch(self) -> Shard:
         return self.shards[0].narrow(0, _batches_in(self.shards[0].path)[0])
 
@@ -85,12 +94,17 @@ class Stored(NamedTuple):
 
 
 def record_of(
-    facts: Facts, class_names: Sequence[str] | None, *, pre_activation: bool = False, **more: Any
+    facts: Facts,
+    class_names: Sequence[str] | None,
+    *,
+    pre_activation: bool = False,
+    preprocessing: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return the facts about rows that a file stores, as JSON."""
     if class_names is not None and not all(isinstance(name, str) for name in class_names):
         raise TypeError(f"class_names is {class_names}; expected strings, which a file can store")
-    # The entry pre_activation is written only if it is true, so that folders of older versions can be resumed.
+    # These two entries are written only where they say something, so that folders of older versions can be resumed.
     return {
         "in_features": facts.in_features,
         "num_classes": facts.num_classes,
@@ -99,6 +113,7 @@ def record_of(
         "labels": facts.labels,
         "class_names": None if class_names is None else list(class_names),
         **({"pre_activation": True} if pre_activation else {}),
+        **({} if preprocessing is None else {"preprocessing": preprocessing}),
         **more,
     }
 
@@ -132,7 +147,10 @@ def finished(folder: Path) -> Stored:
     index = io.read_index(folder, KIND)
     with _as_format_error(folder / io.INDEX_NAME):
         counts = {name: facts["rows"] for name, facts in index.shards.items()}
-        return _stored(folder, index.metadata["facts"], counts, index.metadata["batches"])
+        digest = index.metadata.get("digest")
+        if not isinstance(digest, str | None):
+            raise TypeError("digest is no text")
+        return _stored(folder, index.metadata["facts"], counts, index.metadata["batches"])._replace(digest=digest)
 
 
 def unfinished(folder: Path, part: Part) -> Stored:
@@ -145,18 +163,22 @@ def unfinished(folder: Path, part: Part) -> Stored:
     names = shards_in(folder, part)
     record: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    batches = 0
+    batches, hashes = 0, 0
+    unhashed = False
     for number, name in enumerate(names):
         with _as_format_error(folder / name, writing=True):
-            facts = io.read(folder / name, KIND).metadata["facts"]
+            metadata = io.read(folder / name, KIND).metadata
+            facts = metadata["facts"]
             if name != part.shard_name(number) or facts != (record or facts):
                 raise ValueError(f"it does not follow {names[number - 1]}" if number else "it is not the first shard")
             rows = _batches_in(folder / name)
             record, counts[name], batches = facts, sum(rows), batches + len(rows)
+            unhashed = unhashed or "hashes" not in metadata
+            hashes += int(metadata.get("hashes", "0"), 16)
     if not names:
-        return Stored([], {}, 0)
+        return Stored([], {}, 0, 0)
     with _as_format_error(folder, writing=True):
-        return _stored(folder, record, counts, batches)
+        return _stored(folder, record, counts, batches)._replace(hashes=None if unhashed else hashes)
 
 
 @contextmanager
@@ -194,6 +216,8 @@ def _stored(folder: Path, record: dict[str, Any], counts: dict[str, int], batche
         raise TypeError("labels is neither true nor false")
     if not isinstance(record.get("pre_activation", False), bool):
         raise TypeError("pre_activation is neither true nor false")
+    if not isinstance(record.get("preprocessing", {}), dict):
+        raise TypeError("preprocessing is no mapping")
     names = record["class_names"]
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not (texts and len(names) == facts.num_classes):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from penult._checks import as_activations, integer_labels
-from penult._row_blocks import rows_digest
+from penult._row_blocks import digest_of, rows_digest
 from penult.activations._activations import Activations
 from penult.head import Head
 from penult.processes import Processes
@@ -107,7 +107,7 @@ class ActivationSource:
             raise ValueError(f"{bad} of {self._total} rows of {name} hold NaN or infinity; leave them out first")
         self.minimum = self.processes.least(minimum)
         self.zeros = zeros / (self._total * self.in_features) if self._total else 0.0
-        self.digest = f"{self._total}-{sum(self.processes.objects(hashes)) % 2**64:016x}"
+        self.digest = digest_of(self._total, self.processes.objects(hashes))
         certificate = None if self._head is None else self._head.certificate
         relu = certificate is not None and certificate.rectified
         self.rectified = self.declared or (relu and self.minimum < 0)

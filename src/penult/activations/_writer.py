@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penult import io
 from penult._checks import with_remedy
-from penult._row_blocks import blocks
+from penult._row_blocks import blocks, digest_of, rows_digest
 from penult.activations._blocks import KIND, Block, Memory, load
 from penult.activations._folder import Part, Stored, record_of
 from penult.head import Head
@@ -25,11 +25,19 @@ SHARD_SIZE = 16 * 2**20
 
 
 class Written(NamedTuple):
-    """Result of one writer: number of rows by shard, their record (empty without a shard), and number of batches."""
+    """Result of one writer.
+
+    Attributes:
+        counts: Number of rows by shard.
+        record: Facts about the rows; empty without a shard.
+        batches: Number of batches.
+        hashes: Sum of `rows_digest` of the activations; None if an older version wrote some of the shards.
+    """
 
     counts: dict[str, int]
     record: dict[str, Any]
     batches: int
+    hashes: int | None = None
 
 
 def write_index(folder: Path, parts: Sequence[Written]) -> None:
@@ -45,7 +53,11 @@ def write_index(folder: Path, parts: Sequence[Written]) -> None:
             raise ValueError(f"the batches of different processes differ: {differences}")
     shards = {name: {"rows": rows} for part in parts for name, rows in part.counts.items()}
     batches = sum(part.batches for part in parts)
-    io.write_index(folder, shards, KIND, {"facts": records[0], "batches": batches})
+    metadata = {"facts": records[0], "batches": batches}
+    hashes = [part.hashes for part in parts]
+    if None not in hashes:
+        metadata["digest"] = digest_of(sum(facts["rows"] for facts in shards.values()), filter(None, hashes))
+    io.write_index(folder, shards, KIND, metadata)
 
 
 class Writer:
@@ -61,7 +73,7 @@ class Writer:
 
     def __init__(self, folder: Path, part: Part, stored: Stored, shard_size: int, **more: Any) -> None:
         self._folder, self._part, self._shard_size, self._more = folder, part, shard_size, more
-        self._record, self._batches = stored.record, stored.batches
+        self._record, self._batches, self._hashes = stored.record, stored.batches, stored.hashes
         self._counts = {shard.path.name: len(shard) for shard in stored.shards}
         # Tensors that the batches are collected in, used again for each shard, and the rows of each batch in them.
         self._buffers: dict[str, Tensor] = {}
@@ -82,7 +94,7 @@ class Writer:
         """Write the last shard and return the numbers of rows of all shards."""
         if sum(self._pending) or (self._pending and not self._counts):
             self._flush()
-        return Written(self._counts, self._record, self._batches + len(self._pending))
+        return Written(self._counts, self._record, self._batches + len(self._pending), self._hashes)
 
     def _reserve(self, rows: Memory, needed: int) -> None:
         """Grow the buffers to `needed` rows: by a factor of two, up to the size of a shard."""
@@ -99,9 +111,11 @@ class Writer:
 
     def _flush(self) -> None:
         name, count = self._part.shard_name(len(self._counts)), sum(self._pending)
-        metadata = {"facts": self._record, "batches": self._pending}
+        hashes = rows_digest(self._buffers["activations"][:count])
+        metadata = {"facts": self._record, "batches": self._pending, "hashes": f"{hashes:016x}"}
         io.write(self._folder / name, {key: rows[:count] for key, rows in self._buffers.items()}, KIND, metadata)
         self._counts[name] = count
+        self._hashes = None if self._hashes is None else self._hashes + hashes
         self._batches += len(self._pending)
         self._pending = []
 
@@ -129,8 +143,8 @@ def refusal(folder: Path, reason: str) -> ValueError:
 
 def check_record(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise unless the record of a folder agrees with all entries of `now`."""
-    # The entry pre_activation is written only if it is true.
-    stored = {"pre_activation": False, **stored}
+    # These entries are written only where they say something.
+    stored = {"pre_activation": False, "preprocessing": None, **stored}
     differing = [name for name in now if stored.get(name) != now[name]]
     if differing:
         reason = ", ".join(

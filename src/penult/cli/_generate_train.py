@@ -26,7 +26,7 @@ from penult.cli._inputs import (
     split,
 )
 from penult.cli._models import folder_path, load_pair
-from penult.cli._options import ImageOptions
+from penult.cli._options import ImageOptions, with_recorded
 from penult.cli._training import PAGE_FILE, TrainingRun, digest
 from penult.cli.draw import GENERATOR_FILE, PILLOW, grid
 from penult.generate import ActivationGAN, ActivationGenerator, ActivationVAE
@@ -88,6 +88,7 @@ def train(options: Mapping[str, Any], kind_options: Mapping[str, Any], launch: L
     )
     with warnings_as_lines(launch.rank > 0), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         pair = load_pair(options["source"], options["weight_key"], options["bias_key"])
+        options = with_recorded(options, pair.head.preprocessing, options["source"])
         # Generators make images in [0, 1], so --mean and --std are for the classifier and the judge alone.
         normalization = ImageOptions.of(options).normalization
         dataset, val, first = _read(options)

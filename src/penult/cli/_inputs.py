@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader, Subset
 
 from penult.cli._console import RichReporter
 from penult.cli._models import load_model, running
-from penult.cli._options import ImageOptions
+from penult.cli._options import ImageOptions, with_recorded
+from penult.cli._stored import (
+    check_logits,
+    check_recorded,
+    check_shape,
+    guessing,
+    label_accuracy,
+    open_activations,
+    spread_rows,
+)
 from penult.data import ImageDataset
 
 if TYPE_CHECKING:
@@ -29,6 +38,7 @@ __all__ = [
     "InputsReader",
     "NetworkOptions",
     "check_logits",
+    "check_recorded",
     "check_shape",
     "class_names",
     "first_images",
@@ -43,7 +53,6 @@ __all__ = [
 ]
 
 _FEW = 16  # Images that heads are found with.
-_CHECKED = 1000  # Activations that checks look at.
 _HELD_OUT = 0.1  # Fraction of the images that are held out for judging.
 _MEMORY = 1 << 30  # Bytes of images that are loaded together.
 
@@ -85,8 +94,13 @@ def keep_matching_labels(
     return None
 
 
-def number_as_network(network: nn.Module, datasets: Mapping[str, ImageDataset], reporter: RichReporter) -> None:
-    """Number the labels of data sets as a network does whose configuration names the same classes in another order.
+def number_as_network(
+    network: nn.Module,
+    datasets: Mapping[str, ImageDataset],
+    reporter: RichReporter,
+    recorded: tuple[str, ...] | None = None,
+) -> None:
+    """Number the labels of data sets as a network does that names the same classes in another order.
 
     Where the names themselves differ, a line says so: they may be other words for the same classes.
 
@@ -94,29 +108,32 @@ def number_as_network(network: nn.Module, datasets: Mapping[str, ImageDataset], 
         network: The network. Those of Hugging Face have names in ``config.id2label``.
         datasets: The data sets by their source; their labels and class names are changed.
         reporter: Prints the lines.
+        recorded: Names of the classes that the file of the pair records, which go before those of the network.
     """
-    own = _names_of(network)
+    own = recorded or _names_of(network)
+    source_of_names = "the pair" if recorded else "the network's config.id2label"
     for source, dataset in datasets.items():
         names = dataset.class_names
-        if own is None or names is None or len(names) != len(own):
+        if own is None or names is None or len(names) > len(own):
             continue
         numbers = {name.casefold(): number for number, name in enumerate(own)}
         order = [numbers.get(name.casefold(), -1) for name in names]
         if order == list(range(len(own))):
             continue
-        if sorted(order) == list(range(len(own))):
+        if min(order) >= 0 and len(set(order)) == len(order):
             if dataset.labels is not None:
                 dataset.labels = torch.tensor(order, device="cpu")[dataset.labels]
             dataset.class_names = own
+            some = "the" if len(names) == len(own) else f"{len(names)} of the {len(own)}"
             reporter.line(
-                f"{source} has the classes of the network in another order: its labels are renumbered in that of the "
-                "network's config.id2label"
+                f"{source} has {some} classes of the network in another order: its labels are renumbered in that of "
+                f"{source_of_names}"
             )
-        else:
+        elif len(names) == len(own):
             number = next(i for i, at in enumerate(order) if at != i)
             reporter.line(
-                f"warning: class {number} is {names[number]!r} in {source} and {own[number]!r} in the network's "
-                "config.id2label; check that the labels are numbers of the network's classes"
+                f"warning: class {number} is {names[number]!r} in {source} and {own[number]!r} in {source_of_names}; "
+                "check that the labels are numbers of the network's classes"
             )
 
 
@@ -298,92 +315,6 @@ class Classifier:
 # --- activations --------------------------------------------------------------------------------------------
 
 
-def open_activations(folder: Path) -> Activations:
-    """Open a folder that `penult extract` wrote.
-
-    Raises:
-        ValueError: It is a file, holds no activations, or is damaged.
-    """
-    from penult.activations import Activations
-
-    if folder.is_file():
-        raise ValueError(
-            f"{folder} is a file; expected a folder that penult extract wrote: penult extract package.module:factory "
-            f"{folder} --out acts/"
-        )
-    acts = Activations.open(folder)
-    if not len(acts):
-        raise ValueError(f"{folder} holds no activations")
-    return acts
-
-
-def spread_rows(acts: Activations, most: int = _CHECKED) -> Activations:
-    """Return at most `most` evenly spaced rows: a set may be sorted by class."""
-    return acts[torch.linspace(0, len(acts) - 1, min(len(acts), most), dtype=torch.float64, device="cpu").long()]
-
-
-def label_accuracy(acts: Activations) -> tuple[float, bool]:
-    """Return the accuracy of the network on some labels of its activations, and whether that is at chance level."""
-    from penult._checks import is_chance_level
-
-    some = spread_rows(acts)
-    assert some.labels is not None
-    accuracy = float(some.predicted.eq(some.labels).double().mean())
-    return accuracy, is_chance_level(accuracy, len(some), acts.num_classes)
-
-
-def guessing(network: str, accuracy: float, num_classes: int) -> str:
-    """Return the warning that a network predicts labels no better than by guessing."""
-    return (
-        f"{network} predicts {accuracy:.1%} of the labels, no better than guessing. Check that the labels are numbers "
-        f"of its own {num_classes} classes, that it is trained (--weights), and that images are preprocessed as in its "
-        "training (--mean, --std, --size)"
-    )
-
-
-def check_shape(num_classes: int, in_features: int, source: str, head: Head, head_source: str) -> None:
-    """Raise unless activations or a network have the dimension and the classes of a head."""
-    if (num_classes, in_features) != (head.num_classes, head.in_features):
-        raise ValueError(
-            f"{source} has activations of dimension {in_features} and {num_classes} classes; expected dimension "
-            f"{head.in_features} and {head.num_classes} classes, as the head in {head_source}. Give the head or pair "
-            "of this network"
-        )
-
-
-def check_logits(acts: Activations, source: str, head: Head, head_source: str, exact: bool = False) -> None:
-    """Raise unless a head gives the logits that are stored with activations.
-
-    Args:
-        acts: The activations.
-        source: Their source, for the message.
-        head: The head.
-        head_source: Its source, for the message.
-        exact: Whether the softmaxes have to agree. Otherwise the logits may differ by a temperature, and by a number
-            for each class (another prior).
-    """
-    part = spread_rows(acts)
-    h = part.activations.clamp_min(0) if part.pre_activation else part.activations
-    logits, stored = head(h.to(head.weight)).double().cpu(), part.logits.double().cpu()
-    if exact:
-        compared, scale = "softmaxes", 1.0
-        error = float((logits.softmax(-1) - stored.softmax(-1)).abs().max())
-    else:
-        compared, scale = "logits", max(float(_centered(stored).abs().max()), 1e-6)
-        error = float(_centered(stored - logits * head.temperature).abs().max())
-    # Comparisons with NaN are false, so this refuses NaN as well.
-    if not error <= (1e-3 if acts.dtype.itemsize >= 4 else 0.05) * scale:
-        raise ValueError(
-            f"the head in {head_source} does not give the logits stored in {source}: {compared} differ by up to "
-            f"{error:.3g}. Give the head or pair of this very network, with the same --fold as the activations"
-        )
-
-
-def _centered(logits: Tensor) -> Tensor:
-    logits = logits - logits.mean(1, keepdim=True)
-    return logits - logits.mean(0)
-
-
 @dataclass(frozen=True)
 class Inputs:
     """Activations of one source; and its images before --mean and --std, if it has images."""
@@ -426,6 +357,7 @@ class InputsReader:
         if folder.is_dir() and ((folder / io.INDEX_NAME).exists() or any(folder.glob("activations-*.safetensors"))):
             inputs = Inputs(source, open_activations(folder))
             check_shape(inputs.activations.num_classes, inputs.activations.in_features, source, head, self._pair_source)
+            check_recorded(inputs.activations.preprocessing, source, head.preprocessing, self._pair_source)
         else:
             inputs = self._extract(source, labels)
         check_logits(inputs.activations, source, head, self._pair_source)
@@ -434,7 +366,8 @@ class InputsReader:
     def _extract(self, source: str, labels: bool) -> Inputs:
         from penult.activations import extract
 
-        dataset = ImageOptions.of(self._options).read(source)
+        options = with_recorded(self._options, self._pair.head.preprocessing, self._pair_source)
+        dataset = ImageOptions.of(options).read(source)
         if self._options["model"] is None:
             raise ValueError(
                 f"{source} holds images, so the network has to run: give --model package.module:factory (and "
@@ -449,7 +382,8 @@ class InputsReader:
             tap = self._opened(first)
             names = None
             if labels:
-                number_as_network(tap.model, {source: dataset}, self._reporter)
+                recorded = self._pair.head.class_names
+                number_as_network(tap.model, {source: dataset}, self._reporter, recorded)
                 names = keep_matching_labels(dataset, source, self._pair.head.num_classes, self._reporter)
             loader = DataLoader(dataset, batch_size=self._options["batch_size"], num_workers=self._options["workers"])
             # Images of different sizes are no fault of the model, so this stands inside.

@@ -43,6 +43,7 @@ __all__ = [
     "Weights",
     "Workers",
     "plain",
+    "with_recorded",
 ]
 
 # --- networks, heads and pairs ------------------------------------------------------------------------------
@@ -196,3 +197,88 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
         return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
     except (ValueError, IndexError):
         raise ValueError(f"--size is {text!r}; expected one number, or HEIGHTxWIDTH") from None
+
+
+# --- what was recorded of the network's inputs --------------------------------------------------------------
+
+
+def with_recorded(options: Mapping[str, Any], recorded: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
+    """Return the options of a command, with what was recorded of the network's inputs where they say nothing.
+
+    Args:
+        options: All options of the command.
+        recorded: ``preprocessing`` of a head, or None if nothing is known.
+        source: Name of the file or folder that records it, for messages.
+
+    Raises:
+        ValueError: An option says otherwise.
+    """
+    changed = dict(options)
+    kind = None if recorded is None else recorded.get("inputs")
+    if recorded is None or kind not in _READ:
+        return changed
+    for other, names in _READ.items():
+        given = [name for name in names if other != kind and options.get(name) is not None]
+        if given:
+            raise ValueError(
+                f"--{given[0].replace('_', '-')} is for {other}, but {source} is of a network that reads {kind}; leave "
+                "it out"
+            )
+    for name in _READ[kind]:
+        if name not in options or name not in recorded:
+            continue
+        own, known = _parsed(name, options[name]), _as_parsed(name, recorded[name])
+        # Images of several sizes, or of several modes, are read as they are.
+        if known is None and name in ("size", "mode"):
+            continue
+        if own is None:
+            changed[name] = None if known is None else _text(name, known)
+        elif not _same(own, known):
+            expected = "none" if known is None else _text(name, known)
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {options[name]}; expected {expected}, as recorded in {source}: the "
+                "inputs of its network are prepared so. Leave the option out"
+            )
+    return changed
+
+
+# Options for each kind of inputs.
+_READ = {"images": ("size", "mode", "mean", "std"), "text": ("text", "tokenizer", "max_length")}
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Return the value of an option as it is recorded."""
+    if value is None or name not in ("size", "mean", "std"):
+        return value
+    if name == "size":
+        size = _size(value)
+        return [size, size] if isinstance(size, int) else list(size or ())
+    return _per_channel(f"--{name}", value)
+
+
+def _as_parsed(name: str, known: Any) -> Any:
+    """Return a recorded value; ValueError if a file has one of another type."""
+    wrong = known is not None and (
+        not isinstance(known, list) or not all(isinstance(number, int | float) for number in known)
+        if name in ("size", "mean", "std")
+        else not isinstance(known, int if name == "max_length" else str)
+    )
+    if wrong:
+        raise ValueError(f"the recorded preprocessing has {name} = {known!r}, which no version of penult writes")
+    return known
+
+
+def _text(name: str, known: Any) -> Any:
+    """Return a recorded value as the option gives it."""
+    if not isinstance(known, list):
+        return known
+    return ("x" if name == "size" else ",").join(map(str, known))
+
+
+def _same(own: Any, known: Any) -> bool:
+    """Whether two values are the same; one number stands for all channels."""
+    if not isinstance(own, list) or not isinstance(known, list):
+        return bool(own == known)
+    count = max(len(own), len(known))
+    pairs = zip(own * (count // len(own)), known * (count // max(len(known), 1)), strict=False)
+    return len(own) in (1, count) and len(known) in (1, count) and all(abs(a - b) <= 1e-6 for a, b in pairs)

@@ -140,6 +140,7 @@ def extract(
         )
     if launch.rank:
         return
+    head.class_names, head.preprocessing = acts.class_names, acts.preprocessing
     GenerativePair(head).save(out / HEAD_FILE)
     reporter.line(f"{out}: {acts}")
     if acts.labels is not None:

@@ -283,7 +283,7 @@ def _check_options(base: BaseName, options: dict[str, Any]) -> None:
 
 def _read(folder: Path, file: Path, weight_key: str | None, bias_key: str | None) -> tuple[Activations, Head]:
     """Open a folder of activations, and load the head of a file, which has to give the stored logits."""
-    from penult.cli._inputs import check_logits, check_shape, open_activations
+    from penult.cli._inputs import check_logits, check_recorded, check_shape, open_activations
 
     acts = open_activations(folder)
     if not file.exists():
@@ -291,6 +291,9 @@ def _read(folder: Path, file: Path, weight_key: str | None, bias_key: str | None
     head = load_head(file, weight_key, bias_key)
     check_shape(acts.num_classes, acts.in_features, str(folder), head, str(file))
     check_logits(acts, str(folder), head, str(file), exact=True)
+    check_recorded(acts.preprocessing, str(folder), head.preprocessing, str(file))
+    head.class_names = head.class_names or acts.class_names
+    head.preprocessing = head.preprocessing or acts.preprocessing
     return acts, head
 
 

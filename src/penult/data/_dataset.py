@@ -16,6 +16,9 @@ from penult.data._decode import Normalization, PerChannel, adapt, decode
 
 __all__ = ["ImageDataset", "Images", "Size", "Source", "Transform"]
 
+# Images that are looked at to see whether all have one size.
+_EXAMINED = 16
+
 Size = int | tuple[int, int] | None
 Transform = Callable[[Tensor], Tensor] | None
 
@@ -121,6 +124,29 @@ class ImageDataset(Dataset[Any]):
         if self._transform is not None:
             image = self._transform(image)
         return image if self.labels is None else (image, int(self.labels[position]))
+
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        """How images are prepared, as `penult.Head` stores it; None with a `transform`, which is any function.
+
+        Size and mode are those of the images, where all have one.
+        """
+        if self._transform is not None:
+            return None
+        count = min(len(self), _EXAMINED)
+        some = torch.linspace(0, len(self) - 1, count, dtype=torch.float64, device="cpu").long().tolist()
+        items = [self[i] for i in (some if self._size is None or self._mode is None else some[:1])]
+        shapes = {tuple((item if isinstance(item, Tensor) else item[0]).shape) for item in items}
+        sizes, channels = {shape[1:] for shape in shapes}, {shape[0] for shape in shapes}
+        mode = {1: "L", 3: "RGB"}.get(min(channels)) if len(channels) == 1 else None
+        normalization = self._normalization
+        return {
+            "inputs": "images",
+            "size": list(min(sizes)) if len(sizes) == 1 else None,
+            "mode": mode,
+            "mean": None if normalization is None else list(normalization.mean),
+            "std": None if normalization is None else list(normalization.std),
+        }
 
     def __repr__(self) -> str:
         classes = None if self.class_names is None else len(self.class_names)

@@ -63,6 +63,8 @@ class Head(HeadTensors):
         norm: The argument.
         radius: Radius of the sphere on which h lies when `norm` is given, else None.
         temperature: Product of the temperatures that the head was divided by; 1 for a new head.
+        class_names: K names of the classes, or None; may be set.
+        preprocessing: How the inputs of the network are prepared, as JSON values, or None; may be set.
 
     Raises:
         TypeError: `weight` or `bias` is not a floating tensor.
@@ -138,6 +140,7 @@ class Head(HeadTensors):
         head.radius = None if self.radius is None else self.radius * scale
         head.temperature = self.temperature * temperature
         head._sources, head._seen = list(self._sources), list(self._seen)
+        head._describe_like(self)
         return head
 
     @property
@@ -345,7 +348,8 @@ class Head(HeadTensors):
             for name in ("parts", "origin"):
                 if not certificate[name]:
                     del certificate[name]
-        return {"certificate": certificate, "norm": self.norm, "radius": self.radius, "temperature": self.temperature}
+        facts = {"norm": self.norm, "radius": self.radius, "temperature": self.temperature}
+        return {"certificate": certificate, **facts, **self._descriptions()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
@@ -377,6 +381,7 @@ class Head(HeadTensors):
         if head.radius is not None:
             check_positive("radius", head.radius)
         check_positive("temperature", head.temperature)
+        head.class_names, head.preprocessing = config.get("class_names"), config.get("preprocessing")
         return head
 
     @torch.no_grad()

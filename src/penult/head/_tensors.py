@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penult._checks import class_names_tuple
 from penult._row_blocks import readable, state_of, states_of, wide_mean_row
 from penult.head._certificate import HeadCertificate
+from penult.io import _as_json
 from penult.special import outside_transforms
 
 __all__ = ["HeadTensors"]
@@ -29,6 +31,45 @@ class HeadTensors(nn.Module):
     _mean_state: tuple[int, int] | None = None
     # How often a tap has found another W in its model; counted in ``version``.
     _disagreements = 0
+    # What is known of classes and inputs; the defaults serve older pickles.
+    _class_names: tuple[str, ...] | None = None
+    _preprocessing: dict[str, Any] | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """K names of the classes, or None; they are stored with the head.
+
+        Set them to a sequence, or to a mapping of class numbers to names such as ``model.config.id2label``.
+        """
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Any) -> None:
+        self._class_names = None if names is None else class_names_tuple(names, len(self.weight))
+
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        """How the inputs of the network are prepared, as JSON values, or None; it is stored with the head.
+
+        For images that penult read, it has the entries ``inputs`` (``"images"``), ``size`` (height and width),
+        ``mode``, ``mean`` and ``std``; for text ``inputs`` (``"text"``), ``tokenizer`` (the SHA-256 of its file) and
+        ``max_length``. Commands use the entries, and refuse options that differ.
+        """
+        return self._preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, value: Any) -> None:
+        self._preprocessing = _as_json("preprocessing", value)
+
+    def _describe_like(self, other: HeadTensors) -> None:
+        """Take class names and preprocessing from a head of the same classes."""
+        self._class_names, self._preprocessing = other._class_names, other._preprocessing
+
+    def _descriptions(self) -> dict[str, Any]:
+        """Return class names and preprocessing as far as they are known, as JSON values."""
+        names = None if self._class_names is None else list(self._class_names)
+        known = {"class_names": names, "preprocessing": self._preprocessing}
+        return {name: value for name, value in known.items() if value is not None}
 
     def _set_tensors(self, weight: Tensor, bias: Tensor | None) -> None:
         self.register_buffer("weight", weight.detach())

@@ -10,6 +10,7 @@ from penult.io._file import (
     File,
     FileFormatError,
     Identity,
+    as_json,
     check_unchanged,
     identity,
     read,
@@ -38,5 +39,5 @@ __all__ = [
 
 # Lent to other rooms of the package; not public.
 _contents, _other_kind, _user_path = contents, other_kind, user_path
-_check_unchanged, _identity = check_unchanged, identity
+_as_json, _check_unchanged, _identity = as_json, check_unchanged, identity
 _Identity = Identity

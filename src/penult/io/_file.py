@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from penult._checks import usable_device
+from penult._checks import described, usable_device
 from penult._version import __version__
 from penult.io._atomic import aside
 from penult.io._paths import other_kind, user_path
@@ -27,6 +27,7 @@ __all__ = [
     "FileFormatError",
     "Identity",
     "Record",
+    "as_json",
     "check_unchanged",
     "decode",
     "encode",
@@ -241,6 +242,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     raise TypeError(f"a {type(value).__name__} is no such value")
+
+
+def as_json(name: str, value: Any) -> dict[str, Any] | None:
+    """Return a copy of a mapping after a round trip through JSON (tuples become lists), or None for None.
+
+    Args:
+        name: Name of the argument in messages.
+        value: The mapping, or None.
+
+    Raises:
+        TypeError: `value` is no mapping, or holds a value that JSON does not have.
+        ValueError: It holds NaN or infinity.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {described(value)}; expected a mapping of JSON values, or None")
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False, default=_plain))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name} is {value!r}; expected a mapping of JSON values: {error}") from error
+    return copy
 
 
 def decode(path: Path, text: str | bytes, kind: str | Collection[str] | None) -> Record:
