@@ -20,6 +20,7 @@ from penult.cli._stored import (
     check_recorded,
     check_shape,
     guessing,
+    is_stored,
     label_accuracy,
     open_activations,
     spread_rows,
@@ -341,21 +342,19 @@ class InputsReader:
         self._tap: Tap | None = None
 
     def read(self, source: str, labels: bool = False) -> Inputs:
-        """Read a folder that `penult extract` wrote, or extract the activations of images.
+        """Read a folder that `penult extract` wrote or a file of activations, or extract the activations of images.
 
         Args:
-            source: The folder or the images, as given by the user.
+            source: The folder, the file or the images, as given by the user.
             labels: Whether to keep labels of images, if they are labels of the head's classes.
 
         Raises:
             ValueError: There are no activations or images, images are given without a network, or the pair's head does
                 not give the logits.
         """
-        from penult import io
-
         folder, head = Path(source), self._pair.head
-        if folder.is_dir() and ((folder / io.INDEX_NAME).exists() or any(folder.glob("activations-*.safetensors"))):
-            inputs = Inputs(source, open_activations(folder))
+        if is_stored(folder):
+            inputs = Inputs(source, open_activations(folder, head))
             check_shape(inputs.activations.num_classes, inputs.activations.in_features, source, head, self._pair_source)
             check_recorded(inputs.activations.preprocessing, source, head.preprocessing, self._pair_source)
         else:

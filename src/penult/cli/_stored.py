@@ -18,6 +18,7 @@ __all__ = [
     "check_recorded",
     "check_shape",
     "guessing",
+    "is_stored",
     "label_accuracy",
     "open_activations",
     "spread_rows",
@@ -26,18 +27,38 @@ __all__ = [
 _CHECKED = 1000  # Activations that checks look at.
 
 
-def open_activations(folder: Path) -> Activations:
-    """Open a folder that `penult extract` wrote.
+def is_stored(source: Path) -> bool:
+    """Return whether a source of inputs is a folder of activations, or a file that holds some."""
+    from penult import io
+    from penult.data import _holds_activations
+
+    if source.is_dir():
+        return (source / io.INDEX_NAME).exists() or any(source.glob("activations-*.safetensors"))
+    return _holds_activations(source)
+
+
+def open_activations(folder: Path, head: Head | None = None) -> Activations:
+    """Open a folder that `penult extract` wrote, or read an .npz or safetensors file of activations.
+
+    Args:
+        folder: The folder or file.
+        head: Head that computes the logits of a file without logits.
 
     Raises:
-        ValueError: It is a file, holds no activations, or is damaged.
+        ValueError: It is another file, holds no activations, or is damaged.
     """
     from penult.activations import Activations
+    from penult.data import _holds_activations, _read_activations
 
+    if _holds_activations(folder):
+        acts = _read_activations(folder, head)
+        if not len(acts):
+            raise ValueError(f"{folder} holds no activations")
+        return acts
     if folder.is_file():
         raise ValueError(
-            f"{folder} is a file; expected a folder that penult extract wrote: penult extract package.module:factory "
-            f"{folder} --out acts/"
+            f"{folder} is a file; expected an .npz or .safetensors file with activations or features, or a folder that "
+            f"penult extract wrote: penult extract package.module:factory {folder} --out acts/"
         )
     acts = Activations.open(folder)
     if not len(acts):

@@ -65,7 +65,13 @@ _OPTIONS = {
 
 def fit(
     out: Annotated[Path, typer.Option(help="File for the pair, for example resnet.penult.safetensors.")],
-    activations: Annotated[Path | None, typer.Argument(help="Folder that `penult extract` wrote.")] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder that `penult extract` wrote; or, with --head, an .npz or .safetensors file with activations "
+            "or features (N, d), and optionally logits and labels."
+        ),
+    ] = None,
     moments: Annotated[
         Path | None,
         typer.Option(help="File of `penult moments` to make the pair of, in place of activations and a head."),
@@ -97,7 +103,7 @@ def fit(
     ] = None,
     prior_from: Annotated[
         Path | None,
-        typer.Option(help="Folder of activations to estimate the prior of the classes from."),
+        typer.Option(help="Activations to estimate the prior of the classes from, in the same forms."),
     ] = None,
     score: Annotated[
         bool,
@@ -282,13 +288,17 @@ def _check_options(base: BaseName, options: dict[str, Any]) -> None:
 
 
 def _read(folder: Path, file: Path, weight_key: str | None, bias_key: str | None) -> tuple[Activations, Head]:
-    """Open a folder of activations, and load the head of a file, which has to give the stored logits."""
+    """Open activations, and load the head of a file, which has to give the stored logits."""
     from penult.cli._inputs import check_logits, check_recorded, check_shape, open_activations
 
-    acts = open_activations(folder)
     if not file.exists():
-        raise ValueError(f"{file} does not exist; give the head that the activations belong to: --head FILE")
+        # A missing folder, or a file of something else, is the first fault.
+        if not folder.is_file():
+            open_activations(folder)
+        owner = f"{folder} holds no head" if folder.is_file() and file.name == HEAD_FILE else f"{file} does not exist"
+        raise ValueError(f"{owner}; give the head that the activations belong to: --head FILE")
     head = load_head(file, weight_key, bias_key)
+    acts = open_activations(folder, head)
     check_shape(acts.num_classes, acts.in_features, str(folder), head, str(file))
     check_logits(acts, str(folder), head, str(file), exact=True)
     check_recorded(acts.preprocessing, str(folder), head.preprocessing, str(file))

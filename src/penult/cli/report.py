@@ -42,8 +42,9 @@ def report(
         typer.Option(
             metavar="FAMILIAR",
             help="Inputs of the kind that the network is meant for, and that it was not trained on: a folder that "
-            "`penult extract` wrote; or, with --model, images: a parquet file, glob or folder, an image folder, .npz "
-            "or digits.",
+            "`penult extract` wrote, or an .npz or .safetensors file with activations or features (N, d) and "
+            "optionally logits and labels; or, with --model, images: a parquet file, glob or folder, an image folder, "
+            ".npz or digits.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File for the page, .html.")],

@@ -66,7 +66,8 @@ def score(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Folder that `penult extract` wrote; or, with --model, images: a parquet file, glob or folder, an "
+            help="Folder that `penult extract` wrote, or an .npz or .safetensors file with activations or features "
+            "(N, d) and optionally logits and labels; or, with --model, images: a parquet file, glob or folder, an "
             "image folder, .npz or digits.",
         ),
     ],

@@ -20,7 +20,7 @@ from penult.data import _dataset, _shifts
 from penult.data._dataset import ImageDataset, Images
 from penult.data._decode import Normalization
 from penult.data._folder import folder
-from penult.data._npz import npz
+from penult.data._npz import holds_activations, npz, read_activations
 from penult.data._parquet import parquet
 from penult.data._read import digits, read
 from penult.data._shifts import SHIFTS, ShiftedDataset, shift
@@ -40,6 +40,7 @@ __all__ = [
 
 # Lent to other rooms of the package; not public.
 _Normalization = Normalization
+_holds_activations, _read_activations = holds_activations, read_activations
 
 # Pickles that earlier versions wrote name these modules.
 sys.modules["penult.data._images"] = _dataset

@@ -1,4 +1,4 @@
-"""Images from arrays: reader of ``.npz`` files, and images in memory."""
+"""Arrays of files: readers of images in ``.npz`` files, and of activations in ``.npz`` and safetensors files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from penult._checks import check_choice, with_remedy
 from penult._extras import extra
+from penult.activations import Activations
 from penult.data._dataset import ImageDataset, Size, Transform
 from penult.data._decode import PerChannel
-from penult.io import _other_kind, _user_path
+from penult.head import Head
+from penult.io import FileFormatError, _other_kind, _user_path
 
-__all__ = ["Arrays", "npz"]
+__all__ = ["Arrays", "holds_activations", "npz", "read_activations"]
 
 # Largest ratio of the sizes after and before decompression that deflate can reach.
 _MAX_RATIO = 1032
@@ -255,3 +257,169 @@ def _labels(array: Any, path: str | os.PathLike[str]) -> Tensor:
         if array.ndim == 2
         else torch.tensor(array.astype("int64"), device="cpu")
     )
+
+
+# --- Activations, logits and labels -------------------------------------------------------------------------
+
+
+# Names of the activations, and of all arrays that are read.
+_FEATURES = "activations", "features"
+_READ = (*_FEATURES, "logits", "labels", "class_names")
+# Rows whose logits are computed together.
+_ROWS = 1 << 14
+_WANTED = "expected activations or features (N, d), and optionally logits (N, K) and labels (N,)"
+
+
+def holds_activations(path: Path) -> bool:
+    """Return whether a file is to be read by `read_activations`: by its suffix and, if it is an .npz, its arrays."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == ".safetensors":
+        return True
+    if path.suffix.lower() != ".npz":
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return not {f"{name}.npy" for name in _FEATURES}.isdisjoint(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        # The reader of images explains what is wrong with the file.
+        return False
+
+
+def read_activations(path: Path, head: Head | None = None) -> Activations:
+    """Read activations from an ``.npz`` or safetensors file; nothing in it is unpickled.
+
+    The file has ``activations`` or ``features`` (N, d), floating; ``logits`` (N, K), floating, which `head` computes if
+    they are missing; optionally ``labels`` (N,), integers, -1 for none; and, in an ``.npz``, optionally ``class_names``
+    (K,), text. A shard of a folder that penult wrote is such a file. A warning names arrays that are not read.
+
+    Raises:
+        ImportError: NumPy is not installed.
+        ValueError: The file is damaged or contains Python objects; an array is missing, or has a wrong dtype or shape;
+            or there are neither logits nor a head.
+    """
+    arrays, record, names = _tensors_in(path) if path.suffix.lower() == ".safetensors" else _arrays_in(path)
+    listed = ", ".join(names) or "none"
+    features = [name for name in _FEATURES if name in arrays]
+    if len(features) != 1:
+        fault = "both activations and features" if features else "neither activations nor features"
+        raise ValueError(f"{path} holds {fault}; {_WANTED}. Arrays in the file: {listed}")
+    h = _matrix(arrays[features[0]], features[0], "(N, d)", path)
+    logits = arrays.get("logits")
+    if logits is None and head is None:
+        raise ValueError(f"{path} holds no logits; {_WANTED}. Arrays in the file: {listed}")
+    if logits is not None:
+        logits = _matrix(logits, "logits", "(N, K)", path)
+    elif head is not None:
+        if h.shape[1] != head.in_features:
+            raise ValueError(
+                f"{features[0]} in {path} has shape {tuple(h.shape)}; expected (N, {head.in_features}), as the head "
+                "reads"
+            )
+        with torch.no_grad():
+            parts = [head(rows.to(head.weight)).cpu() for rows in h.split(_ROWS)]
+        logits = torch.cat(parts) if parts else h.new_zeros(0, head.num_classes)
+    assert logits is not None
+    labels = arrays.get("labels")
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        if tensor is not None and len(tensor) != len(h):
+            raise ValueError(
+                f"{path} holds {len(h)} rows of {features[0]} and {len(tensor)} of {name}; expected as many"
+            )
+    if labels is not None:
+        labels = None if bool((labels == -1).all()) else labels
+    try:
+        return Activations(h, logits, labels, record.pop("class_names", None), **record)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _matrix(tensor: Tensor, name: str, shape: str, path: Path) -> Tensor:
+    if not tensor.is_floating_point() or tensor.ndim != 2 or not tensor.shape[1]:
+        remedy = ". Flatten each row" if tensor.ndim > 2 else ""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} in {path} is {dtype} of shape {tuple(tensor.shape)}; expected floating numbers {shape}{remedy}"
+        )
+    if bad := int((~tensor.isfinite().all(-1)).sum()):
+        raise ValueError(f"{bad} of {len(tensor)} rows of {name} in {path} hold NaN or infinity; leave them out first")
+    return tensor
+
+
+def _tensors_in(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Return the tensors of a safetensors file by name, what penult recorded with them, and a list of all tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+            listed = [f"{name} {file.get_slice(name).get_dtype()} {file.get_slice(name).get_shape()}" for name in names]
+            if "penult" in metadata:
+                return *_shard(path), listed
+            tensors = {name: file.get_tensor(name) for name in names if name in _READ}
+    except (SafetensorError, OverflowError) as error:
+        raise ValueError(
+            _other_kind(path, "a safetensors file") or f"{path} is not a safetensors file, or a damaged one: {error}"
+        ) from error
+    if "labels" in tensors:
+        tensors["labels"] = _label_column(tensors["labels"], path)
+    _warn_of_unread(path, [name for name in names if name not in _READ])
+    return {name: tensor for name, tensor in tensors.items() if name != "class_names"}, {}, listed
+
+
+def _shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a shard that penult wrote, and what it records."""
+    from penult import io
+
+    file = io.read(path)
+    if file.kind != "activations":
+        raise ValueError(f"{path} is a penult file of kind {file.kind!r}; {_WANTED}")
+    facts = file.metadata.get("facts")
+    if not isinstance(facts, dict):
+        raise FileFormatError(f"{path}: the metadata of the shard lacks 'facts'; the file is damaged")
+    names = ("class_names", "pre_activation", "preprocessing")
+    return file.tensors, {name: facts[name] for name in names if facts.get(name) is not None}
+
+
+def _arrays_in(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Return the arrays of an .npz file by name as tensors, its class names, and a list of all arrays."""
+    numpy = extra("numpy", f"{path} is read by NumPy")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            arrays = {name: _array(archive, member) for name, member in members.items() if name in _READ}
+    except Exception as error:
+        # Damaged files raise errors of many types: BadZipFile, EOFError, zlib.error, ValueError for Python objects.
+        message = _other_kind(path, "a zip archive", {"a NumPy array (.npy)": _REMEDY})
+        raise ValueError(message or f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
+    listed = [f"{name} {arrays[name].dtype} {arrays[name].shape}" if name in arrays else name for name in members]
+    record: dict[str, Any] = {}
+    if (names := arrays.pop("class_names", None)) is not None:
+        if names.dtype.kind != "U" or names.ndim != 1:
+            raise ValueError(f"class_names in {path} is {names.dtype} of shape {names.shape}; expected text (K,)")
+        record["class_names"] = names.tolist()
+    tensors = {}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+            raise ValueError(f"{name} in {path} is {array.dtype} of shape {array.shape}; {_WANTED}")
+        # Torch has no arrays of another byte order.
+        tensors[name] = torch.from_numpy(numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    if "labels" in tensors:
+        tensors["labels"] = _label_column(tensors["labels"], path)
+    _warn_of_unread(path, [name for name in members if name not in _READ])
+    return tensors, record, listed
+
+
+def _label_column(labels: Tensor, path: Path) -> Tensor:
+    """Return labels (N,) of labels (N,) or (N, 1)."""
+    labels = labels.squeeze(1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        dtype = str(labels.dtype).removeprefix("torch.")
+        raise ValueError(f"labels in {path} is {dtype} of shape {tuple(labels.shape)}; expected integers (N,)")
+    return labels
+
+
+def _warn_of_unread(path: Path, unread: list[str]) -> None:
+    if unread:
+        warnings.warn(f"{path}: arrays that are not read: {', '.join(unread)}", UserWarning, stacklevel=5)
