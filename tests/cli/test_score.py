@@ -17,6 +17,8 @@ from penult.demo.networks import DigitsNet
 
 MODEL = ("--model", "usernets:trained")
 
+COLUMNS = "index file row score p_value strange verdict predicted class_name confidence".split()
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -69,7 +71,8 @@ def test_a_table_holds_what_the_library_gives(place, penult_json, asked):
     assert facts["count"] == 60
     with open("scores.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["index", "score", "p_value", "strange", "predicted", "confidence"]
+    assert list(rows[0]) == COLUMNS
+    assert {row["file"] + row["verdict"] + row["class_name"] for row in rows} == {""}
     assert [int(row["index"]) for row in rows] == list(range(60))
     assert torch.equal(torch.tensor([float(row["score"]) for row in rows]), expected)  # to the last bit
     assert [int(row["predicted"]) for row in rows] == acts.predicted.tolist()
@@ -141,7 +144,9 @@ def test_with_familiar_inputs_there_are_p_values_and_a_verdict(place, penult_jso
     threshold = scores.Threshold.fit(scores.directional, familiar, pair=pair, false_alarm=0.1)
     with numpy.load("scores.npz") as file:
         arrays = dict(file)
-    assert list(arrays) == ["index", "score", "p_value", "strange", "predicted", "confidence"]
+    # A folder that was saved in Python knows no files, and the head no names.
+    assert list(arrays) == [name for name in COLUMNS if name not in ("file", "class_name")]
+    assert (arrays["verdict"] == numpy.where(arrays["strange"], "outlier", "familiar")).all()
     assert torch.equal(torch.from_numpy(arrays["p_value"]), threshold.p_value(new))
     assert torch.equal(torch.from_numpy(arrays["strange"]), threshold(new))
     assert facts["threshold"] == threshold.value

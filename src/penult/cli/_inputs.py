@@ -23,12 +23,14 @@ from penult.cli._stored import (
     is_stored,
     label_accuracy,
     open_activations,
+    row_names,
     spread_rows,
 )
 from penult.data import ImageDataset
 
 if TYPE_CHECKING:
     from penult.activations import Activations, Tap
+    from penult.data import _RowNames
     from penult.head import Head
     from penult.pair import GenerativePair
 
@@ -318,11 +320,12 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Activations of one source; and its images before --mean and --std, if it has images."""
+    """Activations of one source; its images before --mean and --std, if any; and the names of its rows, if known."""
 
     source: str
     activations: Activations
     images: ImageDataset | None = None
+    row_names: _RowNames | None = None
 
 
 class InputsReader:
@@ -354,7 +357,8 @@ class InputsReader:
         """
         folder, head = Path(source), self._pair.head
         if is_stored(folder):
-            inputs = Inputs(source, open_activations(folder, head))
+            acts = open_activations(folder, head)
+            inputs = Inputs(source, acts, row_names=row_names(folder, acts, self._reporter))
             check_shape(inputs.activations.num_classes, inputs.activations.in_features, source, head, self._pair_source)
             check_recorded(inputs.activations.preprocessing, source, head.preprocessing, self._pair_source)
         else:
@@ -388,7 +392,8 @@ class InputsReader:
             # Images of different sizes are no fault of the model, so this stands inside.
             with running(tuple(first.shape), f"--model {self._options['model']}"), of_one_size(source):
                 acts = extract(tap, loader, class_names=names, progress=True)
-        return Inputs(source, acts, dataset.unnormalized())
+        rows = dataset.row_names
+        return Inputs(source, acts, dataset.unnormalized(), rows if len(rows) == len(acts) else None)
 
     def _opened(self, images: Tensor) -> Tap:
         """Return the tap of the network, whose head is found with the first images of the first source."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from penult.activations import Activations
+    from penult.cli._console import RichReporter
+    from penult.data import _RowNames
     from penult.head import Head
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "is_stored",
     "label_accuracy",
     "open_activations",
+    "row_names",
     "spread_rows",
+    "write_row_names",
 ]
 
 _CHECKED = 1000  # Activations that checks look at.
@@ -64,6 +68,32 @@ def open_activations(folder: Path, head: Head | None = None) -> Activations:
     if not len(acts):
         raise ValueError(f"{folder} holds no activations")
     return acts
+
+
+def row_names(folder: Path, acts: Activations, reporter: RichReporter) -> _RowNames | None:
+    """Return the names of stored rows, None if they are unknown; a line says so if they are those of other rows."""
+    from penult import io
+    from penult.data import _RowNames
+
+    if folder.is_file():
+        return _RowNames([folder.name], [len(acts)])
+    stored = _RowNames.load(folder)
+    if stored is None:
+        return None
+    names, digest = stored
+    if len(names) != len(acts) or digest != io.read_index(folder, "activations").metadata.get("digest"):
+        reporter.line(f"the names of rows in {folder} are those of other activations, so rows are numbered")
+        return None
+    return names
+
+
+def write_row_names(names: _RowNames, folder: Path, acts: Activations) -> None:
+    """Write names of rows to a folder of activations, unless the activations are not one for each row."""
+    from penult import io
+
+    # One image has several activations in a segmentation network, for example.
+    if len(names) == len(acts):
+        names.save(folder, io.read_index(folder, "activations").metadata.get("digest"))
 
 
 def spread_rows(acts: Activations, most: int = _CHECKED) -> Activations:

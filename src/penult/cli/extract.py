@@ -99,6 +99,7 @@ def extract(
     from penult.activations import Tap
     from penult.activations import extract as run
     from penult.cli._inputs import NetworkOptions, first_images, keep_matching_labels, number_as_network, of_one_size
+    from penult.cli._stored import write_row_names
     from penult.pair import GenerativePair
 
     launch = Launch(device, devices, num_nodes, strategy)
@@ -142,6 +143,7 @@ def extract(
         return
     head.class_names, head.preprocessing = acts.class_names, acts.preprocessing
     GenerativePair(head).save(out / HEAD_FILE)
+    write_row_names(dataset.row_names, out, acts)
     reporter.line(f"{out}: {acts}")
     if acts.labels is not None:
         _report_accuracy(acts, reporter)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io as memory
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,11 +34,14 @@ from penult.cli._options import (
     Workers,
 )
 from penult.cli._scores import Chosen, Reference, Score, ScoreName, score_of
+from penult.cli._table import check_table, files_and_rows, row_of, shown_row, write_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from penult.activations import Activations
+    from penult.cli._table import Column
+    from penult.data import _RowNames
     from penult.pair import GenerativePair
     from penult.scores import Score as StoredScore
     from penult.scores import Threshold
@@ -85,7 +87,9 @@ def score(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Table with a row for each input, .csv or .npz: index, score, p_value, strange, predicted, confidence."
+            help="Table with a row for each input, .csv, .parquet or .npz: index, file, row, score, p_value, strange, "
+            "verdict, predicted, class_name, confidence. In .csv, text that may be a formula gets an apostrophe "
+            "in front."
         ),
     ] = None,
     model: Network = None,
@@ -120,8 +124,8 @@ def score(
     from penult.scores import Threshold, _check_calibration
 
     reporter = RichReporter(stderr=as_json)
-    if out is not None and out.suffix.lower() not in (".csv", ".npz"):
-        raise ValueError(f"--out is {out}; expected a table, name.csv, or arrays, name.npz")
+    if out is not None:
+        check_table(out)
     if false_alarm is not None and calibrate is None:
         raise ValueError("--false-alarm goes with --calibrate, which sets the threshold")
     if reference is not None and calibrate is not None and same_source(reference, calibrate):
@@ -150,17 +154,20 @@ def score(
             # Scores are computed once: the threshold is one of scores, not of activations.
             alarm = _FALSE_ALARM if false_alarm is None else false_alarm
             threshold = Threshold(lambda scores: scores, familiar_scores, alarm)
-        acts = reader.read(data, labels=True).activations
+        inputs = reader.read(data, labels=True)
+        acts = inputs.activations
         with reporter.waiting(f"scoring {len(acts)} activations"):
             scores = _Scores.compute(loaded, chosen.score, acts, threshold)
     results = {"data": data, "count": len(scores.score), "score": chosen.name.value, "why": chosen.reason}
-    results |= scores.summary() | _verdicts(scores, calibrate, threshold)
+    names = loaded.head.class_names or _class_names(familiar, acts)
+    table = _table(scores, inputs.row_names, names)
+    results |= _summary(scores, table) | _verdicts(scores, calibrate, threshold)
     if familiar is not None:
         sides = (familiar, familiar_scores), (acts, scores.score)
         results |= _separation(loaded, chosen, stored, sides, results)
     if out is not None:
-        results["out"] = str(scores.write(out))
-    _report_scores(results, _class_names(familiar, acts), reporter)
+        results["out"] = str(write_table(out, table))
+    _report_scores(results, reporter)
     if out is not None:
         reporter.line(f"{out}: {len(acts)} rows")
     if as_json:
@@ -207,56 +214,32 @@ class _Scores:
                 p_value, strange = threshold.p_value(calibrated).cpu(), threshold(calibrated).cpu()
         return cls(torch.arange(len(score), device="cpu"), score, p_value, strange, predicted, confidence)
 
-    @property
-    def columns(self) -> dict[str, Tensor | None]:
-        """All columns by name, in the order of the table."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Return one row of the table."""
-        return {name: None if column is None else column[index].item() for name, column in self.columns.items()}
-
-    def summary(self) -> dict[str, Any]:
-        """Return quantiles, and the rows with the highest and the lowest scores."""
-        order = self.score.argsort(stable=True)
-        return {
-            "quantiles": _quantiles(self.score),
-            "strangest": [self.row(int(i)) for i in order.flip(0)[:_SHOWN]],
-            "most_familiar": [self.row(int(i)) for i in order[:_SHOWN]],
-        }
-
-    def write(self, out: Path) -> Path:
-        """Write the table to a .csv or .npz file."""
-        from penult import io
-
-        if out.suffix.lower() == ".csv":
-            return io.write_bytes(out, self._csv())
-        from penult._extras import extra
-
-        numpy = extra("numpy", f"NumPy writes --out {out}")
-        buffer = memory.BytesIO()
-        numpy.savez(buffer, **{name: column.numpy() for name, column in self.columns.items() if column is not None})
-        return io.write_bytes(out, buffer.getvalue())
-
-    def _csv(self) -> bytes:
-        """Return the table as CSV; columns that need a calibration are empty without one."""
-        # As many digits as give the number back.
-        digits = 17 if self.score.dtype.itemsize > 4 else 9
-        cells = [
-            [""] * len(self.score) if column is None else [_cell(value, digits) for value in column.tolist()]
-            for column in self.columns.values()
-        ]
-        text = memory.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(zip(*cells, strict=True))
-        return text.getvalue().encode()
+def _table(scores: _Scores, row_names: _RowNames | None, names: tuple[str, ...] | None) -> dict[str, Column]:
+    """Return the columns of the table; names are those of the network's classes."""
+    files, rows = files_and_rows(row_names, len(scores.score))
+    strange = scores.strange
+    return {
+        "index": scores.index,
+        "file": files,
+        "row": rows,
+        "score": scores.score,
+        "p_value": scores.p_value,
+        "strange": strange,
+        "verdict": None if strange is None else ["outlier" if one else "familiar" for one in strange.tolist()],
+        "predicted": scores.predicted,
+        "class_name": None if names is None else [names[number] for number in scores.predicted.tolist()],
+        "confidence": scores.confidence,
+    }
 
 
-def _cell(value: float, digits: int) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
+def _summary(scores: _Scores, table: Mapping[str, Column]) -> dict[str, Any]:
+    """Return quantiles, and the rows of the table with the highest and the lowest scores."""
+    order = scores.score.argsort(stable=True)
+    ends = {"strangest": order.flip(0)[:_SHOWN], "most_familiar": order[:_SHOWN]}
+    return {"quantiles": _quantiles(scores.score)} | {
+        end: [row_of(table, i) for i in rows.tolist()] for end, rows in ends.items()
+    }
 
 
 def _quantiles(values: Tensor) -> dict[str, float]:
@@ -361,7 +344,7 @@ def _class_names(familiar: Activations | None, acts: Activations) -> tuple[str, 
     return None
 
 
-def _report_scores(results: Mapping[str, Any], names: tuple[str, ...] | None, reporter: RichReporter) -> None:
+def _report_scores(results: Mapping[str, Any], reporter: RichReporter) -> None:
     """Print quantiles, the strangest and the most familiar inputs, and the verdict."""
     from penult.scores import _share_in_words
 
@@ -376,10 +359,10 @@ def _report_scores(results: Mapping[str, Any], names: tuple[str, ...] | None, re
             (title, "score", *(["p-value"] if calibrated else []), "predicted", "confidence"),
             [
                 (
-                    f"index {row['index']}",
+                    shown_row(row["file"], row["row"], row["index"]),
                     f"{row['score']:.4g}",
                     *([f"{row['p_value']:.4f}"] if calibrated else []),
-                    row["predicted"] if names is None else names[row["predicted"]],
+                    row["predicted"] if row["class_name"] is None else row["class_name"],
                     f"{row['confidence']:.3f}",
                 )
                 for row in results[key]

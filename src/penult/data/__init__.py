@@ -17,7 +17,7 @@ The readers need the extra ``data``; shifts need only torch.
 import sys
 
 from penult.data import _dataset, _shifts
-from penult.data._dataset import ImageDataset, Images
+from penult.data._dataset import ImageDataset, Images, RowNames
 from penult.data._decode import Normalization
 from penult.data._folder import folder
 from penult.data._npz import holds_activations, npz, read_activations
@@ -40,6 +40,7 @@ __all__ = [
 
 # Lent to other rooms of the package; not public.
 _Normalization = Normalization
+_RowNames = RowNames
 _holds_activations, _read_activations = holds_activations, read_activations
 
 # Pickles that earlier versions wrote name these modules.

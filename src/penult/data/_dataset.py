@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol, final
 
 import torch
@@ -13,11 +16,15 @@ from torch.utils.data import Dataset
 
 from penult._checks import check_choice, check_seed, check_shares, class_names_tuple, integer_labels
 from penult.data._decode import Normalization, PerChannel, adapt, decode
+from penult.io import FileFormatError, _decode, _encode, write_bytes
 
-__all__ = ["ImageDataset", "Images", "Size", "Source", "Transform"]
+__all__ = ["ImageDataset", "Images", "RowNames", "Size", "Source", "Transform"]
 
 # Images that are looked at to see whether all have one size.
 _EXAMINED = 16
+
+# File with the names of rows in a folder of activations, and its kind.
+ROWS_FILE, _ROWS = "rows.json", "rows"
 
 Size = int | tuple[int, int] | None
 Transform = Callable[[Tensor], Tensor] | None
@@ -126,6 +133,12 @@ class ImageDataset(Dataset[Any]):
         return image if self.labels is None else (image, int(self.labels[position]))
 
     @property
+    def row_names(self) -> RowNames:
+        """The files of the images, and their rows in files of several."""
+        names = getattr(self._source, "row_names", None)
+        return RowNames([PurePath(str(self._source)).name], [len(self)]) if names is None else names()
+
+    @property
     def preprocessing(self) -> dict[str, Any] | None:
         """How images are prepared, as `penult.Head` stores it; None with a `transform`, which is any function.
 
@@ -230,6 +243,66 @@ def _checked(labels: Tensor, source: Source, names: tuple[str, ...] | None) -> T
         )
     want = "a label of at least 0" if names is None else f"0 to {len(names) - 1} for {len(names)} class names"
     raise ValueError(f"{source.where(i)} has label {int(labels[i])}; expected {want}")
+
+
+# --- Names of rows ------------------------------------------------------------------------------------------
+
+
+@final
+class RowNames:
+    """Names of the rows of a data set: the file of a row, and its number in a file of several rows.
+
+    Args:
+        files: Names of the files, relative to the source of the data set.
+        counts: Number of rows of each file, in the order of the rows; None if each file is one row.
+
+    Raises:
+        ValueError: There is not one count for each file.
+    """
+
+    def __init__(self, files: Sequence[str], counts: Sequence[int] | None = None) -> None:
+        if counts is not None and len(counts) != len(files):
+            raise ValueError(f"counts has {len(counts)} numbers; expected {len(files)}, one for each file")
+        self._files, self._counts = list(files), None if counts is None else list(counts)
+        self._ends = None if counts is None else list(accumulate(counts))
+
+    def __len__(self) -> int:
+        if self._ends is None:
+            return len(self._files)
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> tuple[str, int | None]:
+        """Return the file of a row, and its number in it from 0, or None if the file is one row."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"there is no row {index} among {len(self)}")
+        if self._ends is None or self._counts is None:
+            return self._files[index], None
+        number = bisect_right(self._ends, index)
+        return self._files[number], index - (self._ends[number] - self._counts[number])
+
+    def save(self, folder: Path, digest: str | None) -> None:
+        """Write the names next to activations, whose digest says which rows they belong to."""
+        metadata = {"files": self._files, "counts": self._counts, "digest": digest}
+        write_bytes(folder / ROWS_FILE, _encode(_ROWS, metadata).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[RowNames, str | None] | None:
+        """Read names, and the digest of the activations that they belong to; None if the folder has none.
+
+        Raises:
+            FileFormatError: The file is damaged.
+        """
+        path = folder / ROWS_FILE
+        if not path.exists():
+            return None
+        metadata = _decode(path, path.read_bytes(), _ROWS).metadata
+        files, counts, digest = (metadata.get(name) for name in ("files", "counts", "digest"))
+        texts = isinstance(files, list) and all(isinstance(file, str) for file in files)
+        numbers = counts is None or (isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts))
+        if not (texts and numbers and isinstance(digest, str | None)):
+            raise FileFormatError(f"{path} holds no names of rows; delete it, or write the folder again")
+        assert isinstance(files, list)
+        return cls(files, counts), digest
 
 
 # --- Labelled images in memory ------------------------------------------------------------------------------

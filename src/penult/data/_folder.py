@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from penult.data._dataset import ImageDataset, Size, Transform
+from penult.data._dataset import ImageDataset, RowNames, Size, Transform
 from penult.data._decode import PerChannel, suffixes
 from penult.data._splits import counted, files_below, is_hidden, is_split, splits, warn_of_others
 from penult.io import _user_path
@@ -35,6 +35,9 @@ class _Files:
 
     def where(self, index: int) -> str:
         return str(self._files[index])
+
+    def row_names(self) -> RowNames:
+        return RowNames([file.relative_to(self._root).as_posix() for file in self._files])
 
 
 def folder(

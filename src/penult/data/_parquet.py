@@ -17,9 +17,9 @@ from torch import Tensor
 
 from penult._checks import class_names_tuple, with_remedy
 from penult._extras import extra
-from penult.data._dataset import ImageDataset, Size, Transform
+from penult.data._dataset import ImageDataset, RowNames, Size, Transform
 from penult.data._decode import PerChannel, suffixes
-from penult.data._splits import files_below, in_order, matches, one_set, warn_of_others
+from penult.data._splits import files_below, in_order, matches, names_within, one_set, warn_of_others
 from penult.io import _check_unchanged, _Identity, _identity, _other_kind, _user_path
 
 __all__ = ["Rows", "is_parquet", "open_parquet", "parquet", "reading"]
@@ -373,6 +373,12 @@ class Rows:
     def where(self, index: int) -> str:
         group = self._group(index)
         return f"row {group.row + index - group.start} of {group.path}"
+
+    def row_names(self) -> RowNames:
+        counts: dict[Path, int] = {}
+        for group, end in zip(self._groups, [*self._starts[1:], self._length], strict=True):
+            counts[group.path] = counts.get(group.path, 0) + end - group.start
+        return RowNames(names_within(counts), list(counts.values()))
 
     def image(self, index: int) -> bytes:
         group = self._group(index)

@@ -18,6 +18,7 @@ __all__ = [
     "is_hidden",
     "is_split",
     "matches",
+    "names_within",
     "one_set",
     "splits",
     "warn_of_others",
@@ -54,6 +55,13 @@ def is_hidden(name: str) -> bool:
 def in_order(paths: Iterable[Path]) -> list[Path]:
     """Return paths sorted by their parts as text; the order of paths themselves depends on the operating system."""
     return sorted(paths, key=lambda path: path.parts)
+
+
+def names_within(paths: Iterable[Path]) -> list[str]:
+    """Return the names of files, with the folders in which they differ."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    root = Path(os.path.commonpath([path.parent for path in absolute])) if absolute else Path()
+    return [path.relative_to(root).as_posix() for path in absolute]
 
 
 class _Split(NamedTuple):

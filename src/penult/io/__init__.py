@@ -12,6 +12,8 @@ from penult.io._file import (
     Identity,
     as_json,
     check_unchanged,
+    decode,
+    encode,
     identity,
     read,
     save_file,
@@ -40,4 +42,5 @@ __all__ = [
 # Lent to other rooms of the package; not public.
 _contents, _other_kind, _user_path = contents, other_kind, user_path
 _as_json, _check_unchanged, _identity = as_json, check_unchanged, identity
+_decode, _encode = decode, encode
 _Identity = Identity
