@@ -92,7 +92,7 @@ def test_the_same_table_in_three_forms(place, penult_json):
     for name, array in arrays.items():
         assert rows[name].to_pylist() == array.tolist(), name
     assert [row["verdict"] for row in text] == arrays["verdict"].tolist()
-    assert numpy.array_equal([float(row["score"]) for row in text], arrays["score"])
+    assert numpy.array_equal(numpy.float32([row["score"] for row in text]), arrays["score"])
     assert set(arrays["verdict"]) <= {"outlier", "familiar"}
     assert not list(place.glob(".*tmp"))
 
