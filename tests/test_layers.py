@@ -32,7 +32,7 @@ EXTRAS = {
     "report": {"jinja2", "markupsafe", "matplotlib", "cycler", "numpy"},
     "cli": {"typer", "rich"},
 }
-MOST_FILES = 168
+MOST_FILES = 169
 MOST_LINES = 480
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
