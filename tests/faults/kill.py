@@ -71,6 +71,8 @@ def _in_extract(path: Path, name: str) -> Any:
     if name == "head.penult.safetensors":
         load(path / name)
         return tensors_in(path / name)
+    if name == "rows.json":
+        return json.loads((path / name).read_text())
     if name == "index.json":
         return list(io.read_index(path, "activations").shards.items())
     if name.startswith("activations-") and name.endswith(".safetensors"):

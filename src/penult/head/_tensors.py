@@ -86,7 +86,9 @@ class HeadTensors(nn.Module):
         # A compiler knows no states, and does not trace this context.
         with nullcontext() if torch.compiler.is_compiling() else outside_transforms():
             own_tensors = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
-            sources = [(i, tensor) for i, source in enumerate(self._sources) if (tensor := source()) is not None]
+            # No assignment inside of the comprehension, which a compiler does not trace.
+            alive = [(i, source()) for i, source in enumerate(self._sources)]
+            sources = [(i, tensor) for i, tensor in alive if tensor is not None]
             # A source often shares its memory with W or b, which is then read once.
             states = states_of([*own_tensors, *(tensor for _, tensor in sources)])
             own = states[: len(own_tensors)]
